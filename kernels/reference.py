@@ -1,0 +1,52 @@
+"""The four functions of the hot path in plain PyTorch: the specification of the fused kernels, and what runs on the CPU.
+
+They compute in fp32 (in float64 if given float64, which is how the tests compare them with finite differences) and return fp32.
+"""
+import torch
+from torch.utils.checkpoint import checkpoint
+
+ROWS_PER_CHUNK = 1024  # tokens whose logits exist at one time in the linear_* functions
+
+
+def gather_log_probs(logits, target_ids, temperature=1.0):
+    """log softmax(logits / temperature) at the targets: [..., V], [...] -> fp32 [...]."""
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature              # [..., V]
+    return scaled.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)            # [...]
+
+
+def linear_log_probs(hidden, weight, target_ids, temperature=1.0):
+    """gather_log_probs(hidden @ weight.T, ...): [N, H], [V, H], [N] -> fp32 [N].
+
+    Logits are made chunk by chunk and made again in the backward, so no tensor of N x V elements ever exists.
+    """
+    def chunk_log_probs(chunk_hidden, chunk_targets):
+        return gather_log_probs(chunk_hidden @ weight.T, chunk_targets, temperature)                 # [chunk]
+
+    chunks = zip(hidden.split(ROWS_PER_CHUNK), target_ids.split(ROWS_PER_CHUNK))
+    return torch.cat([checkpoint(chunk_log_probs, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
+def repo_loss(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, clip_range=0.2):
+    """The rectified clipped objective, all inputs [N]: (scalar loss, stats). Only log_probs has a gradient."""
+    penalty = penalty.detach()
+    advantages = ((reward_advantages - penalty * cost_advantages) / (1 + penalty)).detach()         # A_t, paper's (7)    [N]
+    log_ratio = log_probs - old_log_probs.detach()                                                   # log rho_t           [N]
+    ratio = log_ratio.exp()                                                                          # rho_t               [N]
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)              # [N]
+    loss = -(token_weight.detach() * surrogate).sum()                                                # paper's (8)         []
+    with torch.no_grad():
+        count = max(log_probs.numel(), 1)
+        stats = {
+            "clip_fraction": ((ratio - 1).abs() > clip_range).sum() / count,
+            "approx_kl": (ratio - 1 - log_ratio).sum() / count,
+            "ratio_max": ratio.amax() if log_probs.numel() else ratio.new_zeros(()),
+        }
+    return loss, stats
+
+
+def linear_repo_loss(hidden, weight, target_ids, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+                     clip_range=0.2, temperature=1.0):
+    """repo_loss(linear_log_probs(...), ...): (scalar loss, detached fp32 log-probs [N], stats)."""
+    log_probs = linear_log_probs(hidden, weight, target_ids, temperature)                            # [N]
+    loss, stats = repo_loss(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, clip_range)
+    return loss, log_probs.detach(), stats
