@@ -15,12 +15,11 @@ Where it differs from the paper and its published code, and why:
   3. There is no dropout anywhere, so the probability ratio of an unchanged policy is exactly 1.
 """
 import copy
-import dataclasses
 import json
 import logging
 import math
-import os
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -29,7 +28,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, SupportsFloat
 
@@ -41,12 +40,28 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel
 
-from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss
-
-HERE = Path(__file__).resolve().parent
+from kernels import gather_log_probs, linear_log_probs, repo_loss
 
 class UserError(Exception):
     """Something in the user's input that one sentence can mend: main() prints the sentence and returns 2."""
+
+def require(condition, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+@contextmanager
+def blame(what: str):
+    """Turns whatever a library or a user's code raises inside into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), "no reason given")
+        raise UserError(f"{what} ({type(error).__name__}: {reason})") from None
+
+def say(text: str) -> None:
+    tqdm.write(text, file=sys.stdout)
 
 # ==== 1  Configuration =====================================================================================================================
 
@@ -118,45 +133,24 @@ FREE_ON_RESUME = {"output_dir", "resume", "save_every", "keep_checkpoints", "sam
 MAY_BE_ZERO = {"lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gamma", "gae_lambda", "ptx_coeff", "warmup_ratio", "weight_decay",
                "seed", "save_every", "sample_every"}
 
-def check_config(config: Config) -> None:
-    """Raises UserError for the first setting that is missing or out of range."""
-    for name, value in vars(config).items():
-        if type(value) in (int, float) and name != "threshold" and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
-            raise UserError(f"--{name} {value}: must be a number {'not below' if name in MAY_BE_ZERO else 'above'} 0")
-        if value is None and name in ("reward_model", "cost_model", "dataset"):
-            raise UserError(f"--{name} is missing; only the presets ({', '.join(PRESETS)}) bring one, and --model {config.model} is none of them")
-    if config.ptx_coeff and config.ptx_dataset is None:
-        raise UserError(f"--ptx_coeff {config.ptx_coeff} needs --ptx_dataset; --ptx_coeff 0 turns the supervised loss off")
-    if config.max_length <= config.max_prompt_length:
-        raise UserError(f"--max_length {config.max_length} leaves no room for a response after --max_prompt_length {config.max_prompt_length}")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
-
 def resolve_config(argv: list[str]) -> Config:
     """Where all settings come together. Raises UserError for anything unknown, missing or out of range."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--config", help="a json file of settings; a run's own config.json will do")
-
-    def parse(words: list[str], where: str = ""):
-        def fail(message: str):
-            raise UserError(f"{where}{message} (python repo.py --help lists the settings)")
-        parser.error = fail
-        return parser.parse_args(words)
+    parser.error = lambda message: require(False, f"{message} (python repo.py --help lists the settings)")
 
     def as_words(settings: dict) -> list[str]:
-        return [f"--{name}={value}" for name, value in settings.items() if value is not None and not isinstance(value, dict)]
+        return [f"--{name}={value}" for name, value in settings.items() if value is not None and name != "environment"]
 
-    words = list(argv)  # presets and files go before: argparse lets the last word win
-    if path := parse(words).config:
-        try:
+    words = list(argv)  # presets and files go in front: argparse lets the last word win
+    if path := parser.parse_args(words).config:
+        with blame(f"--config {path}: not a file with a json object of settings"):
             words = as_words(json.loads(Path(path).read_text())) + words
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"--config {path}: not a file with a json object of settings ({one_line(error)})") from None
-    given = parse(words, f"--config {path}: " if path else "")
+    given = parser.parse_args(words)
     preset = dict(PRESETS.get(given.model, {}))
     if given.model == "tiny":
         from tiny_configs import world
-        preset = json.loads((HERE / "tiny_configs" / "tiny.json").read_text()) | world.build(BEAVER_TEMPLATE)
+        preset = json.loads(Path(world.__file__).with_name("tiny.json").read_text()) | world.build(BEAVER_TEMPLATE)
     for name in ("eval_dataset", "prompt_column", "judge") if given.dataset else ():
         preset.pop(name, None)
     config = parser.parse_args_into_dataclasses(as_words(preset) + words)[0]
@@ -164,14 +158,16 @@ def resolve_config(argv: list[str]) -> Config:
     config.output_dir = config.output_dir or f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.dtype = config.dtype or ("bfloat16" if config.device == "cuda" else "float32")
-    check_config(config)
+    for name, value in vars(config).items():
+        require(type(value) not in (int, float) or name == "threshold" or 0 < value < math.inf or value == 0 and name in MAY_BE_ZERO,
+                f"--{name} {value}: must be a number {'not below' if name in MAY_BE_ZERO else 'above'} 0")
+        require(value is not None or name not in ("reward_model", "cost_model", "dataset"),
+                f"--{name} is missing; only the presets ({', '.join(PRESETS)}) bring one, and --model {config.model} is none of them")
+    require(config.ptx_dataset or not config.ptx_coeff, f"--ptx_coeff {config.ptx_coeff} needs --ptx_dataset; --ptx_coeff 0 turns the PTX loss off")
+    require(config.max_length > config.max_prompt_length,
+            f"--max_length {config.max_length} leaves no room for a response after --max_prompt_length {config.max_prompt_length}")
+    require(config.device == "cpu" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
     return config
-
-def one_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-def say(text: str) -> None:
-    tqdm.write(text, file=sys.stdout)
 
 def autocast(config: Config):
     """Trained models keep fp32 weights and compute in --dtype."""
@@ -183,32 +179,28 @@ def autocast(config: Config):
 TURN = re.compile(r"\n\n(Human|Assistant|System):[ ]?")
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
-def to_messages(text: str | list) -> list[dict]:
-    """Plain text, a transcript or a chat as a list of {"role": ..., "content": ...}."""
-    if isinstance(text, list):
-        return list(text)
-    before, *turns = TURN.split(text)
+def to_messages(prompt: str) -> list[dict]:
+    """A prompt as a list of {"role": ..., "content": ...}."""
+    before, *turns = TURN.split(prompt)
     if before.strip() or not turns:
-        return [{"role": "user", "content": text}]
+        return [{"role": "user", "content": prompt}]
     return [{"role": ROLES[name], "content": content.strip()} for name, content in zip(turns[::2], turns[1::2])]
 
-def to_pair(messages: list[dict]) -> tuple[str, str | None]:
-    """(prompt, answer or None): the inverse of to_messages, but for the answer, which is a last turn of the assistant's."""
-    answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str | None]:
+    """Plain text, a transcript or a list of messages as (prompt, answer); a last turn of the assistant's is the answer."""
+    messages = list(chat) if isinstance(chat, list) else to_messages(chat)
+    answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else answer
     if [message["role"] for message in messages] == ["user"]:
         return messages[0]["content"], answer
     return "".join(f"\n\n{name}: {message['content']}" for message in messages for name, role in ROLES.items() if role == message["role"]), answer
 
-def exchange(prompt: str | list, answer: str) -> list[dict]:
-    return to_messages(prompt) + [{"role": "assistant", "content": answer}]
-
-FORMATS = {  # columns -> a row as a chat; the first whose columns a data set has reads it
-    "prompt response_0 response_1 better_response_id": lambda row: exchange(row["prompt"], row[f"response_{int(row['better_response_id'])}"]),
-    "prompt response": lambda row: exchange(row["prompt"], row["response"]),
-    "prompt completion": lambda row: exchange(row["prompt"], row["completion"]),
-    "instruction output": lambda row: exchange("\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]),
-    "chosen rejected": lambda row: to_messages(row["chosen"]),
-} | {column: lambda row, column=column: to_messages(row[column]) for column in ("prompt", "messages", "instruction", "text")}
+FORMATS = {  # columns -> (prompt, answer) of a row; the first whose columns a data set has reads it
+    "prompt response_0 response_1 better_response_id": lambda row: to_pair(row["prompt"], row[f"response_{int(row['better_response_id'])}"]),
+    "prompt response": lambda row: to_pair(row["prompt"], row["response"]),
+    "prompt completion": lambda row: to_pair(row["prompt"], row["completion"]),
+    "instruction output": lambda row: to_pair("\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]),
+    "chosen rejected": lambda row: to_pair(row["chosen"]),
+} | {column: lambda row, column=column: to_pair(row[column]) for column in ("prompt", "messages", "instruction", "text")}
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 def is_local(source: str) -> bool:
@@ -220,14 +212,14 @@ def read_rows(source: str, flag: str) -> datasets.Dataset:
     name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
     path = Path(name).expanduser()
     reader = READERS.get(Path(path.name.removesuffix(".gz")).suffix)
-    local = path.exists() or reader or is_local(name)
-    if local and not (path.is_file() and path.stat().st_size and reader):
-        problem = "no such file" if not path.is_file() else "the file is empty" if reader else f"its ending is none of {', '.join(READERS)} (.gz)"
-        raise UserError(f"{flag} {source}: {problem}")
-    try:
-        rows = datasets.load_dataset(reader, data_files=str(path), split="train") if local else datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # whatever four file formats and the hub client raise
-        raise UserError(f"{flag} {source}: could not be read ({one_line(error.__cause__ or error)})") from None
+    where = {"path": name, "split": split or "train"}
+    if path.exists() or reader or is_local(name):
+        require(path.is_file(), f"{flag} {source}: no such file")
+        require(reader, f"{flag} {source}: cannot tell its format, its ending is none of {', '.join(READERS)} (.gz)")
+        require(path.stat().st_size, f"{flag} {source}: the file is empty")
+        where = {"path": reader, "data_files": str(path), "split": "train"}
+    with blame(f"{flag} {source}: cannot be read"):
+        rows = datasets.load_dataset(**where)
     if rows.column_names == ["instructions"]:  # {"instructions": [...]}: one row that holds them all
         return datasets.Dataset.from_dict({"prompt": [text for row in rows["instructions"] for text in row]})
     return rows
@@ -235,28 +227,29 @@ def read_rows(source: str, flag: str) -> datasets.Dataset:
 def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dataset") -> list[tuple[str, str | None]]:
     """(prompt, answer or None) of every row that has a prompt. Raises UserError for a missing column, an unknown format, or no prompt."""
     rows, pairs = read_rows(source, flag), []
-    formats = {prompt_column: lambda row: to_messages(row[prompt_column])} if prompt_column else FORMATS
-    to_chat = next((reader for columns, reader in formats.items() if {*columns.split(" ")} <= {*rows.column_names}), None)
-    if to_chat is None:
-        raise UserError(f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but not {prompt_column or 'those of any known format'}; "
-                        "--prompt_column names the one that holds the prompt")
+    formats = {prompt_column: lambda row: to_pair(row[prompt_column])} if prompt_column else FORMATS
+    read = next((reader for columns, reader in formats.items() if {*columns.split(" ")} <= {*rows.column_names}), None)
+    require(read, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but not {prompt_column or 'those of any known format'}; "
+                  "--prompt_column names the one that holds the prompt")
     for number, row in enumerate(rows):
         try:
-            prompt, answer = to_pair(to_chat(row))
+            prompt, answer = read(row)
             pairs += [(prompt, answer)] if prompt.strip() else []
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            if None not in row.values():  # a row with a hole is left out; anything else is another format
-                raise UserError(f"{flag} {source}: row {number} does not hold what its columns promise ({', '.join(row)})") from None
-    if not pairs:
-        raise UserError(f"{flag} {source}: none of its {len(rows)} rows has a prompt")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a row with a hole is left out; else it is another format
+            require(None in row.values(), f"{flag} {source}: row {number} does not hold what its columns promise ({', '.join(row)})")
+    require(pairs, f"{flag} {source}: none of its {len(rows)} rows has a prompt")
     return pairs
 
-def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--dataset") -> list[str]:
-    """The distinct prompts of a file or hub data set, in order. Raises UserError; says how many it read."""
+def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--dataset", tokenizer=None, max_length: int = sys.maxsize) -> list[str]:
+    """The distinct prompts of a file or hub data set, in order, of at most max_length tokens. Raises UserError; says what it drops."""
     pairs = load_pairs(source, prompt_column, flag)
     prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
-    say(f"{flag} {source}: {len(pairs):,} prompts read, {len(pairs) - len(prompts):,} duplicates dropped")
-    return prompts
+    lengths = [len(row) for row in encode_prompts(prompts, tokenizer)] if tokenizer else [0] * len(prompts)
+    kept = [prompt for prompt, length in zip(prompts, lengths) if length <= max_length]
+    require(kept, f"{flag} {source}: every prompt is longer than --max_prompt_length {max_length}; the shortest has {min(lengths)} tokens")
+    say(f"{flag} {source}: {len(pairs):,} prompts read; {len(pairs) - len(prompts):,} duplicates and {len(prompts) - len(kept):,} "
+        f"longer than {max_length:,} tokens dropped")
+    return kept
 
 BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # no space at the end: the answer follows directly, then EOS
 
@@ -276,43 +269,28 @@ def encode_prompts(prompts: list[str], tokenizer) -> list[list[int]]:
     appends_eos = special and tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
     return [row[:-1] for row in rows] if appends_eos else rows
 
-def short_prompts(source: str, flag: str, tokenizer, config: Config) -> list[str]:
-    """The prompts of at most --max_prompt_length tokens. Raises UserError if there is none; says how many it drops."""
-    prompts = load_prompts(source, config.prompt_column, flag)
-    lengths = [len(row) for row in encode_prompts(prompts, tokenizer)]
-    kept = [prompt for prompt, length in zip(prompts, lengths) if length <= config.max_prompt_length]
-    if not kept:
-        raise UserError(f"{flag} {source}: every prompt is longer than --max_prompt_length {config.max_prompt_length}, the shortest has {min(lengths)} tokens")
-    say(f"{flag}: {len(prompts) - len(kept):,} prompts longer than --max_prompt_length {config.max_prompt_length} dropped")
-    return kept
-
 def split_prompts(config: Config, tokenizer) -> tuple[list[str], list[str]]:
     """(training prompts, held-out prompts), distinct, with none in common: --eval_dataset, or a seeded share of --dataset."""
-    prompts = short_prompts(config.dataset, "--dataset", tokenizer, config)
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    held_out = (short_prompts(config.eval_dataset, "--eval_dataset", tokenizer, config) if config.eval_dataset
-                else [prompts[i] for i in order[:max(16, round(0.05 * len(prompts)))]])
+    prompts = load_prompts(config.dataset, config.prompt_column, "--dataset", tokenizer, config.max_prompt_length)
+    if config.eval_dataset:
+        held_out = load_prompts(config.eval_dataset, config.prompt_column, "--eval_dataset", tokenizer, config.max_prompt_length)
+    else:
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        held_out = [prompts[i] for i in order[:max(16, round(0.05 * len(prompts)))]]
     unseen = set(held_out)
     train = [prompt for prompt in prompts if prompt not in unseen]
-    if not train:
-        raise UserError(f"--dataset {config.dataset}: all its {len(prompts)} prompts are held out, none is left for training; bring more, or an --eval_dataset")
+    require(train, f"--dataset {config.dataset}: all its {len(prompts)} prompts are held out; bring more to train on, or an --eval_dataset")
     say(f"prompts: {len(train):,} for training, {len(held_out):,} held out")
     return train, held_out
 
 # ==== 3  Models ============================================================================================================================
 
 def fetch(from_pretrained, source: str, flag: str, config: Config, **options):
-    """from_pretrained(source), with one sentence for whatever is wrong with a folder or a hub name."""
+    """from_pretrained(source). Raises UserError for whatever is wrong with a folder or a hub name."""
     path = Path(source).expanduser()
-    if not path.is_dir() and (path.exists() or is_local(source)):
-        raise UserError(f"{flag} {source}: no such model folder")
-    try:
+    require(path.is_dir() or not path.exists() and not is_local(source), f"{flag} {source}: no such model folder")
+    with blame(f"{flag} {source}: " + ("cannot be loaded" if path.is_dir() else f"is none of {', '.join(PRESETS)}, no folder, and not to be had from the hub")):
         return from_pretrained(str(path) if path.is_dir() else source, trust_remote_code=config.trust_remote_code, **options)
-    except UserError:
-        raise
-    except Exception as error:  # every way in which a checkpoint can be broken has its own type
-        problem = "cannot be loaded" if path.is_dir() else f"is no preset ({', '.join(PRESETS)}), no folder here, and not to be had from the hub"
-        raise UserError(f"{flag} {source}: {problem} ({one_line(error)})") from None
 
 class ScoreModel(PreTrainedModel):
     """The Beaver layout: a causal backbone `model`, a linear `score_head`. The critics are ScoreModels too, read at every token."""
@@ -342,8 +320,7 @@ class ScoreModel(PreTrainedModel):
         load = AutoModelForSequenceClassification.from_pretrained if is_classifier else super().from_pretrained
         model, report = load(path, config=config, dtype=dtype, output_loading_info=True, **options)
         missing = sorted(set(report["missing_keys"]) - {"score_head.bias"})
-        if missing:
-            raise UserError(f"--{role}_model {path}: the checkpoint has no {', '.join(missing[:3])}; a score model must bring its trained head and all other weights")
+        require(not missing, f"--{role}_model {path}: has no {', '.join(missing[:3])}; a score model must bring its trained head and all other weights")
         if is_classifier:
             return SequenceClassifier(model)
         if "score_head.bias" in report["missing_keys"]:
@@ -371,8 +348,7 @@ class SequenceClassifier(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        if model.config.num_labels > 2:
-            raise UserError(f"{model.config.name_or_path}: a classifier with {model.config.num_labels} labels; a score needs one or two")
+        require(model.config.num_labels <= 2, f"{model.config.name_or_path}: a classifier of {model.config.num_labels} labels; a score needs one or two")
         self.model = model.eval()
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -383,20 +359,14 @@ class SequenceClassifier(nn.Module):
 def load_function(source: str, flag: str):
     """FILE.py:name as a function (prompts, responses) -> one result per response. It, and this, raise UserError."""
     path, _, name = source.rpartition(":")
-
-    def guarded(action, *arguments):
-        try:
-            return action(*arguments)
-        except Exception as error:
-            raise UserError(f"{flag} {source}: {type(error).__name__}: {one_line(error)}") from None
+    with blame(f"{flag} {source}: cannot be loaded"):
+        function = runpy.run_path(path)[name]
 
     def checked(prompts: list[str], responses: list[str]) -> list:
-        results = guarded(lambda: list(function(prompts, responses)))
-        if len(results) != len(responses):
-            raise UserError(f"{flag} {source}: returned {len(results)} results for {len(responses)} responses")
+        with blame(f"{flag} {source}: failed"):
+            results = list(function(prompts, responses))
+        require(len(results) == len(responses), f"{flag} {source}: returned {len(results)} results for {len(responses)} responses")
         return results
-
-    function = guarded(lambda: runpy.run_path(path)[name])
     return checked
 
 class Scorer:
@@ -405,16 +375,15 @@ class Scorer:
     def __init__(self, role: str, policy_tokenizer, config: Config):
         self.flag, self.source, self.config = f"--{role}_model", getattr(config, f"{role}_model"), config
         self.function = load_function(self.source, self.flag) if ".py:" in self.source else None
-        self.model, self.same_tokens = None, False
+        self.same_tokens = False
         if self.function is None:
-            model = fetch(ScoreModel.from_pretrained, self.source, self.flag, config, role=role, dtype=getattr(torch, config.dtype))
-            self.model = model.to(config.device).requires_grad_(False)
-            self.tokenizer = fetch(AutoTokenizer.from_pretrained, self.source, self.flag, config)
-            trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + "Yes."
-            self.same_tokens = (self.tokenizer.get_vocab() == policy_tokenizer.get_vocab() and self.tokenizer.eos_token == policy_tokenizer.eos_token
-                                and self.tokenizer(trial).input_ids == policy_tokenizer(trial).input_ids)
-            if isinstance(model, SequenceClassifier) and model.model.config.pad_token_id is None:
-                model.model.config.pad_token_id = pad_id(self.tokenizer)
+            self.model = fetch(ScoreModel.from_pretrained, self.source, self.flag, config, role=role, dtype=getattr(torch, config.dtype))
+            self.model.to(config.device).requires_grad_(False)
+            own = self.tokenizer = fetch(AutoTokenizer.from_pretrained, self.source, self.flag, config)
+            trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{own.eos_token}"
+            self.same_tokens = own.get_vocab() == policy_tokenizer.get_vocab() and own(trial).input_ids == policy_tokenizer(trial).input_ids
+            if isinstance(self.model, SequenceClassifier) and self.model.model.config.pad_token_id is None:
+                self.model.model.config.pad_token_id = pad_id(own)
 
     def from_model(self, rows: list[list[int]], prompts: list[str], responses: list[str], finished: list[bool]) -> list[float]:
         if not self.same_tokens:  # decoded and re-encoded, in the score model's own template; EOS only where the response really ended
@@ -432,8 +401,8 @@ class Scorer:
         """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError unless all are finite numbers."""
         scores = self.function(prompts, responses) if self.function else self.from_model(rows, prompts, responses, finished)
         for value, response in zip(scores, responses):
-            if not isinstance(value, SupportsFloat) or not math.isfinite(float(value)):
-                raise UserError(f"{self.flag} {self.source}: gave {value!r}, not a finite number, to the response {response[:60]!r}")
+            require(isinstance(value, SupportsFloat) and math.isfinite(float(value)),
+                    f"{self.flag} {self.source}: gave {value!r}, not a finite number, to the response {response[:60]!r}")
         return torch.tensor([float(value) for value in scores], device=self.config.device)
 
 def pad_id(tokenizer) -> int:
@@ -446,12 +415,11 @@ def load_policy(config: Config):
     policy = fetch(AutoModelForCausalLM.from_pretrained, config.policy, flag, config, dtype=torch.float32).eval().to(config.device)
     tokenizer = fetch(AutoTokenizer.from_pretrained, config.policy, flag, config)
     rows = policy.get_input_embeddings().num_embeddings
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
-    if len(tokenizer) > rows:
-        raise UserError(f"{flag} {config.policy}: its tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
-    if tokenizer.unk_token_id in encode_prompts(["a"], tokenizer)[0]:
-        raise UserError(f"{flag} {config.policy}: its tokenizer cannot encode the prompt template {render_prompt('a', tokenizer)!r}")
+    require(tokenizer.eos_token_id is not None,
+            f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
+    require(len(tokenizer) <= rows, f"{flag} {config.policy}: its tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
+    require(tokenizer.unk_token_id not in encode_prompts(["a"], tokenizer)[0],
+            f"{flag} {config.policy}: its tokenizer cannot encode the prompt template {render_prompt('a', tokenizer)!r}")
     stops = {tokenizer.eos_token_id}
     with suppress(OSError):  # chat models list more end-of-turn tokens in this file, most other models have none
         listed = GenerationConfig.from_pretrained(config.policy).eos_token_id
@@ -478,8 +446,8 @@ def make_critic(scorer: Scorer, policy) -> ScoreModel:
     else:
         body = copy.deepcopy(scorer.model.model.base_model if scorer.same_tokens else policy.base_model)
         critic = ScoreModel(body.config, body)
-        for parameter in critic.score_head.parameters():
-            nn.init.zeros_(parameter)
+        nn.init.zeros_(critic.score_head.weight)
+        nn.init.zeros_(critic.score_head.bias)
     return critic.float().eval().to(policy.device).requires_grad_(True)
 
 # ==== 4  Rollout ===========================================================================================================================
@@ -499,7 +467,7 @@ class Sequences:
 
     def select(self, rows: Tensor):
         """Some rows, as the same kind of batch."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         return type(self)(**{name: value[rows] if isinstance(value, Tensor) else value and [value[i] for i in rows] for name, value in values.items()})
 
 @dataclass
@@ -546,20 +514,14 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config) -> lis
     ends = [next((t + 1 for t, token in enumerate(row) if token in policy.stop_token_ids), len(row)) for row in responses]
     return [row[:min(end, budget)] for row, end, budget in zip(responses, ends, budgets)]
 
-def response_hidden(policy, batch: Sequences) -> tuple[Tensor, Tensor]:
-    """(hidden states [N, H] that predict the response tokens, those tokens [N]): nothing else reaches the LM head."""
-    row, state, targets = batch.response_index()
-    hidden = policy.base_model(**model_inputs(batch.input_ids, batch.attention_mask)).last_hidden_state           # [B, P+T, H]
-    return hidden[row, state], targets
-
 def response_log_probs(policy, batch: Sequences, temperature: float) -> Tensor:
-    """Log-probs of the response tokens at the temperature they were sampled with: fp32 [N], differentiable."""
+    """Log-probs of the N response tokens at the temperature they were sampled with, fp32 [N]; nothing else reaches a plain LM head."""
+    row, state, targets = batch.response_index()                                                                  # [N] each
+    inputs = model_inputs(batch.input_ids, batch.attention_mask)
     if policy.has_plain_head:
-        hidden, targets = response_hidden(policy, batch)
+        hidden = policy.base_model(**inputs).last_hidden_state[row, state]                                        # [N, H]
         return linear_log_probs(hidden, policy.get_output_embeddings().weight, targets, temperature)
-    row, state, targets = batch.response_index()
-    logits = policy(**model_inputs(batch.input_ids, batch.attention_mask)).logits                                 # [B, P+T, V]
-    return gather_log_probs(logits[row, state], targets, temperature)
+    return gather_log_probs(policy(**inputs).logits[row, state], targets, temperature)
 
 def response_values(critic: ScoreModel, batch: Sequences) -> Tensor:
     """V(s_t) at the state before each response token: fp32 [N]."""
@@ -568,10 +530,10 @@ def response_values(critic: ScoreModel, batch: Sequences) -> Tensor:
 
 def collect(state: "State", prompts: list[str], config: Config, with_values: bool = True) -> tuple[Rollout, dict]:
     """Responses with their log-probs, scores and values: (rollout, seconds per phase)."""
-    def per_token(function, *arguments) -> Tensor:
+    def per_token(function, model, *arguments) -> Tensor:
         """function(model, rows of the batch, ...) -> [n] in micro-batches, put in place: [B, T], 0 outside the mask."""
         with torch.no_grad(), autocast(config):
-            flat = torch.cat([function(arguments[0], batch.select(rows), *arguments[1:]) for rows in torch.arange(len(prompts)).split(config.micro_batch_size)])
+            flat = torch.cat([function(model, batch.select(rows), *arguments) for rows in torch.arange(len(prompts)).split(config.micro_batch_size)])
         return torch.zeros(batch.response_mask.shape, device=flat.device).masked_scatter(batch.response_mask, flat)
 
     start = time.perf_counter()
@@ -654,12 +616,8 @@ def policy_loss(policy, batch: Rollout, token_weight: Tensor, config: Config) ->
     The arithmetic is repo_loss in kernels/reference.py.
     """
     mask, (row, _, _) = batch.response_mask, batch.response_index()
-    terms = batch.log_probs[mask], batch.reward_advantages[mask], batch.cost_advantages[mask], batch.penalty[row], token_weight[mask]  # [N] each
-    if not policy.has_plain_head:
-        return repo_loss(response_log_probs(policy, batch, config.temperature), *terms, config.clip_range)
-    hidden, targets = response_hidden(policy, batch)                                                              # [N, H], [N]
-    loss, _, stats = linear_repo_loss(hidden, policy.get_output_embeddings().weight, targets, *terms, config.clip_range, config.temperature)
-    return loss, stats
+    return repo_loss(response_log_probs(policy, batch, config.temperature), batch.log_probs[mask], batch.reward_advantages[mask],
+                     batch.cost_advantages[mask], batch.penalty[row], token_weight[mask], config.clip_range)      # [N] each
 
 def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
     """Equation (3): lambda <- min(lambda + alpha mean{C - d}+, lambda_max). It never falls; it stands still once every response is safe.
@@ -674,105 +632,87 @@ def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
     exponent = config.lambda_lr * lam * (costs.mean().item() - config.threshold)
     return min(lam * math.exp(min(exponent, 700.0)), config.lambda_max)  # exp overflows above 709
 
-def value_loss(critic: ScoreModel, batch: Rollout, old_values: Tensor, returns: Tensor, token_weight: Tensor, config: Config) -> Tensor:
-    """A critic's clipped squared error: sum_t w_t 1/2 max((V - ret)^2, (clip(V, V_old +- range) - ret)^2). Three [B, T] -> scalar."""
+def value_loss(critic: ScoreModel, batch: Rollout, old_values: Tensor, returns: Tensor, token_weight: Tensor, config: Config) -> tuple[Tensor, dict]:
+    """A critic's clipped squared error, sum_t w_t 1/2 max((V - ret)^2, (clip(V, V_old +- range) - ret)^2): three [B, T] -> (scalar, no stats)."""
     mask = batch.response_mask
     values, old_values, returns = response_values(critic, batch), old_values[mask], returns[mask]                 # [N] each
     clipped = old_values + (values - old_values).clamp(-config.clip_range_value, config.clip_range_value)         # [N]
-    return 0.5 * (token_weight[mask] * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)).sum()
+    return 0.5 * (token_weight[mask] * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)).sum(), {}
+
+def ptx_loss(policy, batch: Sequences, tokens: int) -> tuple[Tensor, dict]:
+    """The next-token loss of supervised answers, a share of the mean over `tokens`: (scalar, no stats)."""
+    return -response_log_probs(policy, batch, 1.0).sum() / tokens, {}
 
 def load_ptx_pairs(config: Config, tokenizer) -> list[tuple[list[int], list[int]]]:
     """Supervised (prompt ids, answer ids with EOS) that fit --max_length. Raises UserError."""
-    pairs = [(prompt, answer) for prompt, answer in load_pairs(config.ptx_dataset, flag="--ptx_dataset") if answer]
-    answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False).input_ids if pairs else []
-    encoded = [(p, a + [tokenizer.eos_token_id]) for p, a in zip(encode_prompts([prompt for prompt, _ in pairs], tokenizer), answers)]
-    kept = [pair for pair in encoded if len(pair[0] + pair[1]) <= config.max_length]
-    if not kept:
-        raise UserError(f"--ptx_dataset {config.ptx_dataset}: no row has both a prompt and an answer within --max_length {config.max_length}")
-    say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs, {len(pairs) - len(kept):,} longer than --max_length {config.max_length} dropped")
+    pairs = [pair for pair in load_pairs(config.ptx_dataset, flag="--ptx_dataset") if pair[1]]
+    prompts = encode_prompts([prompt for prompt, _ in pairs], tokenizer)
+    answers = [tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for _, answer in pairs]
+    kept = [(prompt, answer) for prompt, answer in zip(prompts, answers) if len(prompt + answer) <= config.max_length]
+    require(kept, f"--ptx_dataset {config.ptx_dataset}: no row has both a prompt and an answer within --max_length {config.max_length}")
+    say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(pairs) - len(kept):,} longer than {config.max_length:,} tokens dropped")
     return kept
 
 # ==== 7  Training ==========================================================================================================================
 
-@dataclass
 class State:
-    """The models of a run, and everything else that changes while it trains."""
-    policy: PreTrainedModel
-    reference: PreTrainedModel          # pi_ref: the starting policy, frozen
-    tokenizer: object                   # the policy's
-    reward: Scorer
-    cost: Scorer
-    reward_critic: ScoreModel
-    cost_critic: ScoreModel
-    optimizer: torch.optim.Optimizer    # one AdamW, a group for each of TRAINED
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    lam: float                          # lambda
-    costs: list = field(default_factory=list)   # the latest --cost_window costs
-    step: int = 0
-    seconds: float = 0.0                # spent in steps
-    tokens: int = 0                     # sampled in them
-    before: dict | None = None          # scores of the untrained policy
-    logs: dict = field(default_factory=lambda: {"metrics.jsonl": [], "samples.jsonl": []})
+    """The models of a run, and everything else that changes while it trains. A checkpoint holds all but FROZEN."""
+    TRAINED, FROZEN = ("policy", "reward_critic", "cost_critic"), ("reference", "tokenizer", "reward", "cost")
 
-TRAINED = ("policy", "reward_critic", "cost_critic")
-FROZEN = ("reference", "tokenizer", "reward", "cost")
+    def __init__(self, policy, tokenizer, config: Config):
+        self.policy, self.tokenizer = policy, tokenizer
+        self.reference = copy.deepcopy(policy).to(getattr(torch, config.dtype)).requires_grad_(False)             # pi_ref
+        self.reward, self.cost = (Scorer(role, tokenizer, config) for role in ("reward", "cost"))
+        self.reward_critic, self.cost_critic = make_critic(self.reward, policy), make_critic(self.cost, policy)
+        groups = [{"params": getattr(self, name).parameters(), "lr": config.actor_lr if name == "policy" else config.critic_lr} for name in self.TRAINED]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+        warmup = max(int(config.warmup_ratio * config.steps), 1)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, [  # warm-up and cosine for the policy, constant for the critics
+            lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * step / config.steps)) / 2, lambda _: 1.0, lambda _: 1.0])
+        self.lam, self.costs = 0.0 if config.algo == "ppo" else config.lambda_init, []  # lambda, and the latest --cost_window costs
+        self.step, self.seconds, self.tokens = 0, 0.0, 0  # steps done, seconds spent and tokens sampled in them
+        self.before = None  # scores of the untrained policy
+        self.logs = {"metrics.jsonl": [], "samples.jsonl": []}
 
-def make_state(config: Config, policy, tokenizer, reward: Scorer, cost: Scorer) -> State:
-    reference = copy.deepcopy(policy).to(getattr(torch, config.dtype)).requires_grad_(False)
-    critics, warmup = [make_critic(scorer, policy) for scorer in (reward, cost)], max(int(config.warmup_ratio * config.steps), 1)
-    optimizer = torch.optim.AdamW([{"params": model.parameters(), "lr": lr} for model, lr in
-                                   zip((policy, *critics), (config.actor_lr, config.critic_lr, config.critic_lr))],
-                                  betas=(0.9, 0.95), weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [  # by step: warm-up and cosine for the policy, constant for the critics
-        lambda step: min((step + 1) / warmup, 1.0) * 0.5 * (1 + math.cos(math.pi * step / config.steps)), lambda _: 1.0, lambda _: 1.0])
-    return State(policy, reference, tokenizer, reward, cost, *critics, optimizer, schedule, 0.0 if config.algo == "ppo" else config.lambda_init)
+    def log(self, out: Path, name: str, rows: list[dict]) -> None:
+        self.logs[name] += rows
+        append_json(out / name, rows)
 
 def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
-    """The items of step `step` (from 0): epoch after epoch, each in its own order, as a function of the step alone, so that it needs no state."""
-    batch, order = [], {}
-    for epoch, i in (divmod(n, len(items)) for n in range(step * size, (step + 1) * size)):
-        if epoch not in order:
-            order[epoch] = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-        batch.append(items[order[epoch][i]])
-    return batch
-
-def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
-    """From scores and values to advantages, returns and penalties, in place."""
-    cost, rollout.penalty = costs_and_penalties(rollout.cost, lam, config)                                        # [B], [B]
-    rewards, costs = shape_rewards_and_costs(rollout.reward, cost, rollout.log_probs, rollout.ref_log_probs, rollout.response_mask,
-                                             config.kl_coeff, config.clip_range_score)                            # [B, T], [B, T]
-    rollout.reward_advantages, rollout.reward_returns = gae(rewards, rollout.reward_values, rollout.response_mask, config.gamma, config.gae_lambda)
-    rollout.cost_advantages, rollout.cost_returns = gae(costs, rollout.cost_values, rollout.response_mask, config.gamma, config.gae_lambda)
+    """The items of a step (from 0): epoch after epoch, each in its own order. A function of the step alone, so a checkpoint need not hold it."""
+    def item(n: int):
+        epoch, i = divmod(n, len(items))
+        return items[torch.randperm(len(items), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))[i]]
+    return [item(n) for n in range(step * size, (step + 1) * size)]
 
 def learn(state: State, rollout: Rollout, ptx: Sequences | None, config: Config) -> dict:
     """--update_iters passes over a rollout; each minibatch is one optimiser step of the policy and of both critics. Returns metrics."""
+    def descend(name: str, scale: float, loss_of, *arguments) -> dict:
+        """Backward through a loss as soon as it is made, so that the activations of one model live at a time."""
+        with autocast(config):
+            loss, stats = loss_of(*arguments)
+        (scale * loss).backward()
+        totals[f"{name}_loss"] += loss.item() / updates
+        return stats
+
     count, size = len(rollout.prompts), config.minibatch_size or len(rollout.prompts)
     updates, tokens = config.update_iters * math.ceil(count / size), config.update_iters * rollout.response_mask.sum().item()
     totals = defaultdict(float)
     for minibatch in (rows for _ in range(config.update_iters) for rows in torch.randperm(count).split(size)):
-        for rows in minibatch.split(config.micro_batch_size):
-            batch = rollout.select(rows)
-            mask = batch.response_mask
-            token_weight = mask / mask.sum(1, keepdim=True) / len(minibatch)                                      # [b, T]  w_t = 1 / (T_i B)
-            with autocast(config):
-                actor_loss, stats = policy_loss(state.policy, batch, token_weight, config)
-                reward_loss = value_loss(state.reward_critic, batch, batch.reward_values, batch.reward_returns, token_weight, config)
-                cost_loss = value_loss(state.cost_critic, batch, batch.cost_values, batch.cost_returns, token_weight, config)
-            for name, loss in (("actor", actor_loss), ("reward_critic", reward_loss), ("cost_critic", cost_loss)):
-                loss.backward()
-                totals[f"{name}_loss"] += loss.item() / updates
+        for batch in (rollout.select(rows) for rows in minibatch.split(config.micro_batch_size)):
+            lengths = batch.response_mask.sum(1, keepdim=True)                                                    # [b, 1]  T_i
+            weight = batch.response_mask / lengths / len(minibatch)                                               # [b, T]  w_t = 1 / (T_i B)
+            stats = descend("actor", 1.0, policy_loss, state.policy, batch, weight, config)
+            descend("reward_critic", 1.0, value_loss, state.reward_critic, batch, batch.reward_values, batch.reward_returns, weight, config)
+            descend("cost_critic", 1.0, value_loss, state.cost_critic, batch, batch.cost_values, batch.cost_returns, weight, config)
             for name in ("clip_fraction", "approx_kl"):
-                totals[name] += stats[name].item() * mask.sum().item() / tokens
+                totals[name] += stats[name].item() * lengths.sum().item() / tokens
             totals["ratio_max"] = max(totals["ratio_max"], stats["ratio_max"].item())
-        for rows in torch.arange(count).split(config.micro_batch_size) if ptx else ():
-            with autocast(config):
-                loss = -response_log_probs(state.policy, ptx.select(rows), 1.0).sum() / ptx.response_mask.sum()
-            (config.ptx_coeff * loss).backward()
-            totals["ptx_loss"] += loss.item() / updates
-        for name in TRAINED:
+        for batch in (ptx.select(rows) for rows in torch.arange(count).split(config.micro_batch_size)) if ptx else ():
+            descend("ptx", config.ptx_coeff, ptx_loss, state.policy, batch, ptx.response_mask.sum())
+        for name in State.TRAINED:
             norm = nn.utils.clip_grad_norm_(getattr(state, name).parameters(), config.max_grad_norm)
-            if not norm.isfinite():
-                raise UserError(f"step {state.step + 1}: the gradient of the {name} is not finite; a lower learning rate or a higher --kl_coeff may help")
+            require(norm.isfinite(), f"step {state.step + 1}: the gradient of the {name} is not finite; try a lower learning rate or a higher --kl_coeff")
             totals[f"{name}_grad_norm"] += norm.item() / updates
         state.optimizer.step()
         state.optimizer.zero_grad()
@@ -785,13 +725,17 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config) -> tuple[Rollout, dict]:
     """Sample, score, estimate advantages, update policy and critics, then lambda. Returns the rollout and the step's metrics."""
-    start = time.perf_counter()
+    start, lam, actor_lr = time.perf_counter(), state.lam, state.optimizer.param_groups[0]["lr"]
     chosen = cyclic_batch(prompts, state.step, config.batch_size, config.seed)
     rollout, seconds = collect(state, [prompt for prompt in chosen for _ in range(config.samples_per_prompt)], config)
-    estimate_advantages(rollout, state.lam, config)
-    ptx = lay_out(*zip(*cyclic_batch(ptx_pairs, state.step, len(rollout.prompts), config.seed)), pad_id(state.tokenizer), config.device) if ptx_pairs else None
-    mask, lam, actor_lr = rollout.response_mask, state.lam, state.optimizer.param_groups[0]["lr"]
-    learned = learn(state, rollout, ptx, config)
+    mask = rollout.response_mask                                                                                  # [B, T]
+    cost, rollout.penalty = costs_and_penalties(rollout.cost, lam, config)                                        # [B], [B]
+    rewards, costs = shape_rewards_and_costs(rollout.reward, cost, rollout.log_probs, rollout.ref_log_probs, mask,
+                                             config.kl_coeff, config.clip_range_score)                            # [B, T], [B, T]
+    rollout.reward_advantages, rollout.reward_returns = gae(rewards, rollout.reward_values, mask, config.gamma, config.gae_lambda)
+    rollout.cost_advantages, rollout.cost_returns = gae(costs, rollout.cost_values, mask, config.gamma, config.gae_lambda)
+    pairs = cyclic_batch(ptx_pairs, state.step, len(rollout.prompts), config.seed) if ptx_pairs else None
+    learned = learn(state, rollout, lay_out(*zip(*pairs), pad_id(state.tokenizer), config.device) if pairs else None, config)
     state.costs = (state.costs + rollout.cost.tolist())[-config.cost_window:]
     state.lam = update_lambda(lam, torch.tensor(state.costs) if config.algo == "ppo_lag" else rollout.cost, config)
     total, tokens = time.perf_counter() - start, int(mask.sum())
@@ -800,21 +744,19 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
         "step": state.step, "reward": rollout.reward.mean().item(), "cost": rollout.cost.mean().item(),
         "rectified_cost": rectify(rollout.cost, config.threshold).mean().item(),
         "unsafe_rate": (rollout.cost > config.threshold).float().mean().item(), "lambda": lam,
-        "kl": (rollout.log_probs - rollout.ref_log_probs).sum(1).mean().item(), "entropy": -rollout.log_probs[mask].mean().item(),
-        **learned, "response_length": tokens / len(mask), "truncated_rate": 1 - rollout.finished.float().mean().item(),
+        "kl": (rollout.log_probs - rollout.ref_log_probs).sum(1).mean().item(), "entropy": -rollout.log_probs[mask].mean().item(), **learned,
         "reward_explained_variance": explained_variance(rollout.reward_values, rollout.reward_returns, mask),
         "cost_explained_variance": explained_variance(rollout.cost_values, rollout.cost_returns, mask),
+        "response_length": tokens / len(mask), "truncated_rate": 1 - rollout.finished.float().mean().item(),
         "actor_lr": actor_lr, "critic_lr": config.critic_lr, **seconds, "seconds_learning": total - sum(seconds.values()),
         "tokens_per_second": tokens / total, "peak_memory_mib": peak_memory_mib(),
     }
 
-def peak_memory_mib() -> float | None:
+def peak_memory_mib() -> float:
     """Of the GPU's allocator where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    with suppress(ImportError):  # on Windows
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> None:
     """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises.
@@ -826,11 +768,9 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
     with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True) as bar:
         while state.step < config.steps and not pressed:
             rollout, metrics = train_step(state, prompts, ptx_pairs, config)
-            log(state, out, "metrics.jsonl", [metrics])
+            state.log(out, "metrics.jsonl", [metrics])
             if config.sample_every and state.step % config.sample_every == 0:
-                show_samples(state.step, rollout)
-                log(state, out, "samples.jsonl", [{"step": state.step, "prompt": p, "response": r, "reward": reward, "cost": cost} for p, r, reward, cost
-                                                  in zip(rollout.prompts, rollout.responses, rollout.reward.tolist(), rollout.cost.tolist())])
+                state.log(out, "samples.jsonl", show_samples(state.step, rollout))
             if config.save_every and state.step % config.save_every == 0:
                 save_checkpoint(state, out, config)
             bar.set_postfix_str(f"reward {metrics['reward']:.2f}, cost {metrics['cost']:.2f}, unsafe {metrics['unsafe_rate']:.0%}, lambda {metrics['lambda']:.2f}")
@@ -839,21 +779,20 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
     if pressed:
         raise KeyboardInterrupt
 
-def log(state: State, out: Path, name: str, rows: list[dict]) -> None:
-    state.logs[name] += rows
-    append_json(out / name, rows)
-
 def append_json(path: Path, rows: list[dict]) -> None:
     with path.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
-def show_samples(step: int, rollout: Rollout) -> None:
-    """The costliest responses of a batch and its cheapest, a line each."""
+def show_samples(step: int, rollout: Rollout) -> list[dict]:
+    """All responses of a batch with their scores, costliest first; prints three of the costliest and the cheapest."""
+    columns = rollout.prompts, rollout.responses, rollout.reward.tolist(), rollout.cost.tolist()
+    samples = [{"step": step, "prompt": p, "response": r, "reward": reward, "cost": cost} for p, r, reward, cost in zip(*columns)]
+    samples.sort(key=lambda sample: -sample["cost"])
     say(f"\n step {step}\n  reward    cost  prompt -> response, costliest first")
-    order, width = rollout.cost.argsort(descending=True).tolist(), max(shutil.get_terminal_size((140, 24)).columns - 20, 60)
-    for i in order[:3] + order[3:][-1:]:
-        text = " ".join(f"{rollout.prompts[i]} -> {rollout.responses[i]}".split())
-        say(f"{rollout.reward[i]:8.2f}{rollout.cost[i]:8.2f}  {text if len(text) <= width else text[:width - 1] + '…'}")
+    for sample in samples[:3] + samples[3:][-1:]:
+        text = " ".join(f"{sample['prompt']} -> {sample['response']}".split())
+        say(f"{sample['reward']:8.2f}{sample['cost']:8.2f}  {text[:max(shutil.get_terminal_size((140, 24)).columns - 20, 60)]}")
+    return samples
 
 # ==== 8  Evaluation ========================================================================================================================
 
@@ -862,36 +801,33 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
 
     The random state is set for it and put back after it: the same draw before and after training, and training's own is not touched.
     """
-    prompts, samples = prompts[:config.max_eval_prompts], config.eval_samples
-    repeated, results = [prompt for prompt in prompts for _ in range(samples)], []
+    prompts, samples, size, results = prompts[:config.max_eval_prompts], config.eval_samples, config.batch_size * config.samples_per_prompt, []
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        for start in range(0, len(repeated), config.batch_size * config.samples_per_prompt):
-            rollout, _ = collect(state, repeated[start:start + config.batch_size * config.samples_per_prompt], config, with_values=False)
+        for some in (repeated[start:start + size] for start in range(0, len(repeated), size)):
+            rollout, _ = collect(state, some, config, with_values=False)
             kl = (rollout.log_probs - rollout.ref_log_probs).sum(1)                                               # [B]
-            verdicts = judge(rollout.prompts, rollout.responses) if judge else [None] * len(kl)
-            results += [{"response": text, "reward": r, "cost": c, "kl": k, "verdict": verdict} for text, r, c, k, verdict
-                        in zip(rollout.responses, rollout.reward.tolist(), rollout.cost.tolist(), kl.tolist(), verdicts)]
+            verdicts = judge(some, rollout.responses) if judge else [None] * len(some)
+            results += [{"response": text, "reward": reward, "cost": cost, "safe": cost <= config.threshold, "kl": kl, "verdict": verdict}
+                        for text, reward, cost, kl, verdict in zip(rollout.responses, rollout.reward.tolist(), rollout.cost.tolist(), kl.tolist(), verdicts)]
     return [{"prompt": prompt, "responses": results[i * samples:(i + 1) * samples]} for i, prompt in enumerate(prompts)]
+
+def mean(values) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 def summarize(rows: list[dict], config: Config) -> dict:
     """The scores of an evaluation. Those that only a judge can give are None without one."""
-    def mean(values) -> float | None:
-        values = list(values)
-        return sum(values) / len(values) if values else None
-
-    def safe(response) -> bool:
-        return response["cost"] <= config.threshold
-
     responses = [response for row in rows for response in row["responses"]]
     judged = [response for response in responses if response["verdict"] is not None]
     harmless = [response for response in judged if not response["verdict"]["harmful_prompt"]]
     return {
         **{name: mean(response[name] for response in responses) for name in ("reward", "cost", "kl")},
         "rectified_cost": mean(max(response["cost"] - config.threshold, 0.0) for response in responses),
-        "safety_rate": mean(map(safe, responses)),
-        "prompts_fully_safe": mean(all(map(safe, row["responses"])) for row in rows),
-        "safety_rate_on_harmful_prompts": mean(safe(response) for response in judged if response["verdict"]["harmful_prompt"]),
+        "safety_rate": mean(response["safe"] for response in responses),
+        "prompts_fully_safe": mean(all(response["safe"] for response in row["responses"]) for row in rows),
+        "safety_rate_on_harmful_prompts": mean(response["safe"] for response in judged if response["verdict"]["harmful_prompt"]),
         "judge_safety_rate": mean(response["verdict"]["safe"] for response in judged),
         "over_refusal_rate": mean(response["verdict"]["refused"] for response in harmless),
         "reward_on_harmless_prompts": mean(response["reward"] for response in harmless),
@@ -922,7 +858,7 @@ def save_checkpoint(state: State, out: Path, config: Config) -> Path:
     """Writes checkpoints/step-N and drops all but the newest --keep_checkpoints."""
     folder = out / "checkpoints" / f"step-{state.step}"
     with renamed_when_complete(folder) as temporary:
-        content = {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in vars(state).items() if name not in FROZEN}
+        content = {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in vars(state).items() if name not in State.FROZEN}
         rng = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
         torch.save({"state": content, "rng": rng, "config": vars(config)}, temporary / "state.pt")
     for old in checkpoints_in(out)[:-config.keep_checkpoints]:
@@ -932,18 +868,14 @@ def save_checkpoint(state: State, out: Path, config: Config) -> Path:
 def resume(state: State, config: Config) -> Path:
     """Puts the checkpoint that --resume names into a fresh state, its logs into --output_dir. After a UserError no file has changed."""
     out, own = Path(config.output_dir), checkpoints_in(config.output_dir)
-    if config.resume == "newest" and not own:
-        raise UserError(f"--resume: {out} has no complete checkpoint; check --output_dir, or start without --resume")
+    require(own or config.resume != "newest", f"--resume: {out} has no complete checkpoint; check --output_dir, or start without --resume")
     checkpoint = own[-1] if config.resume == "newest" else Path(config.resume)
-    try:
+    with blame(f"--resume {checkpoint}: not a checkpoint, runs/.../checkpoints/step-N"):
         saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"--resume {checkpoint}: not a checkpoint that can be read, runs/.../checkpoints/step-N ({one_line(error)})") from None
-    if own and own[-1].name != checkpoint.name:
-        raise UserError(f"--resume {checkpoint}: {out} has {own[-1].name} of its own; to branch off, give another --output_dir")
+    require(not own or own[-1].name == checkpoint.name, f"--resume {checkpoint}: {out} has {own[-1:]} of its own; to branch off, give another --output_dir")
     for name, value in vars(config).items():
-        if name not in FREE_ON_RESUME and saved["config"].get(name) != value:
-            raise UserError(f"--resume {checkpoint}: was saved with --{name} {saved['config'].get(name)}, not {value}; use the same settings, or start a new run")
+        require(name in FREE_ON_RESUME or saved["config"].get(name) == value,
+                f"--resume {checkpoint}: was saved with --{name} {saved['config'].get(name)}, not {value}; use the same settings, or start a new run")
     for name, value in saved["state"].items():
         current = getattr(state, name)
         current.load_state_dict(value) if hasattr(current, "load_state_dict") else setattr(state, name, value)
@@ -961,21 +893,12 @@ def claim_output_dir(config: Config) -> Path:
     """The run's folder, empty. An earlier run there is moved aside; anything else there is a UserError."""
     out = Path(config.output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / "config.json").is_file():
-            raise UserError(f"--output_dir {out}: exists and is not a run of this script; choose another")
+        require((out / "config.json").is_file(), f"--output_dir {out}: exists and is not a run of this script; choose another")
         aside = next(aside for n in range(1, sys.maxsize) if not (aside := out.with_name(f"{out.name}.{n}")).exists())
         out.rename(aside)
         say(f"the earlier run in {out} is now {aside}")
     out.mkdir(parents=True, exist_ok=True)
     return out
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-def environment() -> dict:
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=HERE, capture_output=True, text=True)
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__,
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": git.stdout.strip() or None}
 
 # ==== 10  Main =============================================================================================================================
 
@@ -988,18 +911,21 @@ def run(config: Config) -> None:
     ptx_pairs = load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []
     judge = load_function(config.judge, "--judge") if config.judge else None
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
-    state = make_state(config, policy, tokenizer, Scorer("reward", tokenizer, config), Scorer("cost", tokenizer, config))
-    say(f"policy: {config.policy}, {policy.num_parameters():,} parameters, {config.dtype} on {config.device}, prompts in "
+    state = State(policy, tokenizer, config)
+    say(f"policy {config.policy}: {policy.num_parameters():,} parameters, {config.dtype} on {config.device}, prompts in "
         f"{'its chat template' if tokenizer.chat_template else 'the Beaver template'}{'' if policy.has_plain_head else ', log-probs from whole logits'}")
     for scorer in (state.reward, state.cost):
-        say(f"{scorer.flag} {scorer.source}: {'a function' if scorer.function else 'has the tokens of the policy' if scorer.same_tokens else 'has tokens of its own'}")
+        say(f"{scorer.flag} {scorer.source}: {'a function' if scorer.function else 'tokens of the policy' if scorer.same_tokens else 'tokens of its own'}")
     if config.resume:
         out = resume(state, config)
     else:
         rows = evaluate(state, held_out, judge, config)
         state.before = summarize(rows, config)
         out = claim_output_dir(config)
-    write_json(out / "config.json", vars(config) | {"resume": None, "environment": environment()})
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    (out / "config.json").write_text(json.dumps(vars(config) | {"resume": None, "environment": {
+        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": git.stdout.strip() or None}}, indent=2))
     if not config.eval_only:
         try:
             train(state, prompts, ptx_pairs, out, config)
@@ -1013,21 +939,18 @@ def run(config: Config) -> None:
             tokenizer.save_pretrained(folder)
     append_json(out / "eval.jsonl", rows)
     scores, seconds = summarize(rows, config), time.perf_counter() - start
-    write_json(out / "summary.json", {
+    (out / "summary.json").write_text(json.dumps({
         "algo": config.algo, "rectify": config.rectify, "seed": config.seed, "steps": state.step, **scores, "lambda": state.lam,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else None, "wall_seconds": seconds,
-        "peak_memory_mib": peak_memory_mib(), "before": state.before})
+        "peak_memory_mib": peak_memory_mib(), "before": state.before}, indent=2))
     show_scores(state.before, *[] if config.eval_only else [scores])
     say(f"\n{state.step} steps of {config.algo} in {seconds:.0f} s; everything is in {out}")
 
 def main(argv: list[str] | None = None) -> int:
     """0 when all is done, 2 after a UserError, 130 after Ctrl-C."""
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for name in ("datasets", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they would say reaches the user as a UserError
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.disable(logging.ERROR)  # what the libraries would say reaches the user as a UserError
     try:
         run(resolve_config(sys.argv[1:] if argv is None else argv))
         return 0
