@@ -63,8 +63,7 @@ def blame(what: str):
 def say(text: str) -> None:
     tqdm.write(text, file=sys.stdout)
 
-# ==== 1  Configuration =====================================================================================================================
-
+# ==== 1  Configuration ====================================================================================================================
 def option(default, help: str, **argument):
     return field(default=default, metadata={"help": help, **argument})
 
@@ -173,8 +172,7 @@ def autocast(config: Config):
     """Trained models keep fp32 weights and compute in --dtype."""
     return torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
 
-# ==== 2  Prompts ===========================================================================================================================
-
+# ==== 2  Prompts ==========================================================================================================================
 # A prompt is a string: what the user says, or, if there were turns before, a transcript "\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...".
 TURN = re.compile(r"\n\n(Human|Assistant|System):[ ]?")
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
@@ -203,17 +201,13 @@ FORMATS = {  # columns -> (prompt, answer) of a row; the first whose columns a d
 } | {column: lambda row, column=column: to_pair(row[column]) for column in ("prompt", "messages", "instruction", "text")}
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
-def is_local(source: str) -> bool:
-    """Whether a name can only be a path: on the hub they are NAME or OWNER/NAME."""
-    return source.startswith((".", "/", "~")) or source.count("/") > 1
-
 def read_rows(source: str, flag: str) -> datasets.Dataset:
     """A local file or a hub data set, with an optional :SPLIT. Raises UserError."""
     name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
     path = Path(name).expanduser()
     reader = READERS.get(Path(path.name.removesuffix(".gz")).suffix)
     where = {"path": name, "split": split or "train"}
-    if path.exists() or reader or is_local(name):
+    if path.exists() or reader:
         require(path.is_file(), f"{flag} {source}: no such file")
         require(reader, f"{flag} {source}: cannot tell its format, its ending is none of {', '.join(READERS)} (.gz)")
         require(path.stat().st_size, f"{flag} {source}: the file is empty")
@@ -283,14 +277,13 @@ def split_prompts(config: Config, tokenizer) -> tuple[list[str], list[str]]:
     say(f"prompts: {len(train):,} for training, {len(held_out):,} held out")
     return train, held_out
 
-# ==== 3  Models ============================================================================================================================
-
+# ==== 3  Models ===========================================================================================================================
 def fetch(from_pretrained, source: str, flag: str, config: Config, **options):
     """from_pretrained(source). Raises UserError for whatever is wrong with a folder or a hub name."""
     path = Path(source).expanduser()
-    require(path.is_dir() or not path.exists() and not is_local(source), f"{flag} {source}: no such model folder")
-    with blame(f"{flag} {source}: " + ("cannot be loaded" if path.is_dir() else f"is none of {', '.join(PRESETS)}, no folder, and not to be had from the hub")):
-        return from_pretrained(str(path) if path.is_dir() else source, trust_remote_code=config.trust_remote_code, **options)
+    problem = "cannot be loaded" if path.exists() else f"is none of {', '.join(PRESETS)}, no folder here, and not to be had from the hub"
+    with blame(f"{flag} {source}: {problem}"):
+        return from_pretrained(str(path) if path.exists() else source, trust_remote_code=config.trust_remote_code, **options)
 
 class ScoreModel(PreTrainedModel):
     """The Beaver layout: a causal backbone `model`, a linear `score_head`. The critics are ScoreModels too, read at every token."""
@@ -379,52 +372,47 @@ class Scorer:
         if self.function is None:
             self.model = fetch(ScoreModel.from_pretrained, self.source, self.flag, config, role=role, dtype=getattr(torch, config.dtype))
             self.model.to(config.device).requires_grad_(False)
-            own = self.tokenizer = fetch(AutoTokenizer.from_pretrained, self.source, self.flag, config)
+            own = self.tokenizer = fetch_tokenizer(self.source, self.flag, config)
             trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{own.eos_token}"
             self.same_tokens = own.get_vocab() == policy_tokenizer.get_vocab() and own(trial).input_ids == policy_tokenizer(trial).input_ids
             if isinstance(self.model, SequenceClassifier) and self.model.model.config.pad_token_id is None:
-                self.model.model.config.pad_token_id = pad_id(own)
-
-    def from_model(self, rows: list[list[int]], prompts: list[str], responses: list[str], finished: list[bool]) -> list[float]:
-        if not self.same_tokens:  # decoded and re-encoded, in the score model's own template; EOS only where the response really ended
-            answers = self.tokenizer(responses, add_special_tokens=False).input_ids
-            rows = [prompt + answer + [self.tokenizer.eos_token_id] * ended
-                    for prompt, answer, ended in zip(encode_prompts(prompts, self.tokenizer), answers, finished)]
-        scores, size = [], self.config.micro_batch_size
-        for some in (rows[start:start + size] for start in range(0, len(rows), size)):
-            batch = lay_out([[]] * len(some), some, pad_id(self.tokenizer), self.config.device)                   # [b, L]
-            scores += self.model.score(batch.input_ids, batch.attention_mask).tolist()
-        return scores
+                self.model.model.config.pad_token_id = own.pad_token_id
 
     @torch.no_grad()
     def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str], finished: list[bool]) -> Tensor:
         """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError unless all are finite numbers."""
-        scores = self.function(prompts, responses) if self.function else self.from_model(rows, prompts, responses, finished)
+        size, scores = self.config.micro_batch_size, self.function(prompts, responses) if self.function else []
+        if not self.function and not self.same_tokens:  # re-encoded, in its own template; EOS only where the response really ended
+            answers = self.tokenizer(responses, add_special_tokens=False).input_ids
+            rows = [prompt + answer + [self.tokenizer.eos_token_id] * ended
+                    for prompt, answer, ended in zip(encode_prompts(prompts, self.tokenizer), answers, finished)]
+        for some in () if self.function else (rows[start:start + size] for start in range(0, len(rows), size)):
+            batch = lay_out([[]] * len(some), some, self.tokenizer.pad_token_id, self.config.device)                   # [b, L]
+            scores += self.model.score(batch.input_ids, batch.attention_mask).tolist()
         for value, response in zip(scores, responses):
             require(isinstance(value, SupportsFloat) and math.isfinite(float(value)),
                     f"{self.flag} {self.source}: gave {value!r}, not a finite number, to the response {response[:60]!r}")
         return torch.tensor([float(value) for value in scores], device=self.config.device)
 
-def pad_id(tokenizer) -> int:
-    """What fills empty places. Masks tell where they are, so EOS will do for a tokenizer without a pad token."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def fetch_tokenizer(source: str, flag: str, config: Config):
+    """The tokenizer. Masks tell where padding is, so EOS will do for one without a pad token. Raises UserError."""
+    tokenizer = fetch(AutoTokenizer.from_pretrained, source, flag, config)
+    require(tokenizer.eos_token is not None, f"{flag} {source}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
 
 def load_policy(config: Config):
     """(policy with fp32 weights, its tokenizer). Raises UserError."""
     flag = "--model" if config.policy == config.model else "--policy"
     policy = fetch(AutoModelForCausalLM.from_pretrained, config.policy, flag, config, dtype=torch.float32).eval().to(config.device)
-    tokenizer = fetch(AutoTokenizer.from_pretrained, config.policy, flag, config)
-    rows = policy.get_input_embeddings().num_embeddings
-    require(tokenizer.eos_token_id is not None,
-            f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
+    tokenizer, rows = fetch_tokenizer(config.policy, flag, config), policy.get_input_embeddings().num_embeddings
     require(len(tokenizer) <= rows, f"{flag} {config.policy}: its tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
     require(tokenizer.unk_token_id not in encode_prompts(["a"], tokenizer)[0],
             f"{flag} {config.policy}: its tokenizer cannot encode the prompt template {render_prompt('a', tokenizer)!r}")
-    stops = {tokenizer.eos_token_id}
+    policy.stop_token_ids, policy.has_plain_head = {tokenizer.eos_token_id}, has_plain_head(policy)
     with suppress(OSError):  # chat models list more end-of-turn tokens in this file, most other models have none
         listed = GenerationConfig.from_pretrained(config.policy).eos_token_id
-        stops |= set(listed) if isinstance(listed, list) else {listed} - {None}
-    policy.stop_token_ids, policy.has_plain_head = sorted(stops), has_plain_head(policy)
+        policy.stop_token_ids |= set(listed) if isinstance(listed, list) else {listed} - {None}
     # Sampling must be from the plain softmax: a checkpoint's own top_p or temperature waits here until the policy is saved.
     policy.published_generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
     return policy, tokenizer
@@ -433,11 +421,10 @@ def load_policy(config: Config):
 def has_plain_head(policy) -> bool:
     """Whether the logits are hidden @ weight.T and nothing else. If not, log-probs are taken from whole logits."""
     head, trial = policy.get_output_embeddings(), torch.arange(4, device=policy.device)[None]
-    scaled = any(getattr(policy.config, name, None) not in (None, 1) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
-    if scaled or policy.base_model is policy or getattr(head, "bias", None) is not None:
+    if policy.base_model is policy or getattr(head, "bias", None) is not None or getattr(policy.config, "final_logit_softcapping", None):
         return False  # asked first, because a soft cap could be too gentle to show in the trial
-    logits = policy(trial, use_cache=False).logits                                                                # [1, 4, V]
-    return torch.allclose(policy.base_model(trial, use_cache=False).last_hidden_state @ head.weight.T, logits, atol=1e-4 * logits.abs().max().item())
+    logits, hidden = policy(trial, use_cache=False).logits, policy.base_model(trial, use_cache=False).last_hidden_state
+    return torch.allclose(hidden @ head.weight.T, logits, atol=1e-4 * logits.abs().max().item())
 
 def make_critic(scorer: Scorer, policy) -> ScoreModel:
     """A trainable critic: the score model where it reads the policy's tokens, else the policy's body with a head of zeros."""
@@ -450,14 +437,27 @@ def make_critic(scorer: Scorer, policy) -> ScoreModel:
         nn.init.zeros_(critic.score_head.bias)
     return critic.float().eval().to(policy.device).requires_grad_(True)
 
-# ==== 4  Rollout ===========================================================================================================================
-
+# ==== 4  Rollout ==========================================================================================================================
 @dataclass
-class Sequences:
-    """Prompts, left-padded to P tokens, followed by responses, right-padded to T."""
-    input_ids: Tensor                            # [B, P+T]
-    attention_mask: Tensor                       # [B, P+T]  1 at prompt and response tokens
-    response_mask: Tensor                        # [B, T]    True at y_1 .. y_T, EOS included
+class Rollout:
+    """A batch of prompts, left-padded to P tokens, and responses, right-padded to T. PTX pairs fill the first three fields alone."""
+    input_ids: Tensor                         # [B, P+T]
+    attention_mask: Tensor                    # [B, P+T]  1 at prompt and response tokens
+    response_mask: Tensor                     # [B, T]    True at y_1 .. y_T, EOS included
+    prompts: list[str] | None = None          # B         as the user wrote them
+    responses: list[str] | None = None        # B         decoded, without special tokens
+    finished: Tensor | None = None            # [B]       True if EOS ended the response, False if the length limit did
+    log_probs: Tensor | None = None           # [B, T]    log pi_old(y_t)
+    ref_log_probs: Tensor | None = None       # [B, T]    log pi_ref(y_t)
+    reward: Tensor | None = None              # [B]       R
+    cost: Tensor | None = None                # [B]       C
+    penalty: Tensor | None = None             # [B]       lambda_i
+    reward_values: Tensor | None = None       # [B, T]    V^R(s_t)
+    cost_values: Tensor | None = None         # [B, T]    V^C(s_t)
+    reward_advantages: Tensor | None = None   # [B, T]
+    cost_advantages: Tensor | None = None     # [B, T]
+    reward_returns: Tensor | None = None      # [B, T]
+    cost_returns: Tensor | None = None        # [B, T]
 
     def response_index(self) -> tuple[Tensor, Tensor, Tensor]:
         """For the N response tokens: row [N], column of the state that predicts it [N], token id [N]."""
@@ -465,36 +465,18 @@ class Sequences:
         column = self.input_ids.shape[1] - self.response_mask.shape[1] + t
         return row, column - 1, self.input_ids[row, column]
 
-    def select(self, rows: Tensor):
-        """Some rows, as the same kind of batch."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{name: value[rows] if isinstance(value, Tensor) else value and [value[i] for i in rows] for name, value in values.items()})
+    def micro_batches(self, rows: Tensor, config: Config):
+        """Some rows, --micro_batch_size at a time; the tensors of them, for text has no part in learning."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return (Rollout(**{name: value[some] for name, value in tensors.items()}) for some in rows.split(config.micro_batch_size))
 
-@dataclass
-class Rollout(Sequences):
-    """One batch of experience."""
-    prompts: list[str]                           # B         as the user wrote them
-    responses: list[str]                         # B         decoded, without special tokens
-    finished: Tensor                             # [B]       True if EOS ended the response, False if the length limit did
-    log_probs: Tensor                            # [B, T]    log pi_old(y_t)
-    ref_log_probs: Tensor                        # [B, T]    log pi_ref(y_t)
-    reward: Tensor                               # [B]       R
-    cost: Tensor                                 # [B]       C
-    reward_values: Tensor | None = None          # [B, T]    V^R(s_t); None in an evaluation, like all that follows
-    cost_values: Tensor | None = None            # [B, T]    V^C(s_t)
-    reward_advantages: Tensor | None = None      # [B, T]
-    cost_advantages: Tensor | None = None        # [B, T]
-    reward_returns: Tensor | None = None         # [B, T]
-    cost_returns: Tensor | None = None           # [B, T]
-    penalty: Tensor | None = None                # [B]       lambda_i
-
-def lay_out(prompts: list[list[int]], responses: list[list[int]], pad: int, device) -> Sequences:
+def lay_out(prompts: list[list[int]], responses: list[list[int]], pad: int, device) -> Rollout:
     """Rows of token ids as padded tensors."""
     widths = max(map(len, prompts)), max(map(len, responses))                                                     # P, T
     left, right = [widths[0] - len(row) for row in prompts], [widths[1] - len(row) for row in responses]
     ids = [[pad] * a + p + r + [pad] * b for a, p, r, b in zip(left, prompts, responses, right)]
     mask = torch.tensor([[0] * a + [1] * len(p + r) + [0] * b for a, p, r, b in zip(left, prompts, responses, right)], device=device)
-    return Sequences(torch.tensor(ids, device=device), mask, mask[:, widths[0]:].bool())
+    return Rollout(torch.tensor(ids, device=device), mask, mask[:, widths[0]:].bool())
 
 def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict:
     """Positions count from each row's first real token, so that left padding changes nothing."""
@@ -504,17 +486,17 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict:
 @torch.no_grad()
 def generate(policy, tokenizer, prompts: list[list[int]], config: Config) -> list[list[int]]:
     """Samples a response to each prompt, from the whole softmax, up to EOS or its length limit: token ids."""
-    batch = lay_out(prompts, [[]] * len(prompts), pad_id(tokenizer), config.device)                               # [B, P]
+    batch = lay_out(prompts, [[]] * len(prompts), tokenizer.pad_token_id, config.device)                               # [B, P]
     budgets = [min(config.max_length - len(prompt), config.max_response_length or config.max_length) for prompt in prompts]
     sampling = GenerationConfig(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=max(budgets),
-                                eos_token_id=policy.stop_token_ids, pad_token_id=pad_id(tokenizer))
+                                eos_token_id=sorted(policy.stop_token_ids), pad_token_id=tokenizer.pad_token_id)
     with autocast(config):
         output = policy.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=sampling)
     responses = output[:, batch.input_ids.shape[1]:].tolist()                                                     # B x T
     ends = [next((t + 1 for t, token in enumerate(row) if token in policy.stop_token_ids), len(row)) for row in responses]
     return [row[:min(end, budget)] for row, end, budget in zip(responses, ends, budgets)]
 
-def response_log_probs(policy, batch: Sequences, temperature: float) -> Tensor:
+def response_log_probs(policy, batch: Rollout, temperature: float) -> Tensor:
     """Log-probs of the N response tokens at the temperature they were sampled with, fp32 [N]; nothing else reaches a plain LM head."""
     row, state, targets = batch.response_index()                                                                  # [N] each
     inputs = model_inputs(batch.input_ids, batch.attention_mask)
@@ -523,7 +505,7 @@ def response_log_probs(policy, batch: Sequences, temperature: float) -> Tensor:
         return linear_log_probs(hidden, policy.get_output_embeddings().weight, targets, temperature)
     return gather_log_probs(policy(**inputs).logits[row, state], targets, temperature)
 
-def response_values(critic: ScoreModel, batch: Sequences) -> Tensor:
+def response_values(critic: ScoreModel, batch: Rollout) -> Tensor:
     """V(s_t) at the state before each response token: fp32 [N]."""
     row, state, _ = batch.response_index()
     return critic.values(batch.input_ids, batch.attention_mask)[row, state]
@@ -531,30 +513,28 @@ def response_values(critic: ScoreModel, batch: Sequences) -> Tensor:
 def collect(state: "State", prompts: list[str], config: Config, with_values: bool = True) -> tuple[Rollout, dict]:
     """Responses with their log-probs, scores and values: (rollout, seconds per phase)."""
     def per_token(function, model, *arguments) -> Tensor:
-        """function(model, rows of the batch, ...) -> [n] in micro-batches, put in place: [B, T], 0 outside the mask."""
+        """function(model, rows, ...) -> [n] in micro-batches, put in place: [B, T], 0 outside the mask."""
         with torch.no_grad(), autocast(config):
-            flat = torch.cat([function(model, batch.select(rows), *arguments) for rows in torch.arange(len(prompts)).split(config.micro_batch_size)])
-        return torch.zeros(batch.response_mask.shape, device=flat.device).masked_scatter(batch.response_mask, flat)
+            flat = torch.cat([function(model, some, *arguments) for some in rollout.micro_batches(torch.arange(len(prompts)), config)])
+        return torch.zeros(rollout.response_mask.shape, device=flat.device).masked_scatter(rollout.response_mask, flat)
 
     start = time.perf_counter()
     prompt_ids = encode_prompts(prompts, state.tokenizer)
     response_ids = generate(state.policy, state.tokenizer, prompt_ids, config)
     sampled = time.perf_counter()
-    batch = lay_out(prompt_ids, response_ids, pad_id(state.tokenizer), config.device)
+    rollout = lay_out(prompt_ids, response_ids, state.tokenizer.pad_token_id, config.device)
     finished = [row[-1] in state.policy.stop_token_ids for row in response_ids]
-    responses = state.tokenizer.batch_decode(response_ids, skip_special_tokens=True)
-    scored = [p + r for p, r in zip(prompt_ids, response_ids)], prompts, responses, finished
-    rollout = Rollout(
-        **vars(batch), prompts=prompts, responses=responses, finished=torch.tensor(finished),
-        log_probs=per_token(response_log_probs, state.policy, config.temperature),
-        ref_log_probs=per_token(response_log_probs, state.reference, config.temperature),
-        reward=state.reward(*scored), cost=state.cost(*scored),
-        reward_values=per_token(response_values, state.reward_critic) if with_values else None,
-        cost_values=per_token(response_values, state.cost_critic) if with_values else None)
+    rollout.prompts, rollout.finished = prompts, torch.tensor(finished, device=config.device)
+    rollout.responses = state.tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+    rollout.log_probs = per_token(response_log_probs, state.policy, config.temperature)
+    rollout.ref_log_probs = per_token(response_log_probs, state.reference, config.temperature)
+    scored = [p + r for p, r in zip(prompt_ids, response_ids)], prompts, rollout.responses, finished
+    rollout.reward, rollout.cost = state.reward(*scored), state.cost(*scored)
+    if with_values:
+        rollout.reward_values, rollout.cost_values = (per_token(response_values, critic) for critic in (state.reward_critic, state.cost_critic))
     return rollout, {"seconds_rollout": sampled - start, "seconds_scoring": time.perf_counter() - sampled}
 
-# ==== 5  Token-level rewards and costs (4) (5), advantages (6) ==================================================================================
-
+# ==== 5  Token-level rewards and costs (4) (5), advantages (6) ============================================================================
 def rectify(cost: Tensor, threshold: float = 0.0) -> Tensor:
     """The rectified cost {C - d}+: how far a response is above the threshold, 0 for every safe one. Any shape."""
     return (cost - threshold).clamp(min=0.0)
@@ -589,8 +569,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
         advantages[:, t], next_value = advantage, values[:, t]
     return advantages, advantages + values
 
-# ==== 6  The rectified objective (1) (2) (7) (8), lambda (3), critics, PTX =====================================================================
-
+# ==== 6  The rectified objective (1) (2) (7) (8), lambda (3), critics, PTX ================================================================
 def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tensor, Tensor]:
     """Equation (2), the rectified policy gradient E[grad log pi(y|x) (-R + lambda {C - d}+)], by one of two estimators.
 
@@ -639,7 +618,7 @@ def value_loss(critic: ScoreModel, batch: Rollout, old_values: Tensor, returns: 
     clipped = old_values + (values - old_values).clamp(-config.clip_range_value, config.clip_range_value)         # [N]
     return 0.5 * (token_weight[mask] * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)).sum(), {}
 
-def ptx_loss(policy, batch: Sequences, tokens: int) -> tuple[Tensor, dict]:
+def ptx_loss(policy, batch: Rollout, tokens: int) -> tuple[Tensor, dict]:
     """The next-token loss of supervised answers, a share of the mean over `tokens`: (scalar, no stats)."""
     return -response_log_probs(policy, batch, 1.0).sum() / tokens, {}
 
@@ -653,8 +632,7 @@ def load_ptx_pairs(config: Config, tokenizer) -> list[tuple[list[int], list[int]
     say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(pairs) - len(kept):,} longer than {config.max_length:,} tokens dropped")
     return kept
 
-# ==== 7  Training ==========================================================================================================================
-
+# ==== 7  Training =========================================================================================================================
 class State:
     """The models of a run, and everything else that changes while it trains. A checkpoint holds all but FROZEN."""
     TRAINED, FROZEN = ("policy", "reward_critic", "cost_critic"), ("reference", "tokenizer", "reward", "cost")
@@ -685,7 +663,7 @@ def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
         return items[torch.randperm(len(items), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))[i]]
     return [item(n) for n in range(step * size, (step + 1) * size)]
 
-def learn(state: State, rollout: Rollout, ptx: Sequences | None, config: Config) -> dict:
+def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -> dict:
     """--update_iters passes over a rollout; each minibatch is one optimiser step of the policy and of both critics. Returns metrics."""
     def descend(name: str, scale: float, loss_of, *arguments) -> dict:
         """Backward through a loss as soon as it is made, so that the activations of one model live at a time."""
@@ -699,7 +677,7 @@ def learn(state: State, rollout: Rollout, ptx: Sequences | None, config: Config)
     updates, tokens = config.update_iters * math.ceil(count / size), config.update_iters * rollout.response_mask.sum().item()
     totals = defaultdict(float)
     for minibatch in (rows for _ in range(config.update_iters) for rows in torch.randperm(count).split(size)):
-        for batch in (rollout.select(rows) for rows in minibatch.split(config.micro_batch_size)):
+        for batch in rollout.micro_batches(minibatch, config):
             lengths = batch.response_mask.sum(1, keepdim=True)                                                    # [b, 1]  T_i
             weight = batch.response_mask / lengths / len(minibatch)                                               # [b, T]  w_t = 1 / (T_i B)
             stats = descend("actor", 1.0, policy_loss, state.policy, batch, weight, config)
@@ -708,7 +686,7 @@ def learn(state: State, rollout: Rollout, ptx: Sequences | None, config: Config)
             for name in ("clip_fraction", "approx_kl"):
                 totals[name] += stats[name].item() * lengths.sum().item() / tokens
             totals["ratio_max"] = max(totals["ratio_max"], stats["ratio_max"].item())
-        for batch in (ptx.select(rows) for rows in torch.arange(count).split(config.micro_batch_size)) if ptx else ():
+        for batch in ptx.micro_batches(torch.arange(count), config) if ptx else ():
             descend("ptx", config.ptx_coeff, ptx_loss, state.policy, batch, ptx.response_mask.sum())
         for name in State.TRAINED:
             norm = nn.utils.clip_grad_norm_(getattr(state, name).parameters(), config.max_grad_norm)
@@ -735,7 +713,7 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
     rollout.reward_advantages, rollout.reward_returns = gae(rewards, rollout.reward_values, mask, config.gamma, config.gae_lambda)
     rollout.cost_advantages, rollout.cost_returns = gae(costs, rollout.cost_values, mask, config.gamma, config.gae_lambda)
     pairs = cyclic_batch(ptx_pairs, state.step, len(rollout.prompts), config.seed) if ptx_pairs else None
-    learned = learn(state, rollout, lay_out(*zip(*pairs), pad_id(state.tokenizer), config.device) if pairs else None, config)
+    learned = learn(state, rollout, lay_out(*zip(*pairs), state.tokenizer.pad_token_id, config.device) if pairs else None, config)
     state.costs = (state.costs + rollout.cost.tolist())[-config.cost_window:]
     state.lam = update_lambda(lam, torch.tensor(state.costs) if config.algo == "ppo_lag" else rollout.cost, config)
     total, tokens = time.perf_counter() - start, int(mask.sum())
@@ -754,9 +732,8 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
 
 def peak_memory_mib() -> float:
     """Of the GPU's allocator where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else on_cpu
 
 def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> None:
     """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises.
@@ -794,8 +771,7 @@ def show_samples(step: int, rollout: Rollout) -> list[dict]:
         say(f"{sample['reward']:8.2f}{sample['cost']:8.2f}  {text[:max(shutil.get_terminal_size((140, 24)).columns - 20, 60)]}")
     return samples
 
-# ==== 8  Evaluation ========================================================================================================================
-
+# ==== 8  Evaluation =======================================================================================================================
 def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[dict]:
     """--eval_samples responses to each held-out prompt with their scores and the judge's verdicts: one row per prompt.
 
@@ -814,8 +790,7 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
     return [{"prompt": prompt, "responses": results[i * samples:(i + 1) * samples]} for i, prompt in enumerate(prompts)]
 
 def mean(values) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) if values else None
+    return sum(listed) / len(listed) if (listed := list(values)) else None
 
 def summarize(rows: list[dict], config: Config) -> dict:
     """The scores of an evaluation. Those that only a judge can give are None without one."""
@@ -838,8 +813,7 @@ def show_scores(*columns: dict) -> None:
     for name in columns[0]:
         say(f"{name:32}" + "".join(f"{'-' if scores[name] is None else format(scores[name], '.3f'):>10}" for scores in columns))
 
-# ==== 9  Checkpoints =======================================================================================================================
-
+# ==== 9  Checkpoints ======================================================================================================================
 @contextmanager
 def renamed_when_complete(folder: Path):
     """A folder to write into that gets its name only when everything is in it."""
@@ -884,24 +858,22 @@ def resume(state: State, config: Config) -> Path:
         torch.cuda.set_rng_state_all(saved["rng"][1:])
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in state.logs.items():  # rows later than the checkpoint go, and come again
-        (out / name).unlink(missing_ok=True)
-        append_json(out / name, rows)
+        (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     say(f"continuing from {checkpoint}")
     return out
 
 def claim_output_dir(config: Config) -> Path:
     """The run's folder, empty. An earlier run there is moved aside; anything else there is a UserError."""
     out = Path(config.output_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        require((out / "config.json").is_file(), f"--output_dir {out}: exists and is not a run of this script; choose another")
+    if (out / "config.json").exists():
         aside = next(aside for n in range(1, sys.maxsize) if not (aside := out.with_name(f"{out.name}.{n}")).exists())
         out.rename(aside)
         say(f"the earlier run in {out} is now {aside}")
+    require(not out.exists() or out.is_dir() and not any(out.iterdir()), f"--output_dir {out}: exists and is not a run of this script; choose another")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
-# ==== 10  Main =============================================================================================================================
-
+# ==== 10  Main ============================================================================================================================
 def run(config: Config) -> None:
     """Load, evaluate, train, evaluate, save. Nothing is written before the first scores are in."""
     start = time.perf_counter()
@@ -953,12 +925,10 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable(logging.ERROR)  # what the libraries would say reaches the user as a UserError
     try:
         run(resolve_config(sys.argv[1:] if argv is None else argv))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    except (UserError, KeyboardInterrupt) as stop:
+        print(f"error: {stop}" if isinstance(stop, UserError) else "", file=sys.stderr)
+        return 2 if isinstance(stop, UserError) else 130
+    return 0
 
 if __name__ == "__main__":
     sys.exit(main())
