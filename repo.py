@@ -40,7 +40,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel
 
-from kernels import gather_log_probs, linear_log_probs, repo_loss
+from kernels import gather_log_probs, repo_loss
 
 class UserError(Exception):
     """Something in the user's input that one sentence can mend: main() prints the sentence and returns 2."""
@@ -62,6 +62,9 @@ def blame(what: str):
 
 def say(text: str) -> None:
     tqdm.write(text, file=sys.stdout)
+
+def to_jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 # ==== 1  Configuration ====================================================================================================================
 def option(default, help: str, **argument):
@@ -296,10 +299,8 @@ class ScoreModel(PreTrainedModel):
         super().__init__(config)
         self.model = AutoModel.from_config(config) if backbone is None else backbone
         self.score_head = nn.Linear(config.hidden_size, 1)
-        self.normalizer = nn.Module() if getattr(config, "do_normalize", False) else None
-        if self.normalizer is not None:
-            self.normalizer.register_buffer("mean", torch.zeros(1))
-            self.normalizer.register_buffer("var", torch.ones(1))
+        if getattr(config, "do_normalize", False):
+            self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
         self.post_init()
 
     @classmethod
@@ -315,7 +316,8 @@ class ScoreModel(PreTrainedModel):
         missing = sorted(set(report["missing_keys"]) - {"score_head.bias"})
         require(not missing, f"--{role}_model {path}: has no {', '.join(missing[:3])}; a score model must bring its trained head and all other weights")
         if is_classifier:
-            return SequenceClassifier(model)
+            require(model.config.num_labels <= 2, f"--{role}_model {path}: a classifier of {model.config.num_labels} labels; a score needs one or two")
+            return SequenceClassifier(model.eval())
         if "score_head.bias" in report["missing_keys"]:
             nn.init.zeros_(model.score_head.bias)
         model.role = role
@@ -331,22 +333,16 @@ class ScoreModel(PreTrainedModel):
         """The fp32 score at the last position whose mask is 1, normalised if the checkpoint says so: [B, L], [B, L] -> [B]."""
         last = attention_mask.cumsum(1).argmax(1, keepdim=True)                                                   # [B, 1]
         score = self.values(input_ids, attention_mask).gather(1, last).squeeze(1)                                 # [B]
-        if self.normalizer is None:
+        if not hasattr(self, "normalizer"):
             return score
-        mean = self.normalizer.mean if self.role == "reward" else 0.0  # shifting a cost would move the threshold
-        return (score - mean) / (self.normalizer.var.sqrt() + 1e-8)
+        mean = self.normalizer["mean"] if self.role == "reward" else 0.0  # shifting a cost would move the threshold
+        return (score - mean) / (self.normalizer["var"].sqrt() + 1e-8)
 
-class SequenceClassifier(nn.Module):
+class SequenceClassifier(nn.Sequential):
     """What TRL trains: one label is the score; of two the score is logit[1] - logit[0], so label 1 is a cost model's unsafe one."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        require(model.config.num_labels <= 2, f"{model.config.name_or_path}: a classifier of {model.config.num_labels} labels; a score needs one or two")
-        self.model = model.eval()
-
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, L], [B, L] -> fp32 [B]. The model finds the last token by its pad id, as it did when it was trained."""
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()                    # [B, labels]
+        logits = self[0](input_ids=input_ids, attention_mask=attention_mask).logits.float()                       # [B, labels]
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]                              # [B]
 
 def load_function(source: str, flag: str):
@@ -375,8 +371,8 @@ class Scorer:
             own = self.tokenizer = fetch_tokenizer(self.source, self.flag, config)
             trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{own.eos_token}"
             self.same_tokens = own.get_vocab() == policy_tokenizer.get_vocab() and own(trial).input_ids == policy_tokenizer(trial).input_ids
-            if isinstance(self.model, SequenceClassifier) and self.model.model.config.pad_token_id is None:
-                self.model.model.config.pad_token_id = own.pad_token_id
+            if isinstance(self.model, SequenceClassifier) and self.model[0].config.pad_token_id is None:
+                self.model[0].config.pad_token_id = own.pad_token_id
 
     @torch.no_grad()
     def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str], finished: list[bool]) -> Tensor:
@@ -409,7 +405,7 @@ def load_policy(config: Config):
     require(len(tokenizer) <= rows, f"{flag} {config.policy}: its tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
     require(tokenizer.unk_token_id not in encode_prompts(["a"], tokenizer)[0],
             f"{flag} {config.policy}: its tokenizer cannot encode the prompt template {render_prompt('a', tokenizer)!r}")
-    policy.stop_token_ids, policy.has_plain_head = {tokenizer.eos_token_id}, has_plain_head(policy)
+    policy.stop_token_ids = {tokenizer.eos_token_id}
     with suppress(OSError):  # chat models list more end-of-turn tokens in this file, most other models have none
         listed = GenerationConfig.from_pretrained(config.policy).eos_token_id
         policy.stop_token_ids |= set(listed) if isinstance(listed, list) else {listed} - {None}
@@ -417,21 +413,12 @@ def load_policy(config: Config):
     policy.published_generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
     return policy, tokenizer
 
-@torch.no_grad()
-def has_plain_head(policy) -> bool:
-    """Whether the logits are hidden @ weight.T and nothing else. If not, log-probs are taken from whole logits."""
-    head, trial = policy.get_output_embeddings(), torch.arange(4, device=policy.device)[None]
-    if policy.base_model is policy or getattr(head, "bias", None) is not None or getattr(policy.config, "final_logit_softcapping", None):
-        return False  # asked first, because a soft cap could be too gentle to show in the trial
-    logits, hidden = policy(trial, use_cache=False).logits, policy.base_model(trial, use_cache=False).last_hidden_state
-    return torch.allclose(hidden @ head.weight.T, logits, atol=1e-4 * logits.abs().max().item())
-
 def make_critic(scorer: Scorer, policy) -> ScoreModel:
     """A trainable critic: the score model where it reads the policy's tokens, else the policy's body with a head of zeros."""
     if scorer.same_tokens and isinstance(scorer.model, ScoreModel):
         critic = copy.deepcopy(scorer.model)
     else:
-        body = copy.deepcopy(scorer.model.model.base_model if scorer.same_tokens else policy.base_model)
+        body = copy.deepcopy(scorer.model[0].base_model if scorer.same_tokens else policy.base_model)
         critic = ScoreModel(body.config, body)
         nn.init.zeros_(critic.score_head.weight)
         nn.init.zeros_(critic.score_head.bias)
@@ -470,6 +457,12 @@ class Rollout:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return (Rollout(**{name: value[some] for name, value in tensors.items()}) for some in rows.split(config.micro_batch_size))
 
+    def records(self) -> list[dict]:
+        """A row per response, for people and files."""
+        kl = (self.log_probs - self.ref_log_probs).sum(1)                                                         # [B]
+        columns = {"prompt": self.prompts, "response": self.responses, "reward": self.reward.tolist(), "cost": self.cost.tolist(), "kl": kl.tolist()}
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
 def lay_out(prompts: list[list[int]], responses: list[list[int]], pad: int, device) -> Rollout:
     """Rows of token ids as padded tensors."""
     widths = max(map(len, prompts)), max(map(len, responses))                                                     # P, T
@@ -497,13 +490,11 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config) -> lis
     return [row[:min(end, budget)] for row, end, budget in zip(responses, ends, budgets)]
 
 def response_log_probs(policy, batch: Rollout, temperature: float) -> Tensor:
-    """Log-probs of the N response tokens at the temperature they were sampled with, fp32 [N]; nothing else reaches a plain LM head."""
+    """Log-probs of the N response tokens at the temperature they were sampled with: fp32 [N]. Prompts do not reach the LM head."""
     row, state, targets = batch.response_index()                                                                  # [N] each
-    inputs = model_inputs(batch.input_ids, batch.attention_mask)
-    if policy.has_plain_head:
-        hidden = policy.base_model(**inputs).last_hidden_state[row, state]                                        # [N, H]
-        return linear_log_probs(hidden, policy.get_output_embeddings().weight, targets, temperature)
-    return gather_log_probs(policy(**inputs).logits[row, state], targets, temperature)
+    kept = batch.response_mask.shape[1] + 1
+    logits = policy(**model_inputs(batch.input_ids, batch.attention_mask), logits_to_keep=kept).logits            # [B, T+1, V]
+    return gather_log_probs(logits[row, state + kept - batch.input_ids.shape[1]], targets, temperature)
 
 def response_values(critic: ScoreModel, batch: Rollout) -> Tensor:
     """V(s_t) at the state before each response token: fp32 [N]."""
@@ -654,7 +645,7 @@ class State:
 
     def log(self, out: Path, name: str, rows: list[dict]) -> None:
         self.logs[name] += rows
-        append_json(out / name, rows)
+        (out / name).write_text(to_jsonl(self.logs[name]))
 
 def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
     """The items of a step (from 0): epoch after epoch, each in its own order. A function of the step alone, so a checkpoint need not hold it."""
@@ -665,27 +656,25 @@ def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
 
 def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -> dict:
     """--update_iters passes over a rollout; each minibatch is one optimiser step of the policy and of both critics. Returns metrics."""
-    def descend(name: str, scale: float, loss_of, *arguments) -> dict:
+    def descend(name: str, scale: float, loss_of, *arguments) -> None:
         """Backward through a loss as soon as it is made, so that the activations of one model live at a time."""
         with autocast(config):
             loss, stats = loss_of(*arguments)
         (scale * loss).backward()
         totals[f"{name}_loss"] += loss.item() / updates
-        return stats
+        for key, value in stats.items():  # means over the batch's tokens, but for the maximum
+            totals[key] = max(totals[key], value.item()) if key == "ratio_max" else totals[key] + value.item() * share
 
     count, size = len(rollout.prompts), config.minibatch_size or len(rollout.prompts)
-    updates, tokens = config.update_iters * math.ceil(count / size), config.update_iters * rollout.response_mask.sum().item()
+    updates, tokens = config.update_iters * math.ceil(count / size), config.update_iters * rollout.response_mask.sum()
     totals = defaultdict(float)
     for minibatch in (rows for _ in range(config.update_iters) for rows in torch.randperm(count).split(size)):
         for batch in rollout.micro_batches(minibatch, config):
-            lengths = batch.response_mask.sum(1, keepdim=True)                                                    # [b, 1]  T_i
-            weight = batch.response_mask / lengths / len(minibatch)                                               # [b, T]  w_t = 1 / (T_i B)
-            stats = descend("actor", 1.0, policy_loss, state.policy, batch, weight, config)
+            mask, lengths = batch.response_mask, batch.response_mask.sum(1, keepdim=True)                         # [b, T], [b, 1]
+            weight, share = mask / lengths / len(minibatch), (mask.sum() / tokens).item()                         # [b, T]  w_t = 1 / (T_i B)
+            descend("actor", 1.0, policy_loss, state.policy, batch, weight, config)
             descend("reward_critic", 1.0, value_loss, state.reward_critic, batch, batch.reward_values, batch.reward_returns, weight, config)
             descend("cost_critic", 1.0, value_loss, state.cost_critic, batch, batch.cost_values, batch.cost_returns, weight, config)
-            for name in ("clip_fraction", "approx_kl"):
-                totals[name] += stats[name].item() * lengths.sum().item() / tokens
-            totals["ratio_max"] = max(totals["ratio_max"], stats["ratio_max"].item())
         for batch in ptx.micro_batches(torch.arange(count), config) if ptx else ():
             descend("ptx", config.ptx_coeff, ptx_loss, state.policy, batch, ptx.response_mask.sum())
         for name in State.TRAINED:
@@ -747,7 +736,9 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
             rollout, metrics = train_step(state, prompts, ptx_pairs, config)
             state.log(out, "metrics.jsonl", [metrics])
             if config.sample_every and state.step % config.sample_every == 0:
-                state.log(out, "samples.jsonl", show_samples(state.step, rollout))
+                samples = [{"step": state.step, **record} for record in rollout.records()]
+                show_samples(samples)
+                state.log(out, "samples.jsonl", samples)
             if config.save_every and state.step % config.save_every == 0:
                 save_checkpoint(state, out, config)
             bar.set_postfix_str(f"reward {metrics['reward']:.2f}, cost {metrics['cost']:.2f}, unsafe {metrics['unsafe_rate']:.0%}, lambda {metrics['lambda']:.2f}")
@@ -756,20 +747,13 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
     if pressed:
         raise KeyboardInterrupt
 
-def append_json(path: Path, rows: list[dict]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-def show_samples(step: int, rollout: Rollout) -> list[dict]:
-    """All responses of a batch with their scores, costliest first; prints three of the costliest and the cheapest."""
-    columns = rollout.prompts, rollout.responses, rollout.reward.tolist(), rollout.cost.tolist()
-    samples = [{"step": step, "prompt": p, "response": r, "reward": reward, "cost": cost} for p, r, reward, cost in zip(*columns)]
-    samples.sort(key=lambda sample: -sample["cost"])
-    say(f"\n step {step}\n  reward    cost  prompt -> response, costliest first")
+def show_samples(samples: list[dict]) -> None:
+    """The costliest responses of a batch and its cheapest, a line each."""
+    samples = sorted(samples, key=lambda sample: -sample["cost"])
+    say(f"\n step {samples[0]['step']}\n  reward    cost  prompt -> response, costliest first")
     for sample in samples[:3] + samples[3:][-1:]:
         text = " ".join(f"{sample['prompt']} -> {sample['response']}".split())
         say(f"{sample['reward']:8.2f}{sample['cost']:8.2f}  {text[:max(shutil.get_terminal_size((140, 24)).columns - 20, 60)]}")
-    return samples
 
 # ==== 8  Evaluation =======================================================================================================================
 def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[dict]:
@@ -777,17 +761,16 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
 
     The random state is set for it and put back after it: the same draw before and after training, and training's own is not touched.
     """
-    prompts, samples, size, results = prompts[:config.max_eval_prompts], config.eval_samples, config.batch_size * config.samples_per_prompt, []
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    repeated = [prompt for prompt in prompts[:config.max_eval_prompts] for _ in range(config.eval_samples)]
+    size, records = config.batch_size * config.samples_per_prompt, []
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        for some in (repeated[start:start + size] for start in range(0, len(repeated), size)):
-            rollout, _ = collect(state, some, config, with_values=False)
-            kl = (rollout.log_probs - rollout.ref_log_probs).sum(1)                                               # [B]
-            verdicts = judge(some, rollout.responses) if judge else [None] * len(some)
-            results += [{"response": text, "reward": reward, "cost": cost, "safe": cost <= config.threshold, "kl": kl, "verdict": verdict}
-                        for text, reward, cost, kl, verdict in zip(rollout.responses, rollout.reward.tolist(), rollout.cost.tolist(), kl.tolist(), verdicts)]
-    return [{"prompt": prompt, "responses": results[i * samples:(i + 1) * samples]} for i, prompt in enumerate(prompts)]
+        for start in range(0, len(repeated), size):
+            rollout, _ = collect(state, repeated[start:start + size], config, with_values=False)
+            verdicts = judge(rollout.prompts, rollout.responses) if judge else [None] * len(rollout.prompts)
+            records += [{**record, "safe": record["cost"] <= config.threshold, "verdict": v} for record, v in zip(rollout.records(), verdicts)]
+    groups = (records[start:start + config.eval_samples] for start in range(0, len(records), config.eval_samples))
+    return [{"prompt": group[0].pop("prompt"), "responses": group} for group in groups]
 
 def mean(values) -> float | None:
     return sum(listed) / len(listed) if (listed := list(values)) else None
@@ -858,7 +841,7 @@ def resume(state: State, config: Config) -> Path:
         torch.cuda.set_rng_state_all(saved["rng"][1:])
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in state.logs.items():  # rows later than the checkpoint go, and come again
-        (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (out / name).write_text(to_jsonl(rows))
     say(f"continuing from {checkpoint}")
     return out
 
@@ -885,7 +868,7 @@ def run(config: Config) -> None:
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
     state = State(policy, tokenizer, config)
     say(f"policy {config.policy}: {policy.num_parameters():,} parameters, {config.dtype} on {config.device}, prompts in "
-        f"{'its chat template' if tokenizer.chat_template else 'the Beaver template'}{'' if policy.has_plain_head else ', log-probs from whole logits'}")
+        f"{'its chat template' if tokenizer.chat_template else 'the Beaver template'}")
     for scorer in (state.reward, state.cost):
         say(f"{scorer.flag} {scorer.source}: {'a function' if scorer.function else 'tokens of the policy' if scorer.same_tokens else 'tokens of its own'}")
     if config.resume:
@@ -909,7 +892,7 @@ def run(config: Config) -> None:
             policy.generation_config = policy.published_generation_config
             policy.to(getattr(torch, config.dtype)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    append_json(out / "eval.jsonl", rows)
+    (out / "eval.jsonl").write_text(to_jsonl(rows))
     scores, seconds = summarize(rows, config), time.perf_counter() - start
     (out / "summary.json").write_text(json.dumps({
         "algo": config.algo, "rectify": config.rectify, "seed": config.seed, "steps": state.step, **scores, "lambda": state.lam,
