@@ -41,6 +41,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel
 
 from kernels import gather_log_probs, repo_loss
+from tiny_configs.compare import samples_table, scores_table
 
 class UserError(Exception):
     """Something in the user's input that one sentence can mend: main() prints the sentence and returns 2."""
@@ -54,11 +55,10 @@ def blame(what: str):
     """Turns whatever a library or a user's code raises inside into one sentence."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), "no reason given")
-        raise UserError(f"{what} ({type(error).__name__}: {reason})") from None
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what} ({type(error).__name__}: {str(error.__cause__ or error).strip().partition(chr(10))[0]})") from None
 
 def say(text: str) -> None:
     tqdm.write(text, file=sys.stdout)
@@ -93,9 +93,7 @@ class Config:
     cost_window: int = option(128, "ppo_lag: the mean cost is taken over so many of the latest responses")
     kl_coeff: float = option(0.01, "beta: weight of the KL penalty to the starting policy")
     clip_range: float = option(0.2, "epsilon: clip of the probability ratio")
-    clip_range_score: float = option(50.0, "bound of token rewards and costs")
     clip_range_value: float = option(5.0, "how far a critic may move from its old value before its loss is clipped")
-    gamma: float = option(1.0, "discount per token")
     gae_lambda: float = option(0.95, "GAE's lambda")
     ptx_coeff: float = option(0.0, "weight of the supervised (PTX) loss; 0 = off")
     steps: int | None = option(None, "rollout-and-update steps; default: one pass over the prompts")
@@ -106,9 +104,6 @@ class Config:
     micro_batch_size: int = option(8, "responses per forward and backward: changes memory, not results")
     actor_lr: float = option(1e-5, "the policy's peak learning rate (cosine to zero)")
     critic_lr: float = option(5e-6, "the critics' learning rate (constant)")
-    warmup_ratio: float = option(0.03, "share of the steps in which the policy's learning rate rises")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
-    max_grad_norm: float = option(1.0, "larger gradients are scaled down to this norm")
     temperature: float = option(1.0, "of sampling, and of every log-prob")
     max_prompt_length: int = option(384, "tokens; longer prompts are left out, and counted aloud")
     max_length: int = option(512, "tokens of prompt plus response")
@@ -131,9 +126,8 @@ PUBLISHED = {"reward_model": "PKU-Alignment/beaver-7b-v1.0-reward", "cost_model"
 PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models and data built by tiny_configs/world.py
            "alpaca-7b": PUBLISHED | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
            "llama-3.2-3b": PUBLISHED | {"policy": "meta-llama/Llama-3.2-3B-Instruct"}}
-FREE_ON_RESUME = {"output_dir", "resume", "save_every", "keep_checkpoints", "sample_every"}  # may differ without making it another run
-MAY_BE_ZERO = {"lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gamma", "gae_lambda", "ptx_coeff", "warmup_ratio", "weight_decay",
-               "seed", "save_every", "sample_every"}
+FREE_ON_RESUME = {"output_dir", "resume", "save_every", "keep_checkpoints", "sample_every", "eval_only"}  # may change without making it another run
+MAY_BE_ZERO = {"lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda", "ptx_coeff", "seed", "save_every", "sample_every"}
 
 def resolve_config(argv: list[str]) -> Config:
     """Where all settings come together. Raises UserError for anything unknown, missing or out of range."""
@@ -168,6 +162,9 @@ def resolve_config(argv: list[str]) -> Config:
     require(config.ptx_dataset or not config.ptx_coeff, f"--ptx_coeff {config.ptx_coeff} needs --ptx_dataset; --ptx_coeff 0 turns the PTX loss off")
     require(config.max_length > config.max_prompt_length,
             f"--max_length {config.max_length} leaves no room for a response after --max_prompt_length {config.max_prompt_length}")
+    out = Path(config.output_dir)
+    require(not out.exists() or (out / "config.json").exists() or out.is_dir() and not any(out.iterdir()),
+            f"--output_dir {out}: exists and is not a run of this script; choose another")
     require(config.device == "cpu" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
     return config
 
@@ -368,7 +365,8 @@ class Scorer:
         if self.function is None:
             self.model = fetch(ScoreModel.from_pretrained, self.source, self.flag, config, role=role, dtype=getattr(torch, config.dtype))
             self.model.to(config.device).requires_grad_(False)
-            own = self.tokenizer = fetch_tokenizer(self.source, self.flag, config)
+            own = self.tokenizer = fetch(AutoTokenizer.from_pretrained, self.source, self.flag, config)
+            own.pad_token = own.pad_token or own.eos_token  # masks tell where padding is
             trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{own.eos_token}"
             self.same_tokens = own.get_vocab() == policy_tokenizer.get_vocab() and own(trial).input_ids == policy_tokenizer(trial).input_ids
             if isinstance(self.model, SequenceClassifier) and self.model[0].config.pad_token_id is None:
@@ -390,18 +388,13 @@ class Scorer:
                     f"{self.flag} {self.source}: gave {value!r}, not a finite number, to the response {response[:60]!r}")
         return torch.tensor([float(value) for value in scores], device=self.config.device)
 
-def fetch_tokenizer(source: str, flag: str, config: Config):
-    """The tokenizer. Masks tell where padding is, so EOS will do for one without a pad token. Raises UserError."""
-    tokenizer = fetch(AutoTokenizer.from_pretrained, source, flag, config)
-    require(tokenizer.eos_token is not None, f"{flag} {source}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
-
 def load_policy(config: Config):
     """(policy with fp32 weights, its tokenizer). Raises UserError."""
     flag = "--model" if config.policy == config.model else "--policy"
     policy = fetch(AutoModelForCausalLM.from_pretrained, config.policy, flag, config, dtype=torch.float32).eval().to(config.device)
-    tokenizer, rows = fetch_tokenizer(config.policy, flag, config), policy.get_input_embeddings().num_embeddings
+    tokenizer, rows = fetch(AutoTokenizer.from_pretrained, config.policy, flag, config), policy.get_input_embeddings().num_embeddings
+    require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks tell where padding is
     require(len(tokenizer) <= rows, f"{flag} {config.policy}: its tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
     require(tokenizer.unk_token_id not in encode_prompts(["a"], tokenizer)[0],
             f"{flag} {config.policy}: its tokenizer cannot encode the prompt template {render_prompt('a', tokenizer)!r}")
@@ -634,8 +627,8 @@ class State:
         self.reward, self.cost = (Scorer(role, tokenizer, config) for role in ("reward", "cost"))
         self.reward_critic, self.cost_critic = make_critic(self.reward, policy), make_critic(self.cost, policy)
         groups = [{"params": getattr(self, name).parameters(), "lr": config.actor_lr if name == "policy" else config.critic_lr} for name in self.TRAINED]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=config.weight_decay)
-        warmup = max(int(config.warmup_ratio * config.steps), 1)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
+        warmup = max(int(0.03 * config.steps), 1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, [  # warm-up and cosine for the policy, constant for the critics
             lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * step / config.steps)) / 2, lambda _: 1.0, lambda _: 1.0])
         self.lam, self.costs = 0.0 if config.algo == "ppo" else config.lambda_init, []  # lambda, and the latest --cost_window costs
@@ -645,7 +638,8 @@ class State:
 
     def log(self, out: Path, name: str, rows: list[dict]) -> None:
         self.logs[name] += rows
-        (out / name).write_text(to_jsonl(self.logs[name]))
+        with (out / name).open("a") as file:
+            file.write(to_jsonl(rows))
 
 def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
     """The items of a step (from 0): epoch after epoch, each in its own order. A function of the step alone, so a checkpoint need not hold it."""
@@ -678,7 +672,7 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
         for batch in ptx.micro_batches(torch.arange(count), config) if ptx else ():
             descend("ptx", config.ptx_coeff, ptx_loss, state.policy, batch, ptx.response_mask.sum())
         for name in State.TRAINED:
-            norm = nn.utils.clip_grad_norm_(getattr(state, name).parameters(), config.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(getattr(state, name).parameters(), 1.0)
             require(norm.isfinite(), f"step {state.step + 1}: the gradient of the {name} is not finite; try a lower learning rate or a higher --kl_coeff")
             totals[f"{name}_grad_norm"] += norm.item() / updates
         state.optimizer.step()
@@ -697,10 +691,9 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
     rollout, seconds = collect(state, [prompt for prompt in chosen for _ in range(config.samples_per_prompt)], config)
     mask = rollout.response_mask                                                                                  # [B, T]
     cost, rollout.penalty = costs_and_penalties(rollout.cost, lam, config)                                        # [B], [B]
-    rewards, costs = shape_rewards_and_costs(rollout.reward, cost, rollout.log_probs, rollout.ref_log_probs, mask,
-                                             config.kl_coeff, config.clip_range_score)                            # [B, T], [B, T]
-    rollout.reward_advantages, rollout.reward_returns = gae(rewards, rollout.reward_values, mask, config.gamma, config.gae_lambda)
-    rollout.cost_advantages, rollout.cost_returns = gae(costs, rollout.cost_values, mask, config.gamma, config.gae_lambda)
+    rewards, costs = shape_rewards_and_costs(rollout.reward, cost, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)  # [B, T]
+    rollout.reward_advantages, rollout.reward_returns = gae(rewards, rollout.reward_values, mask, lam=config.gae_lambda)
+    rollout.cost_advantages, rollout.cost_returns = gae(costs, rollout.cost_values, mask, lam=config.gae_lambda)
     pairs = cyclic_batch(ptx_pairs, state.step, len(rollout.prompts), config.seed) if ptx_pairs else None
     learned = learn(state, rollout, lay_out(*zip(*pairs), state.tokenizer.pad_token_id, config.device) if pairs else None, config)
     state.costs = (state.costs + rollout.cost.tolist())[-config.cost_window:]
@@ -721,8 +714,9 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
 
 def peak_memory_mib() -> float:
     """Of the GPU's allocator where there is one, else of the process."""
-    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else on_cpu
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> None:
     """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises.
@@ -737,7 +731,7 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
             state.log(out, "metrics.jsonl", [metrics])
             if config.sample_every and state.step % config.sample_every == 0:
                 samples = [{"step": state.step, **record} for record in rollout.records()]
-                show_samples(samples)
+                say(samples_table(samples))
                 state.log(out, "samples.jsonl", samples)
             if config.save_every and state.step % config.save_every == 0:
                 save_checkpoint(state, out, config)
@@ -747,20 +741,9 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
     if pressed:
         raise KeyboardInterrupt
 
-def show_samples(samples: list[dict]) -> None:
-    """The costliest responses of a batch and its cheapest, a line each."""
-    samples = sorted(samples, key=lambda sample: -sample["cost"])
-    say(f"\n step {samples[0]['step']}\n  reward    cost  prompt -> response, costliest first")
-    for sample in samples[:3] + samples[3:][-1:]:
-        text = " ".join(f"{sample['prompt']} -> {sample['response']}".split())
-        say(f"{sample['reward']:8.2f}{sample['cost']:8.2f}  {text[:max(shutil.get_terminal_size((140, 24)).columns - 20, 60)]}")
-
 # ==== 8  Evaluation =======================================================================================================================
 def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[dict]:
-    """--eval_samples responses to each held-out prompt with their scores and the judge's verdicts: one row per prompt.
-
-    The random state is set for it and put back after it: the same draw before and after training, and training's own is not touched.
-    """
+    """--eval_samples responses to each held-out prompt with scores and verdicts, a row per prompt; training's random state is left as it is."""
     repeated = [prompt for prompt in prompts[:config.max_eval_prompts] for _ in range(config.eval_samples)]
     size, records = config.batch_size * config.samples_per_prompt, []
     with torch.random.fork_rng():
@@ -790,11 +773,6 @@ def summarize(rows: list[dict], config: Config) -> dict:
         "over_refusal_rate": mean(response["verdict"]["refused"] for response in harmless),
         "reward_on_harmless_prompts": mean(response["reward"] for response in harmless),
     }
-
-def show_scores(*columns: dict) -> None:
-    say(f"\n{'on held-out prompts':32}" + "".join(f"{title:>10}" for title in ("before", "after")[:len(columns)]))
-    for name in columns[0]:
-        say(f"{name:32}" + "".join(f"{'-' if scores[name] is None else format(scores[name], '.3f'):>10}" for scores in columns))
 
 # ==== 9  Checkpoints ======================================================================================================================
 @contextmanager
@@ -829,7 +807,8 @@ def resume(state: State, config: Config) -> Path:
     checkpoint = own[-1] if config.resume == "newest" else Path(config.resume)
     with blame(f"--resume {checkpoint}: not a checkpoint, runs/.../checkpoints/step-N"):
         saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    require(not own or own[-1].name == checkpoint.name, f"--resume {checkpoint}: {out} has {own[-1:]} of its own; to branch off, give another --output_dir")
+    branch = checkpoint.resolve().parent.parent != out.resolve()
+    require(branch or checkpoint.name == own[-1].name, f"--resume {checkpoint}: {out} has gone on since; to branch off, give another --output_dir")
     for name, value in vars(config).items():
         require(name in FREE_ON_RESUME or saved["config"].get(name) == value,
                 f"--resume {checkpoint}: was saved with --{name} {saved['config'].get(name)}, not {value}; use the same settings, or start a new run")
@@ -839,20 +818,19 @@ def resume(state: State, config: Config) -> Path:
     torch.set_rng_state(saved["rng"][0])
     if torch.cuda.is_available() and len(saved["rng"]) > 1:
         torch.cuda.set_rng_state_all(saved["rng"][1:])
-    out.mkdir(parents=True, exist_ok=True)
+    out = claim_output_dir(config) if branch else out
     for name, rows in state.logs.items():  # rows later than the checkpoint go, and come again
         (out / name).write_text(to_jsonl(rows))
     say(f"continuing from {checkpoint}")
     return out
 
 def claim_output_dir(config: Config) -> Path:
-    """The run's folder, empty. An earlier run there is moved aside; anything else there is a UserError."""
+    """The run's folder, empty: an earlier run there is moved aside."""
     out = Path(config.output_dir)
     if (out / "config.json").exists():
         aside = next(aside for n in range(1, sys.maxsize) if not (aside := out.with_name(f"{out.name}.{n}")).exists())
         out.rename(aside)
         say(f"the earlier run in {out} is now {aside}")
-    require(not out.exists() or out.is_dir() and not any(out.iterdir()), f"--output_dir {out}: exists and is not a run of this script; choose another")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -881,13 +859,14 @@ def run(config: Config) -> None:
     (out / "config.json").write_text(json.dumps(vars(config) | {"resume": None, "environment": {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": git.stdout.strip() or None}}, indent=2))
-    if not config.eval_only:
-        try:
+    try:
+        if not config.eval_only:
             train(state, prompts, ptx_pairs, out, config)
-            rows = evaluate(state, held_out, judge, config)
-        except KeyboardInterrupt:
-            say(f"interrupted; {save_checkpoint(state, out, config)} is saved, --resume continues from there")
-            raise
+        rows = evaluate(state, held_out, judge, config) if state.step else rows
+    except KeyboardInterrupt:
+        say(f"interrupted; {save_checkpoint(state, out, config)} is saved, --resume continues from there")
+        raise
+    if not config.eval_only:
         with renamed_when_complete(out / "final" / "actor") as folder:
             policy.generation_config = policy.published_generation_config
             policy.to(getattr(torch, config.dtype)).save_pretrained(folder)
@@ -898,7 +877,7 @@ def run(config: Config) -> None:
         "algo": config.algo, "rectify": config.rectify, "seed": config.seed, "steps": state.step, **scores, "lambda": state.lam,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else None, "wall_seconds": seconds,
         "peak_memory_mib": peak_memory_mib(), "before": state.before}, indent=2))
-    show_scores(state.before, *[] if config.eval_only else [scores])
+    say(scores_table(before=state.before, after=scores) if state.step else scores_table(now=scores))
     say(f"\n{state.step} steps of {config.algo} in {seconds:.0f} s; everything is in {out}")
 
 def main(argv: list[str] | None = None) -> int:
@@ -908,9 +887,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable(logging.ERROR)  # what the libraries would say reaches the user as a UserError
     try:
         run(resolve_config(sys.argv[1:] if argv is None else argv))
-    except (UserError, KeyboardInterrupt) as stop:
-        print(f"error: {stop}" if isinstance(stop, UserError) else "", file=sys.stderr)
-        return 2 if isinstance(stop, UserError) else 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 if __name__ == "__main__":
