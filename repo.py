@@ -8,9 +8,8 @@ prompt instead, a number that is never negative, so nothing can compensate. The 
     python repo.py --model alpaca-7b      # the paper's models; --help lists every setting
 
 Where it differs from the paper and its published code, and why:
-  1. The paper splits a batch into safe and unsafe responses (--rectify mask). The default sends the rectified cost into every return
-     (--rectify return): the same gradient, but once all responses to a prompt are unsafe the split leaves the cost critic nothing to
-     compare, while the rectified return still rewards the rare safe one.
+  1. The paper splits a batch into safe and unsafe responses (--rectify mask). The default, --rectify return, sends the rectified cost
+     into every return: the same gradient, and it still rewards the rare safe response when the split has nothing left to compare.
   2. A response may fill what its own prompt leaves of --max_length, not what the batch's longest prompt leaves.
   3. There is no dropout anywhere, so the probability ratio of an unchanged policy is exactly 1.
 """
@@ -41,7 +40,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel
 
 from kernels import gather_log_probs, repo_loss
-from tiny_configs.compare import samples_table, scores_table
+from tiny_configs.compare import samples_table, scores_table, summarize
 
 class UserError(Exception):
     """Something in the user's input that one sentence can mend: main() prints the sentence and returns 2."""
@@ -77,8 +76,7 @@ class Config:
     policy: str | None = option(None, "the starting policy, if another than --model names")
     reward_model: str | None = option(None, "helpfulness: a Beaver-layout or sequence-classifier folder or hub name, or FILE.py:function")
     cost_model: str | None = option(None, "harm (above --threshold is unsafe): the same kinds as --reward_model")
-    dataset: str | None = option(None, "training prompts: a json, jsonl, csv, parquet or txt file, or a hub name, with :SPLIT if not train; "
-                                          "the eval_dataset, prompt_column and judge of a preset go with its own dataset only")
+    dataset: str | None = option(None, "training prompts: a json, jsonl, csv, parquet or txt file, or a hub name[:SPLIT]; it replaces a preset's judge too")
     eval_dataset: str | None = option(None, "held-out prompts; default: a seeded 5 %% of --dataset, at least 16")
     prompt_column: str | None = option(None, "where --dataset and --eval_dataset hold the prompt, if that is not recognised")
     ptx_dataset: str | None = option(None, "supervised prompt-answer pairs for the PTX loss")
@@ -120,6 +118,10 @@ class Config:
     resume: str | None = option(None, "continue from this checkpoint; without a value, from the newest in --output_dir", nargs="?", const="newest")
     sample_every: int = option(50, "steps between samples in terminal and samples.jsonl; 0 = never")
 
+    def autocast(self):
+        """Trained models keep fp32 weights and compute in --dtype."""
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+
 PUBLISHED = {"reward_model": "PKU-Alignment/beaver-7b-v1.0-reward", "cost_model": "PKU-Alignment/beaver-7b-v1.0-cost",
              "dataset": "PKU-Alignment/PKU-SafeRLHF:train", "eval_dataset": "PKU-Alignment/PKU-SafeRLHF:test",
              "ptx_dataset": "tatsu-lab/alpaca", "ptx_coeff": 16.0, "save_every": 200}
@@ -134,7 +136,6 @@ def resolve_config(argv: list[str]) -> Config:
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--config", help="a json file of settings; a run's own config.json will do")
     parser.error = lambda message: require(False, f"{message} (python repo.py --help lists the settings)")
-
     def as_words(settings: dict) -> list[str]:
         return [f"--{name}={value}" for name, value in settings.items() if value is not None and name != "environment"]
 
@@ -160,17 +161,12 @@ def resolve_config(argv: list[str]) -> Config:
         require(value is not None or name not in ("reward_model", "cost_model", "dataset"),
                 f"--{name} is missing; only the presets ({', '.join(PRESETS)}) bring one, and --model {config.model} is none of them")
     require(config.ptx_dataset or not config.ptx_coeff, f"--ptx_coeff {config.ptx_coeff} needs --ptx_dataset; --ptx_coeff 0 turns the PTX loss off")
-    require(config.max_length > config.max_prompt_length,
-            f"--max_length {config.max_length} leaves no room for a response after --max_prompt_length {config.max_prompt_length}")
+    require(config.max_length > config.max_prompt_length, f"--max_length {config.max_length}: must be above --max_prompt_length {config.max_prompt_length}")
     out = Path(config.output_dir)
     require(not out.exists() or (out / "config.json").exists() or out.is_dir() and not any(out.iterdir()),
             f"--output_dir {out}: exists and is not a run of this script; choose another")
     require(config.device == "cpu" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
     return config
-
-def autocast(config: Config):
-    """Trained models keep fp32 weights and compute in --dtype."""
-    return torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 # ==== 2  Prompts ==========================================================================================================================
 # A prompt is a string: what the user says, or, if there were turns before, a transcript "\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...".
@@ -241,8 +237,7 @@ def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--d
     lengths = [len(row) for row in encode_prompts(prompts, tokenizer)] if tokenizer else [0] * len(prompts)
     kept = [prompt for prompt, length in zip(prompts, lengths) if length <= max_length]
     require(kept, f"{flag} {source}: every prompt is longer than --max_prompt_length {max_length}; the shortest has {min(lengths)} tokens")
-    say(f"{flag} {source}: {len(pairs):,} prompts read; {len(pairs) - len(prompts):,} duplicates and {len(prompts) - len(kept):,} "
-        f"longer than {max_length:,} tokens dropped")
+    say(f"{flag} {source}: {len(pairs):,} prompts; {len(pairs) - len(prompts):,} duplicates, {len(prompts) - len(kept):,} too long (--max_prompt_length) dropped")
     return kept
 
 BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # no space at the end: the answer follows directly, then EOS
@@ -266,11 +261,10 @@ def encode_prompts(prompts: list[str], tokenizer) -> list[list[int]]:
 def split_prompts(config: Config, tokenizer) -> tuple[list[str], list[str]]:
     """(training prompts, held-out prompts), distinct, with none in common: --eval_dataset, or a seeded share of --dataset."""
     prompts = load_prompts(config.dataset, config.prompt_column, "--dataset", tokenizer, config.max_prompt_length)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    held_out = [prompts[i] for i in order[:max(16, round(0.05 * len(prompts)))]]
     if config.eval_dataset:
         held_out = load_prompts(config.eval_dataset, config.prompt_column, "--eval_dataset", tokenizer, config.max_prompt_length)
-    else:
-        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        held_out = [prompts[i] for i in order[:max(16, round(0.05 * len(prompts)))]]
     unseen = set(held_out)
     train = [prompt for prompt in prompts if prompt not in unseen]
     require(train, f"--dataset {config.dataset}: all its {len(prompts)} prompts are held out; bring more to train on, or an --eval_dataset")
@@ -291,7 +285,6 @@ class ScoreModel(PreTrainedModel):
     base_model_prefix = "model"
     _keep_in_fp32_modules_strict = ["score_head", "normalizer"]
     role = "reward"
-
     def __init__(self, config, backbone: nn.Module | None = None):
         super().__init__(config)
         self.model = AutoModel.from_config(config) if backbone is None else backbone
@@ -299,13 +292,10 @@ class ScoreModel(PreTrainedModel):
         if getattr(config, "do_normalize", False):
             self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
         self.post_init()
-
     @classmethod
     def from_pretrained(cls, path, role: Literal["reward", "cost"] = "reward", dtype=torch.float32, **options):
         """A Beaver-layout or sequence-classifier checkpoint, in whatever files. Raises UserError if any weight but the head's bias is missing.
-
-        The state dict alone says what exists: the config's `bias`, `score_bias` and `score_type` contradict it in published checkpoints.
-        """
+        The state dict alone says what exists: the config's `bias`, `score_bias` and `score_type` contradict it in published checkpoints."""
         config = AutoConfig.from_pretrained(path, **options)
         is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
         load = AutoModelForSequenceClassification.from_pretrained if is_classifier else super().from_pretrained
@@ -319,13 +309,11 @@ class ScoreModel(PreTrainedModel):
             nn.init.zeros_(model.score_head.bias)
         model.role = role
         return model.eval()
-
     def values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The head's fp32 output at every position: [B, L], [B, L] -> [B, L]."""
         hidden = self.model(**model_inputs(input_ids, attention_mask)).last_hidden_state                          # [B, L, H]
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score_head(hidden.float()).squeeze(-1)                                                    # [B, L]
-
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The fp32 score at the last position whose mask is 1, normalised if the checkpoint says so: [B, L], [B, L] -> [B]."""
         last = attention_mask.cumsum(1).argmax(1, keepdim=True)                                                   # [B, 1]
@@ -347,7 +335,6 @@ def load_function(source: str, flag: str):
     path, _, name = source.rpartition(":")
     with blame(f"{flag} {source}: cannot be loaded"):
         function = runpy.run_path(path)[name]
-
     def checked(prompts: list[str], responses: list[str]) -> list:
         with blame(f"{flag} {source}: failed"):
             results = list(function(prompts, responses))
@@ -357,7 +344,6 @@ def load_function(source: str, flag: str):
 
 class Scorer:
     """Where rewards or costs come from: a model with its tokenizer, or a Python function."""
-
     def __init__(self, role: str, policy_tokenizer, config: Config):
         self.flag, self.source, self.config = f"--{role}_model", getattr(config, f"{role}_model"), config
         self.function = load_function(self.source, self.flag) if ".py:" in self.source else None
@@ -371,7 +357,6 @@ class Scorer:
             self.same_tokens = own.get_vocab() == policy_tokenizer.get_vocab() and own(trial).input_ids == policy_tokenizer(trial).input_ids
             if isinstance(self.model, SequenceClassifier) and self.model[0].config.pad_token_id is None:
                 self.model[0].config.pad_token_id = own.pad_token_id
-
     @torch.no_grad()
     def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str], finished: list[bool]) -> Tensor:
         """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError unless all are finite numbers."""
@@ -396,8 +381,8 @@ def load_policy(config: Config):
     require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks tell where padding is
     require(len(tokenizer) <= rows, f"{flag} {config.policy}: its tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
-    require(tokenizer.unk_token_id not in encode_prompts(["a"], tokenizer)[0],
-            f"{flag} {config.policy}: its tokenizer cannot encode the prompt template {render_prompt('a', tokenizer)!r}")
+    template = render_prompt("a", tokenizer)
+    require(tokenizer.unk_token_id not in tokenizer(template).input_ids, f"{flag} {config.policy}: its tokenizer cannot encode the prompt {template!r}")
     policy.stop_token_ids = {tokenizer.eos_token_id}
     with suppress(OSError):  # chat models list more end-of-turn tokens in this file, most other models have none
         listed = GenerationConfig.from_pretrained(config.policy).eos_token_id
@@ -438,22 +423,20 @@ class Rollout:
     cost_advantages: Tensor | None = None     # [B, T]
     reward_returns: Tensor | None = None      # [B, T]
     cost_returns: Tensor | None = None        # [B, T]
-
     def response_index(self) -> tuple[Tensor, Tensor, Tensor]:
         """For the N response tokens: row [N], column of the state that predicts it [N], token id [N]."""
         row, t = self.response_mask.nonzero(as_tuple=True)
         column = self.input_ids.shape[1] - self.response_mask.shape[1] + t
         return row, column - 1, self.input_ids[row, column]
-
     def micro_batches(self, rows: Tensor, config: Config):
         """Some rows, --micro_batch_size at a time; the tensors of them, for text has no part in learning."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return (Rollout(**{name: value[some] for name, value in tensors.items()}) for some in rows.split(config.micro_batch_size))
-
-    def records(self) -> list[dict]:
+    def records(self, threshold: float) -> list[dict]:
         """A row per response, for people and files."""
-        kl = (self.log_probs - self.ref_log_probs).sum(1)                                                         # [B]
-        columns = {"prompt": self.prompts, "response": self.responses, "reward": self.reward.tolist(), "cost": self.cost.tolist(), "kl": kl.tolist()}
+        columns = {"prompt": self.prompts, "response": self.responses, "reward": self.reward.tolist(), "cost": self.cost.tolist(),
+                   "rectified_cost": rectify(self.cost, threshold).tolist(), "safe": (self.cost <= threshold).tolist(),
+                   "kl": (self.log_probs - self.ref_log_probs).sum(1).tolist()}
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 def lay_out(prompts: list[list[int]], responses: list[list[int]], pad: int, device) -> Rollout:
@@ -476,11 +459,10 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config) -> lis
     budgets = [min(config.max_length - len(prompt), config.max_response_length or config.max_length) for prompt in prompts]
     sampling = GenerationConfig(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=max(budgets),
                                 eos_token_id=sorted(policy.stop_token_ids), pad_token_id=tokenizer.pad_token_id)
-    with autocast(config):
+    with config.autocast():
         output = policy.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=sampling)
-    responses = output[:, batch.input_ids.shape[1]:].tolist()                                                     # B x T
-    ends = [next((t + 1 for t, token in enumerate(row) if token in policy.stop_token_ids), len(row)) for row in responses]
-    return [row[:min(end, budget)] for row, end, budget in zip(responses, ends, budgets)]
+    responses = [row[:budget] for row, budget in zip(output[:, batch.input_ids.shape[1]:].tolist(), budgets)]     # B x up to T
+    return [row[:next((t + 1 for t, token in enumerate(row) if token in policy.stop_token_ids), len(row))] for row in responses]
 
 def response_log_probs(policy, batch: Rollout, temperature: float) -> Tensor:
     """Log-probs of the N response tokens at the temperature they were sampled with: fp32 [N]. Prompts do not reach the LM head."""
@@ -498,7 +480,7 @@ def collect(state: "State", prompts: list[str], config: Config, with_values: boo
     """Responses with their log-probs, scores and values: (rollout, seconds per phase)."""
     def per_token(function, model, *arguments) -> Tensor:
         """function(model, rows, ...) -> [n] in micro-batches, put in place: [B, T], 0 outside the mask."""
-        with torch.no_grad(), autocast(config):
+        with torch.no_grad(), config.autocast():
             flat = torch.cat([function(model, some, *arguments) for some in rollout.micro_batches(torch.arange(len(prompts)), config)])
         return torch.zeros(rollout.response_mask.shape, device=flat.device).masked_scatter(rollout.response_mask, flat)
 
@@ -571,29 +553,24 @@ def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tenso
     return excess, weight if config.algo == "ppo_lag" else torch.zeros_like(cost)
 
 def policy_loss(policy, batch: Rollout, token_weight: Tensor, config: Config) -> tuple[Tensor, dict]:
-    """Equations (7) and (8) over the N response tokens of a batch; token_weight is w_t [B, T]. Returns (scalar, stats).
+    """Equations (7) and (8) over the N response tokens of a batch; token_weight is w_t [B, T]. Done by repo_loss in kernels/reference.py.
 
         A_t  = (A^R_t - lambda_i A^C_t) / (1 + lambda_i)
         loss = sum_t w_t (-min(rho_t A_t, clip(rho_t, 1 - epsilon, 1 + epsilon) A_t)),   rho_t = pi(y_t) / pi_old(y_t)
-
-    The arithmetic is repo_loss in kernels/reference.py.
     """
     mask, (row, _, _) = batch.response_mask, batch.response_index()
     return repo_loss(response_log_probs(policy, batch, config.temperature), batch.log_probs[mask], batch.reward_advantages[mask],
                      batch.cost_advantages[mask], batch.penalty[row], token_weight[mask], config.clip_range)      # [N] each
 
 def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
-    """Equation (3): lambda <- min(lambda + alpha mean{C - d}+, lambda_max). It never falls; it stands still once every response is safe.
+    """Equation (3): lambda <- min(lambda + alpha mean{C - d}+, lambda_max), over the raw costs C [n] of a step. It never falls.
 
-    For --algo ppo_lag instead ln lambda <- ln lambda + alpha lambda (mean C - d), under the same cap, and for ppo always 0.
-    costs [n] are the raw C of this step's responses; for ppo_lag, of the latest --cost_window.
+    For --algo ppo_lag: ln lambda <- ln lambda + alpha lambda (mean C - d), over the latest --cost_window costs, same cap; for ppo: 0.
     """
     if config.algo == "repo":
         return min(lam + config.lambda_lr * rectify(costs, config.threshold).mean().item(), config.lambda_max)
-    if config.algo == "ppo":
-        return 0.0
     exponent = config.lambda_lr * lam * (costs.mean().item() - config.threshold)
-    return min(lam * math.exp(min(exponent, 700.0)), config.lambda_max)  # exp overflows above 709
+    return 0.0 if config.algo == "ppo" else min(lam * math.exp(min(exponent, 700.0)), config.lambda_max)  # exp overflows above 709
 
 def value_loss(critic: ScoreModel, batch: Rollout, old_values: Tensor, returns: Tensor, token_weight: Tensor, config: Config) -> tuple[Tensor, dict]:
     """A critic's clipped squared error, sum_t w_t 1/2 max((V - ret)^2, (clip(V, V_old +- range) - ret)^2): three [B, T] -> (scalar, no stats)."""
@@ -620,7 +597,6 @@ def load_ptx_pairs(config: Config, tokenizer) -> list[tuple[list[int], list[int]
 class State:
     """The models of a run, and everything else that changes while it trains. A checkpoint holds all but FROZEN."""
     TRAINED, FROZEN = ("policy", "reward_critic", "cost_critic"), ("reference", "tokenizer", "reward", "cost")
-
     def __init__(self, policy, tokenizer, config: Config):
         self.policy, self.tokenizer = policy, tokenizer
         self.reference = copy.deepcopy(policy).to(getattr(torch, config.dtype)).requires_grad_(False)             # pi_ref
@@ -635,7 +611,6 @@ class State:
         self.step, self.seconds, self.tokens = 0, 0.0, 0  # steps done, seconds spent and tokens sampled in them
         self.before = None  # scores of the untrained policy
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}
-
     def log(self, out: Path, name: str, rows: list[dict]) -> None:
         self.logs[name] += rows
         with (out / name).open("a") as file:
@@ -652,7 +627,7 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
     """--update_iters passes over a rollout; each minibatch is one optimiser step of the policy and of both critics. Returns metrics."""
     def descend(name: str, scale: float, loss_of, *arguments) -> None:
         """Backward through a loss as soon as it is made, so that the activations of one model live at a time."""
-        with autocast(config):
+        with config.autocast():
             loss, stats = loss_of(*arguments)
         (scale * loss).backward()
         totals[f"{name}_loss"] += loss.item() / updates
@@ -709,20 +684,15 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
         "cost_explained_variance": explained_variance(rollout.cost_values, rollout.cost_returns, mask),
         "response_length": tokens / len(mask), "truncated_rate": 1 - rollout.finished.float().mean().item(),
         "actor_lr": actor_lr, "critic_lr": config.critic_lr, **seconds, "seconds_learning": total - sum(seconds.values()),
-        "tokens_per_second": tokens / total, "peak_memory_mib": peak_memory_mib(),
-    }
+        "tokens_per_second": tokens / total, "peak_memory_mib": peak_memory_mib()}
 
 def peak_memory_mib() -> float:
     """Of the GPU's allocator where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else on_cpu
 
 def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> None:
-    """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises.
-
-    Ctrl-C lets the step end, so that a checkpoint never holds half a one, and then raises KeyboardInterrupt; a second Ctrl-C kills.
-    """
+    """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises. Ctrl-C raises after a whole step, the second kills."""
     pressed = []
     signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True) as bar:
@@ -730,7 +700,7 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
             rollout, metrics = train_step(state, prompts, ptx_pairs, config)
             state.log(out, "metrics.jsonl", [metrics])
             if config.sample_every and state.step % config.sample_every == 0:
-                samples = [{"step": state.step, **record} for record in rollout.records()]
+                samples = [{"step": state.step, **record} for record in rollout.records(config.threshold)]
                 say(samples_table(samples))
                 state.log(out, "samples.jsonl", samples)
             if config.save_every and state.step % config.save_every == 0:
@@ -751,28 +721,9 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
         for start in range(0, len(repeated), size):
             rollout, _ = collect(state, repeated[start:start + size], config, with_values=False)
             verdicts = judge(rollout.prompts, rollout.responses) if judge else [None] * len(rollout.prompts)
-            records += [{**record, "safe": record["cost"] <= config.threshold, "verdict": v} for record, v in zip(rollout.records(), verdicts)]
+            records += [{**record, "verdict": verdict} for record, verdict in zip(rollout.records(config.threshold), verdicts)]
     groups = (records[start:start + config.eval_samples] for start in range(0, len(records), config.eval_samples))
     return [{"prompt": group[0].pop("prompt"), "responses": group} for group in groups]
-
-def mean(values) -> float | None:
-    return sum(listed) / len(listed) if (listed := list(values)) else None
-
-def summarize(rows: list[dict], config: Config) -> dict:
-    """The scores of an evaluation. Those that only a judge can give are None without one."""
-    responses = [response for row in rows for response in row["responses"]]
-    judged = [response for response in responses if response["verdict"] is not None]
-    harmless = [response for response in judged if not response["verdict"]["harmful_prompt"]]
-    return {
-        **{name: mean(response[name] for response in responses) for name in ("reward", "cost", "kl")},
-        "rectified_cost": mean(max(response["cost"] - config.threshold, 0.0) for response in responses),
-        "safety_rate": mean(response["safe"] for response in responses),
-        "prompts_fully_safe": mean(all(response["safe"] for response in row["responses"]) for row in rows),
-        "safety_rate_on_harmful_prompts": mean(response["safe"] for response in judged if response["verdict"]["harmful_prompt"]),
-        "judge_safety_rate": mean(response["verdict"]["safe"] for response in judged),
-        "over_refusal_rate": mean(response["verdict"]["refused"] for response in harmless),
-        "reward_on_harmless_prompts": mean(response["reward"] for response in harmless),
-    }
 
 # ==== 9  Checkpoints ======================================================================================================================
 @contextmanager
@@ -845,15 +796,15 @@ def run(config: Config) -> None:
     judge = load_function(config.judge, "--judge") if config.judge else None
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
     state = State(policy, tokenizer, config)
-    say(f"policy {config.policy}: {policy.num_parameters():,} parameters, {config.dtype} on {config.device}, prompts in "
-        f"{'its chat template' if tokenizer.chat_template else 'the Beaver template'}")
+    template = "its chat template" if tokenizer.chat_template else "the Beaver template"
+    say(f"policy {config.policy}: {policy.num_parameters():,} parameters, {config.dtype} on {config.device}, prompts in {template}")
     for scorer in (state.reward, state.cost):
         say(f"{scorer.flag} {scorer.source}: {'a function' if scorer.function else 'tokens of the policy' if scorer.same_tokens else 'tokens of its own'}")
     if config.resume:
         out = resume(state, config)
     else:
         rows = evaluate(state, held_out, judge, config)
-        state.before = summarize(rows, config)
+        state.before = summarize(rows)
         out = claim_output_dir(config)
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     (out / "config.json").write_text(json.dumps(vars(config) | {"resume": None, "environment": {
@@ -872,7 +823,7 @@ def run(config: Config) -> None:
             policy.to(getattr(torch, config.dtype)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     (out / "eval.jsonl").write_text(to_jsonl(rows))
-    scores, seconds = summarize(rows, config), time.perf_counter() - start
+    scores, seconds = summarize(rows), time.perf_counter() - start
     (out / "summary.json").write_text(json.dumps({
         "algo": config.algo, "rectify": config.rectify, "seed": config.seed, "steps": state.step, **scores, "lambda": state.lam,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else None, "wall_seconds": seconds,
