@@ -136,7 +136,7 @@ def preference_pair(prompt: str, rng: random.Random) -> dict:
 def write_data(folder: Path, rng: random.Random) -> tuple[list[dict], list[dict], list[dict]]:
     """Writes prompts, demonstrations and preference pairs; returns (demonstrations, training pairs, held-out pairs)."""
     train, held_out = split_requests()
-    demonstrations = [{"prompt": prompt, "response": random_answer(prompt, rng)} for prompt in train for _ in range(6)]
+    demonstrations = [{"prompt": prompt, "response": random_answer(prompt, rng)} for prompt in train for _ in range(12)]
     train_pairs = [preference_pair(prompt, rng) for prompt in train for _ in range(12)]
     held_out_pairs = [preference_pair(prompt, rng) for prompt in held_out for _ in range(8)]
     files = {
@@ -212,7 +212,7 @@ def train_policy(config: LlamaConfig, rows: list[tuple[list[int], int]], rng: ra
         in_answer = (positions >= starts[:, None]) & (positions < lengths[:, None])                  # [B, L]
         return F.cross_entropy(policy(ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids.masked_fill(~in_answer, -100)[:, 1:].flatten())
 
-    return policy, fit(policy.parameters(), loss, rows, batch_size=64, steps=300, lr=5e-3, rng=rng)
+    return policy, fit(policy.parameters(), loss, rows, batch_size=32, steps=600, lr=6e-3, rng=rng)
 
 
 class Scorer(nn.Module):
