@@ -283,6 +283,7 @@ class ScoreModel(PreTrainedModel):
     """The Beaver layout: a causal backbone `model`, a linear `score_head`. The critics are ScoreModels too, read at every token."""
     config_class = PreTrainedConfig
     base_model_prefix = "model"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # as far as the backbone does, which checks for itself
     _keep_in_fp32_modules_strict = ["score_head", "normalizer"]
     role = "reward"
     def __init__(self, config, backbone: nn.Module | None = None):

@@ -1,0 +1,93 @@
+"""Shared by all tests: the project on the path, no network, and small helpers that write checkpoints by hand."""
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on a network; asking for one would only take time
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel  # noqa: E402
+
+import repo  # noqa: E402
+from tiny_configs import world  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped only where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.fixture(scope="session")
+def family() -> dict:
+    """Paths of the tiny family, built once into the project's cache."""
+    return world.build(repo.BEAVER_TEMPLATE)
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs the script's main in this process: run(*flags) -> (exit code, output folder, what it printed)."""
+    def call(*flags, out="out"):
+        code = repo.main([*map(str, flags), "--output_dir", str(tmp_path / out)])
+        printed = capsys.readouterr()
+        return code, tmp_path / out, printed.out + printed.err
+    return call
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tiny family's tokenizer, without its models."""
+    return world.build_tokenizer(repo.BEAVER_TEMPLATE)
+
+
+def tiny_config(tokenizer, **changes) -> LlamaConfig:
+    return LlamaConfig(**{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(tokenizer),
+                          "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, **changes})
+
+
+def write_policy(folder: Path, tokenizer, seed: int = 0, dtype=torch.float32, **changes) -> Path:
+    torch.manual_seed(seed)
+    LlamaForCausalLM(tiny_config(tokenizer, **changes)).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_beaver(tokenizer, seed: int = 0) -> tuple[LlamaModel, dict]:
+    """(the backbone, the whole state dict in the Beaver layout) with random weights."""
+    torch.manual_seed(seed)
+    model = LlamaModel(tiny_config(tokenizer)).eval()
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return model, state | {"score_head.weight": torch.randn(1, 32), "score_head.bias": torch.tensor([0.25])}
+
+
+def write_beaver(folder: Path, tokenizer, state: dict, sharded_bin: bool = False, **published) -> Path:
+    """Writes the layout by hand, with the contradictory fields that published configs have."""
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True)
+    config = tiny_config(tokenizer).to_dict() | {"architectures": ["LlamaForScore"], "score_dim": 1, "bias": False, "score_bias": True,
+                                                 "score_type": "reward", "do_normalize": False, "normalizer_type": None, "momentum": None}
+    (folder / "config.json").write_text(json.dumps(config | published))
+    if sharded_bin:
+        names = list(state)
+        shards = {"pytorch_model-00001-of-00002.bin": names[:5], "pytorch_model-00002-of-00002.bin": names[5:]}
+        for file, part in shards.items():
+            torch.save({name: state[name] for name in part}, folder / file)
+        index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    return folder
