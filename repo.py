@@ -586,12 +586,12 @@ def ptx_loss(policy, batch: Rollout, tokens: int) -> tuple[Tensor, dict]:
 
 def load_ptx_pairs(config: Config, tokenizer) -> list[tuple[list[int], list[int]]]:
     """Supervised (prompt ids, answer ids with EOS) that fit --max_length. Raises UserError."""
-    pairs = [pair for pair in load_pairs(config.ptx_dataset, flag="--ptx_dataset") if pair[1]]
+    pairs = load_pairs(config.ptx_dataset, flag="--ptx_dataset")
+    answers = [tokenizer(answer or "", add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for _, answer in pairs]
     prompts = encode_prompts([prompt for prompt, _ in pairs], tokenizer)
-    answers = [tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for _, answer in pairs]
-    kept = [(prompt, answer) for prompt, answer in zip(prompts, answers) if len(prompt + answer) <= config.max_length]
+    kept = [pair for pair in zip(prompts, answers) if len(pair[1]) > 1 and len(pair[0] + pair[1]) <= config.max_length]
     require(kept, f"--ptx_dataset {config.ptx_dataset}: no row has both a prompt and an answer within --max_length {config.max_length}")
-    say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(pairs) - len(kept):,} longer than {config.max_length:,} tokens dropped")
+    say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(pairs) - len(kept):,} without an answer or too long (--max_length) dropped")
     return kept
 
 # ==== 7  Training =========================================================================================================================

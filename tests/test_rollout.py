@@ -1,0 +1,101 @@
+# pytest tests/test_rollout.py
+"""The rollout's bookkeeping: masks, limits, log-probs, and what padding may not change."""
+import pytest
+import torch
+from conftest import write_policy
+
+import repo
+
+
+@pytest.fixture
+def policy(tmp_path, tokenizer):
+    config = repo.Config(policy=str(write_policy(tmp_path / "policy", tokenizer)), device="cpu", dtype="float32", micro_batch_size=2)
+    return (*repo.load_policy(config), config)
+
+
+PROMPTS, RESPONSES = [[0, 4, 5, 6], [0, 9], [0, 11, 12]], [[7, 8, 1], [5], [1]]
+
+
+def test_layout_and_response_index():
+    batch = repo.lay_out(PROMPTS, RESPONSES, 2, "cpu")
+    assert batch.input_ids.tolist() == [[0, 4, 5, 6, 7, 8, 1], [2, 2, 0, 9, 5, 2, 2], [2, 0, 11, 12, 1, 2, 2]]
+    assert batch.attention_mask.tolist() == [[1] * 7, [0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 0]]
+    assert batch.response_mask.tolist() == [[True, True, True], [True, False, False], [True, False, False]]
+    row, state, targets = batch.response_index()
+    assert row.tolist() == [0, 0, 0, 1, 2] and targets.tolist() == [7, 8, 1, 5, 1]
+    assert state.tolist() == [3, 4, 5, 3, 3]  # the last prompt token predicts y_1
+
+
+def test_an_eos_inside_a_prompt_is_prompt():
+    batch = repo.lay_out([[0, 1, 4, 1]], [[5, 1]], 1, "cpu")  # and the pad token may be the EOS token
+    assert batch.response_mask.tolist() == [[True, True]] and batch.attention_mask.tolist() == [[1] * 6]
+
+
+def test_log_probs_of_a_padded_batch_are_those_of_each_row_alone(policy):
+    policy, tokenizer, _ = policy
+    with torch.no_grad():
+        together = repo.response_log_probs(policy, repo.lay_out(PROMPTS, RESPONSES, 2, "cpu"), 1.3)
+        alone = torch.cat([repo.response_log_probs(policy, repo.lay_out([p], [r], 2, "cpu"), 1.3) for p, r in zip(PROMPTS, RESPONSES)])
+        direct = [(policy(torch.tensor([p + r])).logits[0] / 1.3).log_softmax(-1)[len(p) - 1 + t, token] for p, r in zip(PROMPTS, RESPONSES)
+                  for t, token in enumerate(r)]
+    assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(together, torch.stack(direct), atol=1e-5)
+
+
+def test_the_gradient_reaches_response_log_probs_only(policy):
+    """What stands at pad positions has no part in the loss: other pad tokens, same loss and gradient."""
+    policy, _, config = policy
+    gradients = []
+    for pad in (2, 300):
+        batch = repo.lay_out(PROMPTS, RESPONSES, pad, "cpu")
+        zeros = torch.zeros(3, 3)
+        batch.log_probs = batch.reward_values = batch.cost_values = zeros
+        batch.reward_advantages, batch.cost_advantages, batch.penalty = zeros + 1.5, zeros - 0.5, torch.ones(3)
+        weight = batch.response_mask / batch.response_mask.sum(1, keepdim=True) / 3
+        loss, _ = repo.policy_loss(policy, batch, weight, config)
+        gradients.append(torch.autograd.grad(loss, policy.model.layers[0].self_attn.q_proj.weight)[0])
+    assert torch.allclose(*gradients, atol=1e-7) and gradients[0].abs().sum() > 0
+
+
+def forced(policy, tokens):
+    """Makes the policy say these tokens, whatever it is asked."""
+    def generate(input_ids, attention_mask, generation_config):
+        return torch.cat([input_ids, torch.tensor(tokens)], 1)
+    policy.generate = generate
+
+
+def test_responses_end_at_eos_or_at_their_own_limit(policy):
+    policy, tokenizer, config = policy
+    config.max_length = 7
+    forced(policy, [[7, 8, 1, 9, 9], [5, 5, 5, 5, 5], [1, 2, 2, 2, 2]])
+    assert repo.generate(policy, tokenizer, PROMPTS, config) == [[7, 8, 1], [5, 5, 5, 5, 5], [1]]  # prompts of 4, 2, 3: budgets 3, 5, 4
+    forced(policy, [[7, 8, 9, 1, 9], [5, 5, 5, 5, 1], [5, 5, 5, 5, 1]])
+    assert repo.generate(policy, tokenizer, PROMPTS, config) == [[7, 8, 9], [5, 5, 5, 5, 1], [5, 5, 5, 5]]
+    config.max_response_length = 2
+    assert repo.generate(policy, tokenizer, PROMPTS, config) == [[7, 8], [5, 5], [5, 5]]
+
+
+def test_micro_batches_change_memory_not_results(tmp_path, tokenizer, family):
+    config = repo.Config(**{**family, "ptx_dataset": None}, device="cpu", dtype="float32", steps=1, max_response_length=12)
+    prompts, results = repo.load_prompts(config.dataset)[:10], []
+    for size in (3, 16):
+        config.micro_batch_size = size
+        policy, own = repo.load_policy(config)
+        state = repo.State(policy, own, config)
+        torch.manual_seed(0)
+        state.optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+        state.schedule = torch.optim.lr_scheduler.LambdaLR(state.optimizer, lambda _: 1.0)
+        _, metrics = repo.train_step(state, prompts, [], config)
+        results.append((metrics, [p.detach().clone() for p in policy.parameters()]))
+    (a, weights_a), (b, weights_b) = results
+    for name in ("actor_loss", "reward_critic_loss", "cost_critic_loss", "policy_grad_norm", "clip_fraction", "approx_kl", "kl", "reward"):
+        assert a[name] == pytest.approx(b[name], abs=1e-5), name
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(weights_a, weights_b))
+
+
+def test_an_unchanged_policy_has_ratio_one(family):
+    config = repo.Config(**family, device="cpu", dtype="float32", steps=1, max_response_length=12, micro_batch_size=16)
+    policy, own = repo.load_policy(config)
+    torch.manual_seed(0)
+    _, metrics = repo.train_step(repo.State(policy, own, config), repo.load_prompts(config.dataset)[:16], [], config)
+    assert metrics["clip_fraction"] == 0 and metrics["approx_kl"] < 1e-6 and metrics["ratio_max"] == pytest.approx(1, abs=1e-3)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-4)  # the reference is the starting policy
