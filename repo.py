@@ -156,8 +156,8 @@ def resolve_config(argv: list[str]) -> Config:
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.dtype = config.dtype or ("bfloat16" if config.device == "cuda" else "float32")
     for name, value in vars(config).items():
-        require(type(value) not in (int, float) or name == "threshold" or 0 < value < math.inf or value == 0 and name in MAY_BE_ZERO,
-                f"--{name} {value}: must be a number {'not below' if name in MAY_BE_ZERO else 'above'} 0")
+        require(type(value) not in (int, float) or math.isfinite(value) and (name == "threshold" or value > 0 or value == 0 and name in MAY_BE_ZERO),
+                f"--{name} {value}: must be a finite number{'' if name == 'threshold' else ', 0 or more' if name in MAY_BE_ZERO else ' above 0'}")
         require(value is not None or name not in ("reward_model", "cost_model", "dataset"),
                 f"--{name} is missing; only the presets ({', '.join(PRESETS)}) bring one, and --model {config.model} is none of them")
     require(config.ptx_dataset or not config.ptx_coeff, f"--ptx_coeff {config.ptx_coeff} needs --ptx_dataset; --ptx_coeff 0 turns the PTX loss off")

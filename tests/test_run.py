@@ -169,7 +169,7 @@ def test_own_checkpoints_and_own_functions(run, tmp_path, tokenizer):
     (["--reward_model", "{}/bad.py:few"], "returned 1 results for 8 responses"),
     (["--judge", "{}/bad.py:nothing"], "cannot be loaded"),
     (["--ptx_coeff", "1", "--ptx_dataset", "{}/good.jsonl"], "no row has both a prompt and an answer"),
-    (["--steps", "0"], "--steps 0: must be a number above 0"), (["--lambda_init", "-1"], "--lambda_init -1.0"), (["--temperature", "nan"], "--temperature nan"),
+    (["--steps", "0"], "--steps 0: must be a finite number above 0"), (["--lambda_init", "-1"], "--lambda_init -1.0"), (["--threshold", "nan"], "--threshold nan: must be a finite number"),
     (["--max_length", "10"], "--max_length 10"), (["--steps", "many"], "invalid int value: 'many'"), (["--stepps", "1"], "unrecognized arguments"),
     (["--config", "{}/missing.json"], "missing.json: not a file"), (["--config", "{}/odd.json"], "unrecognized arguments: --stepz=3"),
     (["--resume"], "no complete checkpoint"),
