@@ -128,7 +128,7 @@ PUBLISHED = {"reward_model": "PKU-Alignment/beaver-7b-v1.0-reward", "cost_model"
 PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models and data built by tiny_configs/world.py
            "alpaca-7b": PUBLISHED | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
            "llama-3.2-3b": PUBLISHED | {"policy": "meta-llama/Llama-3.2-3B-Instruct"}}
-FREE_ON_RESUME = {"output_dir", "resume", "save_every", "keep_checkpoints", "sample_every", "eval_only"}  # may change without making it another run
+FREE_ON_RESUME = {"output_dir", "resume", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size"}  # may change without making it another run
 MAY_BE_ZERO = {"lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda", "ptx_coeff", "seed", "save_every", "sample_every"}
 
 def resolve_config(argv: list[str]) -> Config:
@@ -136,19 +136,19 @@ def resolve_config(argv: list[str]) -> Config:
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--config", help="a json file of settings; a run's own config.json will do")
     parser.error = lambda message: require(False, f"{message} (python repo.py --help lists the settings)")
-    def as_words(settings: dict) -> list[str]:
-        return [f"--{name}={value}" for name, value in settings.items() if value is not None and name != "environment"]
-
+    def as_words(settings: dict, *skipped: str) -> list[str]:
+        return [f"--{name}={value}" for name, value in settings.items() if value is not None and name not in skipped]
     words = list(argv)  # presets and files go in front: argparse lets the last word win
     if path := parser.parse_args(words).config:
         with blame(f"--config {path}: not a file with a json object of settings"):
-            words = as_words(json.loads(Path(path).read_text())) + words
+            renamed = ["policy"] if any(word.partition("=")[0] == "--model" for word in argv) else []  # --model names another one
+            words = as_words(json.loads(Path(path).read_text()), "environment", "output_dir", *renamed) + words
     given = parser.parse_args(words)
     preset = dict(PRESETS.get(given.model, {}))
     if given.model == "tiny":
         from tiny_configs import world
         preset = json.loads(Path(world.__file__).with_name("tiny.json").read_text()) | world.build(BEAVER_TEMPLATE)
-    for name in ("eval_dataset", "prompt_column", "judge") if given.dataset else ():
+    for name in ("eval_dataset", "prompt_column", "judge") if given.dataset else ("judge",) if given.eval_dataset else ():
         preset.pop(name, None)
     config = parser.parse_args_into_dataclasses(as_words(preset) + words)[0]
     config.policy = config.policy or config.model
@@ -163,8 +163,8 @@ def resolve_config(argv: list[str]) -> Config:
     require(config.ptx_dataset or not config.ptx_coeff, f"--ptx_coeff {config.ptx_coeff} needs --ptx_dataset; --ptx_coeff 0 turns the PTX loss off")
     require(config.max_length > config.max_prompt_length, f"--max_length {config.max_length}: must be above --max_prompt_length {config.max_prompt_length}")
     out = Path(config.output_dir)
-    require(not out.exists() or (out / "config.json").exists() or out.is_dir() and not any(out.iterdir()),
-            f"--output_dir {out}: exists and is not a run of this script; choose another")
+    empty = not out.exists() or out.is_dir() and not any(out.iterdir())
+    require(empty or (out / "config.json").exists(), f"--output_dir {out}: exists and is not a run of this script; choose another")
     require(config.device == "cpu" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
     return config
 
@@ -183,7 +183,7 @@ def to_messages(prompt: str) -> list[dict]:
 def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str | None]:
     """Plain text, a transcript or a list of messages as (prompt, answer); a last turn of the assistant's is the answer."""
     messages = list(chat) if isinstance(chat, list) else to_messages(chat)
-    answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else answer
+    answer = messages.pop()["content"] or answer if messages[-1]["role"] == "assistant" else answer
     if [message["role"] for message in messages] == ["user"]:
         return messages[0]["content"], answer
     return "".join(f"\n\n{name}: {message['content']}" for message in messages for name, role in ROLES.items() if role == message["role"]), answer
@@ -193,7 +193,7 @@ FORMATS = {  # columns -> (prompt, answer) of a row; the first whose columns a d
     "prompt response": lambda row: to_pair(row["prompt"], row["response"]),
     "prompt completion": lambda row: to_pair(row["prompt"], row["completion"]),
     "instruction output": lambda row: to_pair("\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]),
-    "chosen rejected": lambda row: to_pair(row["chosen"]),
+    "chosen rejected": lambda row: to_pair(row.get("prompt") or row["chosen"]),
 } | {column: lambda row, column=column: to_pair(row[column]) for column in ("prompt", "messages", "instruction", "text")}
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -224,10 +224,11 @@ def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dat
     for number, row in enumerate(rows):
         try:
             prompt, answer = read(row)
-            pairs += [(prompt, answer)] if prompt.strip() else []
+            pairs += [(prompt, answer and answer + "")] if prompt.strip() else []
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a row with a hole is left out; else it is another format
             require(None in row.values(), f"{flag} {source}: row {number} does not hold what its columns promise ({', '.join(row)})")
     require(pairs, f"{flag} {source}: none of its {len(rows)} rows has a prompt")
+    say(f"{flag} {source}: {len(rows):,} rows read, {len(rows) - len(pairs):,} without a prompt dropped")
     return pairs
 
 def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--dataset", tokenizer=None, max_length: int = sys.maxsize) -> list[str]:
@@ -237,7 +238,7 @@ def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--d
     lengths = [len(row) for row in encode_prompts(prompts, tokenizer)] if tokenizer else [0] * len(prompts)
     kept = [prompt for prompt, length in zip(prompts, lengths) if length <= max_length]
     require(kept, f"{flag} {source}: every prompt is longer than --max_prompt_length {max_length}; the shortest has {min(lengths)} tokens")
-    say(f"{flag} {source}: {len(pairs):,} prompts; {len(pairs) - len(prompts):,} duplicates, {len(prompts) - len(kept):,} too long (--max_prompt_length) dropped")
+    say(f"{flag}: {len(pairs) - len(prompts):,} duplicates and {len(prompts) - len(kept):,} prompts longer than --max_prompt_length dropped, {len(kept):,} left")
     return kept
 
 BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # no space at the end: the answer follows directly, then EOS
@@ -246,15 +247,16 @@ def render_prompt(prompt: str, tokenizer) -> str:
     """What a model reads: the tokenizer's chat template if it has one, else the template of the Beaver family."""
     messages = to_messages(prompt)
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with blame(f"the prompt {prompt[:60]!r}: refused by the chat template"):
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     joints = {"user": " ASSISTANT:", "assistant": f"{tokenizer.eos_token}USER: ", "system": "\n\n"}
     text = "".join(message["content"] + joints[message["role"]] for message in messages)
     return BEAVER_TEMPLATE.format(prompt=text.removesuffix(" ASSISTANT:"))
 
-def encode_prompts(prompts: list[str], tokenizer) -> list[list[int]]:
-    """Token ids of the rendered prompts, with the BOS that tokenizer or chat template give, never with an EOS at the end."""
-    special = not tokenizer.chat_template
-    rows = tokenizer([render_prompt(prompt, tokenizer) for prompt in prompts], add_special_tokens=special).input_ids
+def encode_prompts(prompts: list[str], tokenizer, answers: list[str] | None = None) -> list[list[int]]:
+    """Token ids of the rendered prompts, each with its answer in one text, with the BOS that tokenizer or template give, never with an EOS."""
+    special, texts = not tokenizer.chat_template, [render_prompt(prompt, tokenizer) for prompt in prompts]
+    rows = tokenizer([text + answer for text, answer in zip(texts, answers or [""] * len(texts))], add_special_tokens=special).input_ids
     appends_eos = special and tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
     return [row[:-1] for row in rows] if appends_eos else rows
 
@@ -356,16 +358,15 @@ class Scorer:
             own.pad_token = own.pad_token or own.eos_token  # masks tell where padding is
             trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{own.eos_token}"
             self.same_tokens = own.get_vocab() == policy_tokenizer.get_vocab() and own(trial).input_ids == policy_tokenizer(trial).input_ids
-            if isinstance(self.model, SequenceClassifier) and self.model[0].config.pad_token_id is None:
-                self.model[0].config.pad_token_id = own.pad_token_id
+            if isinstance(self.model, SequenceClassifier):  # which finds the last token by the pad id of its config
+                own.pad_token_id = ids.pad_token_id = own.pad_token_id if (ids := self.model[0].config).pad_token_id is None else ids.pad_token_id
     @torch.no_grad()
     def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str], finished: list[bool]) -> Tensor:
         """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError unless all are finite numbers."""
         size, scores = self.config.micro_batch_size, self.function(prompts, responses) if self.function else []
         if not self.function and not self.same_tokens:  # re-encoded, in its own template; EOS only where the response really ended
-            answers = self.tokenizer(responses, add_special_tokens=False).input_ids
-            rows = [prompt + answer + [self.tokenizer.eos_token_id] * ended
-                    for prompt, answer, ended in zip(encode_prompts(prompts, self.tokenizer), answers, finished)]
+            rows = [row + [self.tokenizer.eos_token_id] * (ended and self.tokenizer.eos_token is not None)
+                    for row, ended in zip(encode_prompts(prompts, self.tokenizer, responses), finished)]
         for some in () if self.function else (rows[start:start + size] for start in range(0, len(rows), size)):
             batch = lay_out([[]] * len(some), some, self.tokenizer.pad_token_id, self.config.device)                   # [b, L]
             scores += self.model.score(batch.input_ids, batch.attention_mask).tolist()
@@ -382,11 +383,11 @@ def load_policy(config: Config):
     require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks tell where padding is
     require(len(tokenizer) <= rows, f"{flag} {config.policy}: its tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
-    template = render_prompt("a", tokenizer)
-    require(tokenizer.unk_token_id not in tokenizer(template).input_ids, f"{flag} {config.policy}: its tokenizer cannot encode the prompt {template!r}")
+    unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    require(not unknown & {*encode_prompts(["a"], tokenizer)[0]}, f"{flag} {config.policy}: its tokenizer cannot encode {render_prompt('a', tokenizer)!r}")
     policy.stop_token_ids = {tokenizer.eos_token_id}
     with suppress(OSError):  # chat models list more end-of-turn tokens in this file, most other models have none
-        listed = GenerationConfig.from_pretrained(config.policy).eos_token_id
+        listed = GenerationConfig.from_pretrained(str(Path(config.policy).expanduser())).eos_token_id
         policy.stop_token_ids |= set(listed) if isinstance(listed, list) else {listed} - {None}
     # Sampling must be from the plain softmax: a checkpoint's own top_p or temperature waits here until the policy is saved.
     policy.published_generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
@@ -399,8 +400,7 @@ def make_critic(scorer: Scorer, policy) -> ScoreModel:
     else:
         body = copy.deepcopy(scorer.model[0].base_model if scorer.same_tokens else policy.base_model)
         critic = ScoreModel(body.config, body)
-        nn.init.zeros_(critic.score_head.weight)
-        nn.init.zeros_(critic.score_head.bias)
+        critic.score_head.load_state_dict({name: torch.zeros_like(value) for name, value in critic.score_head.state_dict().items()})
     return critic.float().eval().to(policy.device).requires_grad_(True)
 
 # ==== 4  Rollout ==========================================================================================================================
@@ -484,7 +484,6 @@ def collect(state: "State", prompts: list[str], config: Config, with_values: boo
         with torch.no_grad(), config.autocast():
             flat = torch.cat([function(model, some, *arguments) for some in rollout.micro_batches(torch.arange(len(prompts)), config)])
         return torch.zeros(rollout.response_mask.shape, device=flat.device).masked_scatter(rollout.response_mask, flat)
-
     start = time.perf_counter()
     prompt_ids = encode_prompts(prompts, state.tokenizer)
     response_ids = generate(state.policy, state.tokenizer, prompt_ids, config)
@@ -586,12 +585,11 @@ def ptx_loss(policy, batch: Rollout, tokens: int) -> tuple[Tensor, dict]:
 
 def load_ptx_pairs(config: Config, tokenizer) -> list[tuple[list[int], list[int]]]:
     """Supervised (prompt ids, answer ids with EOS) that fit --max_length. Raises UserError."""
-    pairs = load_pairs(config.ptx_dataset, flag="--ptx_dataset")
-    answers = [tokenizer(answer or "", add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for _, answer in pairs]
-    prompts = encode_prompts([prompt for prompt, _ in pairs], tokenizer)
-    kept = [pair for pair in zip(prompts, answers) if len(pair[1]) > 1 and len(pair[0] + pair[1]) <= config.max_length]
+    asked, answers = zip(*load_pairs(config.ptx_dataset, flag="--ptx_dataset"))
+    prompts, wholes = encode_prompts(asked, tokenizer), encode_prompts(asked, tokenizer, [answer or "" for answer in answers])
+    kept = [(p, whole[len(p):] + [tokenizer.eos_token_id]) for p, whole in zip(prompts, wholes) if len(p) < len(whole) < config.max_length]
     require(kept, f"--ptx_dataset {config.ptx_dataset}: no row has both a prompt and an answer within --max_length {config.max_length}")
-    say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(pairs) - len(kept):,} without an answer or too long (--max_length) dropped")
+    say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(asked) - len(kept):,} without an answer or too long (--max_length) dropped")
     return kept
 
 # ==== 7  Training =========================================================================================================================
@@ -600,7 +598,7 @@ class State:
     TRAINED, FROZEN = ("policy", "reward_critic", "cost_critic"), ("reference", "tokenizer", "reward", "cost")
     def __init__(self, policy, tokenizer, config: Config):
         self.policy, self.tokenizer = policy, tokenizer
-        self.reference = copy.deepcopy(policy).to(getattr(torch, config.dtype)).requires_grad_(False)             # pi_ref
+        self.reference = copy.deepcopy(policy).requires_grad_(False)  # pi_ref, computed exactly as the policy is: their KL starts at 0
         self.reward, self.cost = (Scorer(role, tokenizer, config) for role in ("reward", "cost"))
         self.reward_critic, self.cost_critic = make_critic(self.reward, policy), make_critic(self.cost, policy)
         groups = [{"params": getattr(self, name).parameters(), "lr": config.actor_lr if name == "policy" else config.critic_lr} for name in self.TRAINED]
@@ -608,9 +606,9 @@ class State:
         warmup = max(int(0.03 * config.steps), 1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, [  # warm-up and cosine for the policy, constant for the critics
             lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * step / config.steps)) / 2, lambda _: 1.0, lambda _: 1.0])
-        self.lam, self.costs = 0.0 if config.algo == "ppo" else config.lambda_init, []  # lambda, and the latest --cost_window costs
+        self.lam = 0.0 if config.algo == "ppo" else min(config.lambda_init, config.lambda_max)
         self.step, self.seconds, self.tokens = 0, 0.0, 0  # steps done, seconds spent and tokens sampled in them
-        self.before = None  # scores of the untrained policy
+        self.costs, self.before = [], None  # the latest --cost_window costs; scores of the untrained policy
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}
     def log(self, out: Path, name: str, rows: list[dict]) -> None:
         self.logs[name] += rows
@@ -634,7 +632,6 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
         totals[f"{name}_loss"] += loss.item() / updates
         for key, value in stats.items():  # means over the batch's tokens, but for the maximum
             totals[key] = max(totals[key], value.item()) if key == "ratio_max" else totals[key] + value.item() * share
-
     count, size = len(rollout.prompts), config.minibatch_size or len(rollout.prompts)
     updates, tokens = config.update_iters * math.ceil(count / size), config.update_iters * rollout.response_mask.sum()
     totals = defaultdict(float)
@@ -689,8 +686,8 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
 
 def peak_memory_mib() -> float:
     """Of the GPU's allocator where there is one, else of the process."""
-    on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else on_cpu
+    on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() / 2**20
+    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> None:
     """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises. Ctrl-C raises after a whole step, the second kills."""
@@ -721,10 +718,12 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
         torch.manual_seed(config.seed)
         for start in range(0, len(repeated), size):
             rollout, _ = collect(state, repeated[start:start + size], config, with_values=False)
-            verdicts = judge(rollout.prompts, rollout.responses) if judge else [None] * len(rollout.prompts)
+            judged = judge(rollout.prompts, rollout.responses) if judge else [None] * size
+            with blame(f"--judge {config.judge}: must return dicts with the bools safe, refused and harmful_prompt"):
+                verdicts = [judge and {name: bool(verdict[name]) for name in ("safe", "refused", "harmful_prompt")} for verdict in judged]
             records += [{**record, "verdict": verdict} for record, verdict in zip(rollout.records(config.threshold), verdicts)]
     groups = (records[start:start + config.eval_samples] for start in range(0, len(records), config.eval_samples))
-    return [{"prompt": group[0].pop("prompt"), "responses": group} for group in groups]
+    return [{"prompt": group[0]["prompt"], "responses": group} for group in groups]
 
 # ==== 9  Checkpoints ======================================================================================================================
 @contextmanager
@@ -739,7 +738,7 @@ def renamed_when_complete(folder: Path):
 
 def checkpoints_in(out) -> list[Path]:
     """The complete ones, oldest first."""
-    return sorted(Path(out, "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    return sorted((f for f in Path(out, "checkpoints").glob("step-*") if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
 
 def save_checkpoint(state: State, out: Path, config: Config) -> Path:
     """Writes checkpoints/step-N and drops all but the newest --keep_checkpoints."""
@@ -769,7 +768,7 @@ def resume(state: State, config: Config) -> Path:
         current.load_state_dict(value) if hasattr(current, "load_state_dict") else setattr(state, name, value)
     torch.set_rng_state(saved["rng"][0])
     if torch.cuda.is_available() and len(saved["rng"]) > 1:
-        torch.cuda.set_rng_state_all(saved["rng"][1:])
+        torch.cuda.set_rng_state_all(saved["rng"][1:1 + torch.cuda.device_count()])
     out = claim_output_dir(config) if branch else out
     for name, rows in state.logs.items():  # rows later than the checkpoint go, and come again
         (out / name).write_text(to_jsonl(rows))
@@ -797,8 +796,7 @@ def run(config: Config) -> None:
     judge = load_function(config.judge, "--judge") if config.judge else None
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
     state = State(policy, tokenizer, config)
-    template = "its chat template" if tokenizer.chat_template else "the Beaver template"
-    say(f"policy {config.policy}: {policy.num_parameters():,} parameters, {config.dtype} on {config.device}, prompts in {template}")
+    say(f"policy {config.policy}: {policy.num_parameters():,} parameters, {config.dtype} on {config.device}")
     for scorer in (state.reward, state.cost):
         say(f"{scorer.flag} {scorer.source}: {'a function' if scorer.function else 'tokens of the policy' if scorer.same_tokens else 'tokens of its own'}")
     if config.resume:
@@ -814,14 +812,16 @@ def run(config: Config) -> None:
     try:
         if not config.eval_only:
             train(state, prompts, ptx_pairs, out, config)
-        rows = evaluate(state, held_out, judge, config) if state.step else rows
-    except KeyboardInterrupt:
+        rows = evaluate(state, held_out, judge, config) if state.step or config.resume else rows
+    except (KeyboardInterrupt, UserError):
         say(f"interrupted; {save_checkpoint(state, out, config)} is saved, --resume continues from there")
         raise
     if not config.eval_only:
         with renamed_when_complete(out / "final" / "actor") as folder:
             policy.generation_config = policy.published_generation_config
-            policy.to(getattr(torch, config.dtype)).save_pretrained(folder)
+            for parameter in policy.parameters():  # not .to(), which would round the rotary frequencies too
+                parameter.data = parameter.data.to(getattr(torch, config.dtype))
+            policy.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     (out / "eval.jsonl").write_text(to_jsonl(rows))
     scores, seconds = summarize(rows), time.perf_counter() - start

@@ -1,6 +1,6 @@
 """The hot path of a policy update: log-probs over a large vocabulary, and the rectified clipped loss on them.
 
-Four functions, and the choice of what computes them. `backend=None` chooses by the tensors' device; a name forces one.
+Four functions, and the choice of what computes them: plain PyTorch, the only backend so far. `backend` names one explicitly.
 """
 from kernels import reference
 
@@ -13,7 +13,7 @@ def _implementation(backend):
     if backend is None:
         return reference
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}, or None to choose by device")
+        raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}, or None")
     return BACKENDS[backend]
 
 

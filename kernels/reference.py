@@ -1,6 +1,7 @@
 """The four functions of the hot path in plain PyTorch: the specification of the fused kernels, and what runs on the CPU.
 
-They compute in fp32 (in float64 if given float64, which is how the tests compare them with finite differences) and return fp32.
+Softmax and loss are computed in fp32 whatever the inputs' type, and returned so; in float64 if given float64, which is how the tests compare
+them with finite differences.
 """
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +18,7 @@ def gather_log_probs(logits, target_ids, temperature=1.0):
 def linear_log_probs(hidden, weight, target_ids, temperature=1.0):
     """gather_log_probs(hidden @ weight.T, ...): [N, H], [V, H], [N] -> fp32 [N].
 
-    Logits are made chunk by chunk and made again in the backward, so no tensor of N x V elements ever exists.
+    Logits are made chunk by chunk and made again in the backward: those of at most ROWS_PER_CHUNK tokens exist at one time.
     """
     def chunk_log_probs(chunk_hidden, chunk_targets):
         return gather_log_probs(chunk_hidden @ weight.T, chunk_targets, temperature)                 # [chunk]

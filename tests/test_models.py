@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import random_beaver, tiny_config, write_beaver, write_policy
-from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import LlamaForSequenceClassification, LlamaModel
 
 import repo
 from tiny_configs import world
@@ -108,6 +108,27 @@ def test_sequence_classifiers(tmp_path, tokenizer):
     (tmp_path / "lm" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
     with pytest.raises(repo.UserError, match="score.weight"):
         repo.ScoreModel.from_pretrained(tmp_path / "lm")
+
+
+def test_a_classifiers_own_pad_id_fills_its_batches(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(tiny_config(tokenizer, num_labels=1, pad_token_id=9)).save_pretrained(tmp_path / "x")
+    tokenizer.save_pretrained(tmp_path / "x")
+    scorer = repo.Scorer("reward", tokenizer, config_for(tmp_path, reward_model=str(tmp_path / "x"), micro_batch_size=3))
+    together = scorer([[0, 5, 6, 7], [0, 8], [0, 3, 4]], ["p"] * 3, ["r"] * 3, [True] * 3)
+    alone = [scorer([row], ["p"], ["r"], [True]).item() for row in ([0, 5, 6, 7], [0, 8], [0, 3, 4])]
+    assert together.tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_an_answer_is_tokenised_in_one_text_with_its_prompt(tmp_path):
+    """A tokenizer that puts a space before every text (as SentencePiece does) must not put one between ASSISTANT: and the answer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "▁BEGINNING▁OF▁CONVERSATION:▁USER:▁hi▁ASSISTANT:Yes": 2, "▁Yes": 3}, unk_token="<unk>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(prepend_scheme="always", split=False), decoders.Metaspace()
+    spacing = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    assert spacing("Yes").input_ids == [3]
+    assert repo.encode_prompts(["hi"], spacing, ["Yes"]) == [[2]]
 
 
 # ---- scorers: what text a model gets to read
@@ -222,8 +243,3 @@ def test_loading_names_a_folder_that_is_not_there(tmp_path):
         with pytest.raises(repo.UserError, match=f"{source}: is none of tiny, alpaca-7b, llama-3.2-3b, no folder here") as error:
             repo.load_policy(repo.Config(model=source, policy=source, device="cpu"))
         assert "\n" not in str(error.value)
-
-
-def test_saved_by_transformers_loaded_by_transformers(tmp_path, tokenizer):
-    folder = write_policy(tmp_path / "policy", tokenizer)
-    assert isinstance(LlamaForCausalLM.from_pretrained(folder), LlamaForCausalLM) and AutoTokenizer.from_pretrained(folder).eos_token == "</s>"

@@ -47,6 +47,8 @@ TRANSCRIPT = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three"
     ("chat.parquet", [{"messages": TALK[:2]}, {"messages": TALK[:1]}], [("one", "two"), ("one", None)]),
     ("prompts.csv", [{"prompt": "a, b", "extra": "x"}, {"prompt": "c", "extra": "y"}], [("a, b", None), ("c", None)]),
     ("pairs.csv", [{"prompt": "a", "response": "x"}], [("a", "x")]),
+    ("trl.jsonl", [{"prompt": "a", "chosen": "good", "rejected": "bad"}], [("a", None)]),
+    ("open.jsonl", [{"prompt": "\n\nHuman: a\n\nAssistant:", "response": "x"}], [("a", "x")]),
     ("lines.txt", ["first", "", "second é"], [("first", None), ("second é", None)]),
 ])
 def test_formats(tmp_path, name, rows, pairs):
@@ -61,7 +63,7 @@ def test_pretty_and_compact_instruction_lists_are_the_same(tmp_path):
 def test_duplicates_go_and_are_counted(tmp_path, capsys):
     source = write(tmp_path / "x.jsonl", [{"prompt": p} for p in ["a", "b", "a", "c", "b"]])
     assert repo.load_prompts(source) == ["a", "b", "c"]
-    assert "5 prompts; 2 duplicates" in capsys.readouterr().out
+    assert "2 duplicates and 0 prompts longer" in capsys.readouterr().out
 
 
 def test_rows_with_holes_are_left_out(tmp_path):
@@ -78,7 +80,7 @@ def test_prompt_column(tmp_path):
 @pytest.mark.parametrize("name, content, says", [
     ("missing.jsonl", None, "no such file"), ("empty.jsonl", "", "empty"), ("x.jsonl", "{broken", "cannot be read"),
     ("x.xyz", "a", "cannot tell its format"), ("x.jsonl", '{"foo": 1}\n', "foo.*--prompt_column"), ("x.jsonl", '{"prompt": ""}\n', "none of its 1 rows"),
-    ("x.jsonl", '{"messages": [{"from": "human", "value": "x"}]}\n', "row 0 does not hold"),
+    ("x.csv", "prompt,response\na,4\n", "row 0 does not hold"), ("x.jsonl", '{"messages": [{"from": "human", "value": "x"}]}\n', "row 0 does not hold"),
 ])
 def test_bad_files_get_one_sentence_that_names_them(tmp_path, name, content, says):
     if content is not None:
@@ -106,6 +108,14 @@ def test_chat_template_wins_and_adds_no_second_bos(tokenizer, tmp_path):
     chatty.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     assert repo.render_prompt(TRANSCRIPT, chatty) == "<s>[user]one[assistant]two[user]three[assistant]"
     assert repo.encode_prompts(["a"], chatty)[0].count(chatty.bos_token_id) == 1
+
+
+def test_a_chat_template_that_refuses_a_chat_says_which_prompt(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    strict = AutoTokenizer.from_pretrained(tmp_path)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(repo.UserError, match="the prompt 'hello'.*roles must alternate"):
+        repo.encode_prompts(["hello"], strict)
 
 
 def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(tokenizer, tmp_path):
@@ -144,7 +154,7 @@ def test_long_prompts_are_left_out_aloud(tmp_path, tokenizer, capsys):
     lengths = [len(row) for row in repo.encode_prompts(prompts, tokenizer)]
     kept = [p for p, n in zip(prompts, lengths) if n <= 100]
     assert 0 < len(kept) < 60 and sorted(train + held_out) == sorted(kept)
-    assert f"{60 - len(kept)} too long (--max_prompt_length)" in capsys.readouterr().out
+    assert f"{60 - len(kept)} prompts longer than --max_prompt_length dropped" in capsys.readouterr().out
     with pytest.raises(repo.UserError, match=f"--max_prompt_length 5; the shortest has {min(lengths)} tokens"):
         split(tmp_path, tokenizer, prompts, max_prompt_length=5)
 

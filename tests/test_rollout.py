@@ -41,19 +41,19 @@ def test_log_probs_of_a_padded_batch_are_those_of_each_row_alone(policy):
     assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(together, torch.stack(direct), atol=1e-5)
 
 
-def test_the_gradient_reaches_response_log_probs_only(policy):
-    """What stands at pad positions has no part in the loss: other pad tokens, same loss and gradient."""
+def test_what_stands_outside_the_response_mask_changes_no_loss(policy):
+    """Other pad tokens, and NaN in every per-token tensor outside the mask: same losses, same gradient."""
     policy, _, config = policy
-    gradients = []
-    for pad in (2, 300):
+    critic = repo.ScoreModel(policy.config, policy.base_model)
+    losses = []
+    for pad, outside in ((2, 0.0), (300, float("nan"))):
         batch = repo.lay_out(PROMPTS, RESPONSES, pad, "cpu")
-        zeros = torch.zeros(3, 3)
-        batch.log_probs = batch.reward_values = batch.cost_values = zeros
-        batch.reward_advantages, batch.cost_advantages, batch.penalty = zeros + 1.5, zeros - 0.5, torch.ones(3)
+        fill = lambda value: torch.full((3, 3), value).masked_fill(~batch.response_mask, outside)  # noqa: B023, E731
+        batch.log_probs, batch.reward_advantages, batch.cost_advantages, batch.penalty = fill(-6.0), fill(1.5), fill(-0.5), torch.ones(3)
         weight = batch.response_mask / batch.response_mask.sum(1, keepdim=True) / 3
-        loss, _ = repo.policy_loss(policy, batch, weight, config)
-        gradients.append(torch.autograd.grad(loss, policy.model.layers[0].self_attn.q_proj.weight)[0])
-    assert torch.allclose(*gradients, atol=1e-7) and gradients[0].abs().sum() > 0
+        loss = repo.policy_loss(policy, batch, weight, config)[0] + repo.value_loss(critic, batch, fill(0.0), fill(2.0), weight, config)[0]
+        losses.append((loss.detach(), torch.autograd.grad(loss, policy.model.layers[0].self_attn.q_proj.weight)[0]))
+    assert torch.allclose(losses[0][0], losses[1][0]) and torch.allclose(losses[0][1], losses[1][1], atol=1e-7) and losses[0][1].abs().sum() > 0
 
 
 def forced(policy, tokens):

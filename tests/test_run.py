@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import repo
 
-FEW = ("--steps", 4, "--batch_size", 8, "--micro_batch_size", 8, "--eval_samples", 1, "--max_eval_prompts", 8, "--max_response_length", 12)
+FEW = ("--device", "cpu", "--steps", 4, "--batch_size", 8, "--micro_batch_size", 8, "--eval_samples", 1, "--max_eval_prompts", 8, "--max_response_length", 12)
 VOLATILE = {"seconds_rollout", "seconds_scoring", "seconds_learning", "tokens_per_second", "peak_memory_mib"}
 
 
@@ -134,10 +134,9 @@ def test_precedence_is_defaults_preset_file_flags(tmp_path):
     ("lines.txt", [f"line {i}" for i in range(30)]),
 ])
 def test_every_format_trains(run, tmp_path, name, rows):
-    code, out, printed = run(*FEW, "--steps", 1, "--dataset", write(tmp_path / name, rows))
-    assert code == 0 and "30 prompts; 0 duplicates" in printed and "14 for training, 16 held out" in printed
-    assert not {row["prompt"] for row in read_jsonl(out / "eval.jsonl")} & {row["prompt"] for row in read_jsonl(out / "samples.jsonl")} \
-        if (out / "samples.jsonl").exists() else True
+    code, out, printed = run(*FEW, "--steps", 1, "--sample_every", 1, "--dataset", write(tmp_path / name, rows))
+    assert code == 0 and "30 rows read, 0 without" in printed and "0 duplicates and 0 prompts longer" in printed and "14 for training, 16 held out" in printed
+    assert not {row["prompt"] for row in read_jsonl(out / "eval.jsonl")} & {row["prompt"] for row in read_jsonl(out / "samples.jsonl")}
     assert json.loads((out / "summary.json").read_text())["over_refusal_rate"] is None  # no judge knows these prompts
 
 
@@ -167,7 +166,7 @@ def test_own_checkpoints_and_own_functions(run, tmp_path, tokenizer):
     (["--reward_model", "{}/bad.py:raises"], "ZeroDivisionError"),
     (["--cost_model", "{}/bad.py:nan"], "nan, not a finite number"),
     (["--reward_model", "{}/bad.py:few"], "returned 1 results for 8 responses"),
-    (["--judge", "{}/bad.py:nothing"], "cannot be loaded"),
+    (["--judge", "{}/bad.py:nothing"], "cannot be loaded"), (["--judge", "{}/bad.py:nan"], "must return dicts with the bools safe, refused"),
     (["--ptx_coeff", "1", "--ptx_dataset", "{}/good.jsonl"], "no row has both a prompt and an answer"),
     (["--steps", "0"], "--steps 0: must be a finite number above 0"), (["--lambda_init", "-1"], "--lambda_init -1.0"), (["--threshold", "nan"], "--threshold nan: must be a finite number"),
     (["--max_length", "10"], "--max_length 10"), (["--steps", "many"], "invalid int value: 'many'"), (["--stepps", "1"], "unrecognized arguments"),
@@ -183,6 +182,34 @@ def test_bad_input_gets_one_sentence_code_2_and_no_folder(run, tmp_path, flags, 
     errors = [line for line in printed.splitlines() if line.startswith("error:")]
     assert code == 2 and len(errors) == 1 and says in errors[0] and "Traceback" not in printed
     assert not out.exists()
+
+
+def test_a_reward_that_fails_late_loses_nothing(run, tmp_path):
+    (tmp_path / "late.py").write_text("calls = []\ndef score(prompts, responses):\n    calls.append(1)\n    return [0.0 if len(calls) < 4 else None] * len(responses)\n")
+    code, out, printed = run(*FEW, "--reward_model", f"{tmp_path}/late.py:score")  # one evaluation, two steps, then None
+    assert code == 2 and "gave None, not a finite number" in printed
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"] and len(read_jsonl(out / "metrics.jsonl")) == 2
+
+
+@pytest.mark.cuda
+def test_a_run_on_a_gpu(run):
+    code, out, _ = run(*FEW, "--device", "cuda")
+    summary = json.loads((out / "summary.json").read_text())
+    assert code == 0 and summary["before"]["kl"] == pytest.approx(0, abs=1e-3)
+    assert AutoModelForCausalLM.from_pretrained(out / "final" / "actor", dtype="auto").dtype == torch.bfloat16
+
+
+def test_bfloat16_starts_at_the_reference(run):
+    code, out, _ = run(*FEW, "--dtype", "bfloat16", "--eval_only")
+    assert code == 0 and json.loads((out / "summary.json").read_text())["kl"] == 0
+
+
+def test_a_runs_config_starts_another_run(run, tmp_path):
+    assert run(*FEW, "--eval_only", out="first")[0] == 0
+    again = repo.resolve_config(["--config", str(tmp_path / "first" / "config.json"), "--algo", "ppo_lag"])
+    assert again.eval_samples == 1 and again.output_dir == "runs/tiny-ppo_lag-0" and again.policy.endswith("policy")
+    other = repo.resolve_config(["--config", str(tmp_path / "first" / "config.json"), "--model", "./other"])
+    assert other.policy == "./other"
 
 
 @pytest.fixture(scope="module")

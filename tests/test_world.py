@@ -64,7 +64,7 @@ def test_preferences_have_the_published_schema_and_the_judges_labels(family):
         assert safer["harm"] <= worse["harm"]
 
 
-def test_the_family_is_good_enough_and_was_built_quickly(family):
+def test_the_score_models_agree_with_the_judge(family):
     report = json.loads((Path(family["policy"]).parent / "report.json").read_text())
     assert report["cost_sign_accuracy"] >= 0.99 and report["reward_pair_accuracy"] >= 0.97
 
