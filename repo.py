@@ -128,7 +128,7 @@ PUBLISHED = {"reward_model": "PKU-Alignment/beaver-7b-v1.0-reward", "cost_model"
 PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models and data built by tiny_configs/world.py
            "alpaca-7b": PUBLISHED | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
            "llama-3.2-3b": PUBLISHED | {"policy": "meta-llama/Llama-3.2-3B-Instruct"}}
-FREE_ON_RESUME = {"output_dir", "resume", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size"}  # may change without making it another run
+FREE_ON_RESUME = {"output_dir", "resume", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size"}  # may change
 MAY_BE_ZERO = {"lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda", "ptx_coeff", "seed", "save_every", "sample_every"}
 
 def resolve_config(argv: list[str]) -> Config:
@@ -189,12 +189,12 @@ def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str
     return "".join(f"\n\n{name}: {message['content']}" for message in messages for name, role in ROLES.items() if role == message["role"]), answer
 
 FORMATS = {  # columns -> (prompt, answer) of a row; the first whose columns a data set has reads it
-    "prompt response_0 response_1 better_response_id": lambda row: to_pair(row["prompt"], row[f"response_{int(row['better_response_id'])}"]),
-    "prompt response": lambda row: to_pair(row["prompt"], row["response"]),
-    "prompt completion": lambda row: to_pair(row["prompt"], row["completion"]),
-    "instruction output": lambda row: to_pair("\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]),
-    "chosen rejected": lambda row: to_pair(row.get("prompt") or row["chosen"]),
-} | {column: lambda row, column=column: to_pair(row[column]) for column in ("prompt", "messages", "instruction", "text")}
+    ("prompt", "response_0", "response_1", "better_response_id"): lambda row: to_pair(row["prompt"], row[f"response_{int(row['better_response_id'])}"]),
+    ("prompt", "response"): lambda row: to_pair(row["prompt"], row["response"]),
+    ("prompt", "completion"): lambda row: to_pair(row["prompt"], row["completion"]),
+    ("instruction", "output"): lambda row: to_pair("\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]),
+    ("chosen", "rejected"): lambda row: to_pair(row.get("prompt") or row["chosen"]),
+} | {(column,): lambda row, column=column: to_pair(row[column]) for column in ("prompt", "messages", "instruction", "text")}
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 def read_rows(source: str, flag: str) -> datasets.Dataset:
@@ -217,8 +217,8 @@ def read_rows(source: str, flag: str) -> datasets.Dataset:
 def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dataset") -> list[tuple[str, str | None]]:
     """(prompt, answer or None) of every row that has a prompt. Raises UserError for a missing column, an unknown format, or no prompt."""
     rows, pairs = read_rows(source, flag), []
-    formats = {prompt_column: lambda row: to_pair(row[prompt_column])} if prompt_column else FORMATS
-    read = next((reader for columns, reader in formats.items() if {*columns.split(" ")} <= {*rows.column_names}), None)
+    formats = {(prompt_column,): lambda row: to_pair(row[prompt_column])} if prompt_column else FORMATS
+    read = next((reader for columns, reader in formats.items() if set(columns) <= set(rows.column_names)), None)
     require(read, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but not {prompt_column or 'those of any known format'}; "
                   "--prompt_column names the one that holds the prompt")
     for number, row in enumerate(rows):

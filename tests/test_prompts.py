@@ -71,9 +71,9 @@ def test_rows_with_holes_are_left_out(tmp_path):
 
 
 def test_prompt_column(tmp_path):
-    source = write(tmp_path / "x.jsonl", [{"question": "why", "prompt": "no"}])
-    assert repo.load_prompts(source, "question") == ["why"]
-    with pytest.raises(repo.UserError, match="x.jsonl.*question, prompt.*not answer.*--prompt_column"):
+    source = write(tmp_path / "x.jsonl", [{"the question": "why", "prompt": "no"}])
+    assert repo.load_prompts(source, "the question") == ["why"]
+    with pytest.raises(repo.UserError, match="x.jsonl.*the question, prompt.*not answer.*--prompt_column"):
         repo.load_prompts(source, "answer")
 
 
