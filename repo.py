@@ -133,24 +133,26 @@ MAY_BE_ZERO = {"lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda
 
 def resolve_config(argv: list[str]) -> Config:
     """Where all settings come together. Raises UserError for anything unknown, missing or out of range."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = HfArgumentParser(Config, description="Defaults are those of the published runs; presets override them (tiny: tiny_configs/tiny.json).", allow_abbrev=False)
     parser.add_argument("--config", help="a json file of settings; a run's own config.json will do")
     parser.error = lambda message: require(False, f"{message} (python repo.py --help lists the settings)")
     def as_words(settings: dict, *skipped: str) -> list[str]:
         return [f"--{name}={value}" for name, value in settings.items() if value is not None and name not in skipped]
-    words = list(argv)  # presets and files go in front: argparse lets the last word win
-    if path := parser.parse_args(words).config:
-        with blame(f"--config {path}: not a file with a json object of settings"):
-            renamed = ["policy"] if any(word.partition("=")[0] == "--model" for word in argv) else []  # --model names another one
-            words = as_words(json.loads(Path(path).read_text()), "environment", "output_dir", *renamed) + words
+    flags, words = parser.parse_args(argv), list(argv)  # presets and files go in front: argparse lets the last word win
+    of_the_data = ("eval_dataset", "prompt_column", "judge")  # these go with the data set they were written for
+    if flags.config:
+        with blame(f"--config {flags.config}: not a file with a json object of settings"):
+            settings = {**json.loads(Path(flags.config).read_text())}
+        unknown = ", ".join(settings.keys() - vars(flags).keys() - {"environment"})
+        require(not unknown, f"--config {flags.config}: there is no setting {unknown} (python repo.py --help lists them)")
+        words = as_words(settings, "environment", "output_dir", *of_the_data * bool(flags.dataset), *["policy"] * (flags.model != Config.model)) + words
     given = parser.parse_args(words)
-    preset = dict(PRESETS.get(given.model, {}))
+    require(not given.model.startswith((".", "/", "~")) or Path(given.model).expanduser().is_dir(), f"--model {given.model}: no such folder")
+    preset, dropped = PRESETS.get(given.model, {}), of_the_data if given.dataset else ["judge"] if given.eval_dataset else []
     if given.model == "tiny":
         from tiny_configs import world
         preset = json.loads(Path(world.__file__).with_name("tiny.json").read_text()) | world.build(BEAVER_TEMPLATE)
-    for name in ("eval_dataset", "prompt_column", "judge") if given.dataset else ("judge",) if given.eval_dataset else ():
-        preset.pop(name, None)
-    config = parser.parse_args_into_dataclasses(as_words(preset) + words)[0]
+    config = parser.parse_args_into_dataclasses(as_words(preset, *dropped) + words)[0]
     config.policy = config.policy or config.model
     config.output_dir = config.output_dir or f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -269,7 +271,7 @@ def split_prompts(config: Config, tokenizer) -> tuple[list[str], list[str]]:
         held_out = load_prompts(config.eval_dataset, config.prompt_column, "--eval_dataset", tokenizer, config.max_prompt_length)
     unseen = set(held_out)
     train = [prompt for prompt in prompts if prompt not in unseen]
-    require(train, f"--dataset {config.dataset}: all its {len(prompts)} prompts are held out; bring more to train on, or an --eval_dataset")
+    require(train, f"--dataset {config.dataset}: has {len(prompts)} prompts, and at least 16 are held out; bring more, or an --eval_dataset")
     say(f"prompts: {len(train):,} for training, {len(held_out):,} held out")
     return train, held_out
 
@@ -511,7 +513,6 @@ def shape_rewards_and_costs(reward: Tensor, cost: Tensor, log_probs: Tensor, ref
 
         r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T] R
         c_t = +beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T] cost         cost: {C - d}+ or C - d, as the estimator has it
-
     beta stands in both, so that the combined advantage is penalised with beta whatever lambda is. Clamped to +-clip_range_score.
     """
     mask = mask.bool()
@@ -563,8 +564,7 @@ def policy_loss(policy, batch: Rollout, token_weight: Tensor, config: Config) ->
                      batch.cost_advantages[mask], batch.penalty[row], token_weight[mask], config.clip_range)      # [N] each
 
 def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
-    """Equation (3): lambda <- min(lambda + alpha mean{C - d}+, lambda_max), over the raw costs C [n] of a step. It never falls.
-
+    """Equation (3): lambda <- min(lambda + alpha mean{C - d}+, lambda_max), over the raw costs C [n] of a step; it never falls.
     For --algo ppo_lag: ln lambda <- ln lambda + alpha lambda (mean C - d), over the latest --cost_window costs, same cap; for ppo: 0.
     """
     if config.algo == "repo":
@@ -697,7 +697,7 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
         while state.step < config.steps and not pressed:
             rollout, metrics = train_step(state, prompts, ptx_pairs, config)
             state.log(out, "metrics.jsonl", [metrics])
-            if config.sample_every and state.step % config.sample_every == 0:
+            if config.sample_every and (state.step % config.sample_every == 0 or state.step == config.steps):
                 samples = [{"step": state.step, **record} for record in rollout.records(config.threshold)]
                 say(samples_table(samples))
                 state.log(out, "samples.jsonl", samples)
@@ -759,7 +759,8 @@ def resume(state: State, config: Config) -> Path:
     with blame(f"--resume {checkpoint}: not a checkpoint, runs/.../checkpoints/step-N"):
         saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     branch = checkpoint.resolve().parent.parent != out.resolve()
-    require(branch or checkpoint.name == own[-1].name, f"--resume {checkpoint}: {out} has gone on since; to branch off, give another --output_dir")
+    last = branch or checkpoint.name == own[-1].name and not (out / "summary.json").exists()
+    require(last, f"--resume {checkpoint}: the run in {out} has gone on since, or is finished; to branch off, give another --output_dir")
     for name, value in vars(config).items():
         require(name in FREE_ON_RESUME or saved["config"].get(name) == value,
                 f"--resume {checkpoint}: was saved with --{name} {saved['config'].get(name)}, not {value}; use the same settings, or start a new run")
@@ -780,8 +781,7 @@ def claim_output_dir(config: Config) -> Path:
     out = Path(config.output_dir)
     if (out / "config.json").exists():
         aside = next(aside for n in range(1, sys.maxsize) if not (aside := out.with_name(f"{out.name}.{n}")).exists())
-        out.rename(aside)
-        say(f"the earlier run in {out} is now {aside}")
+        say(f"the earlier run in {out} is now {out.rename(aside)}")
     out.mkdir(parents=True, exist_ok=True)
     return out
 

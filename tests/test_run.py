@@ -81,6 +81,9 @@ def test_resume_refuses_what_it_cannot_continue_and_branches_off_elsewhere(run, 
     a = tmp_path / "a"
     assert sorted(path.name for path in (a / "checkpoints").iterdir()) == ["step-3", "step-4"]  # the newest two
     before = (a / "metrics.jsonl").read_bytes()
+    code, _, printed = run(*flags, "--resume", out="a")
+    assert code == 2 and "is finished" in printed and (a / "metrics.jsonl").read_bytes() == before
+    (a / "summary.json").unlink()  # as if it had been killed in the last evaluation
     code, _, printed = run(*flags, "--resume", "--kl_coeff", 0.7, out="a")
     assert code == 2 and "--kl_coeff 0.2, not 0.7" in printed and (a / "metrics.jsonl").read_bytes() == before
     code, _, printed = run(*flags, "--resume", a / "checkpoints" / "step-3", out="a")
@@ -160,7 +163,8 @@ def test_own_checkpoints_and_own_functions(run, tmp_path, tokenizer):
     (["--dataset", "{}/empty.jsonl"], "empty.jsonl: the file is empty"),
     (["--dataset", "{}/good.jsonl", "--prompt_column", "text"], "good.jsonl: has the columns prompt, but not text"),
     (["--dataset", "{}/good.jsonl", "--max_prompt_length", "3"], "every prompt is longer than --max_prompt_length 3"),
-    (["--model", "{}/nowhere", "--reward_model", "x", "--cost_model", "x", "--dataset", "x"], "nowhere: is none of tiny, alpaca-7b, llama-3.2-3b"),
+    (["--model", "{}/nowhere"], "nowhere: no such folder"),
+    (["--model", "nowhere", "--reward_model", "x", "--cost_model", "x", "--dataset", "x"], "nowhere: is none of tiny, alpaca-7b, llama-3.2-3b"),
     (["--model", "alpaka-7b"], "--reward_model is missing"),
     (["--model", "alpaca-7b"], "PKU-Alignment/alpaca-7b-reproduced: is none of"),
     (["--reward_model", "{}/bad.py:raises"], "ZeroDivisionError"),
@@ -170,7 +174,7 @@ def test_own_checkpoints_and_own_functions(run, tmp_path, tokenizer):
     (["--ptx_coeff", "1", "--ptx_dataset", "{}/good.jsonl"], "no row has both a prompt and an answer"),
     (["--steps", "0"], "--steps 0: must be a finite number above 0"), (["--lambda_init", "-1"], "--lambda_init -1.0"), (["--threshold", "nan"], "--threshold nan: must be a finite number"),
     (["--max_length", "10"], "--max_length 10"), (["--steps", "many"], "invalid int value: 'many'"), (["--stepps", "1"], "unrecognized arguments"),
-    (["--config", "{}/missing.json"], "missing.json: not a file"), (["--config", "{}/odd.json"], "unrecognized arguments: --stepz=3"),
+    (["--config", "{}/missing.json"], "missing.json: not a file"), (["--config", "{}/odd.json"], "odd.json: there is no setting stepz"),
     (["--resume"], "no complete checkpoint"),
 ])
 def test_bad_input_gets_one_sentence_code_2_and_no_folder(run, tmp_path, flags, says):
@@ -208,8 +212,10 @@ def test_a_runs_config_starts_another_run(run, tmp_path):
     assert run(*FEW, "--eval_only", out="first")[0] == 0
     again = repo.resolve_config(["--config", str(tmp_path / "first" / "config.json"), "--algo", "ppo_lag"])
     assert again.eval_samples == 1 and again.output_dir == "runs/tiny-ppo_lag-0" and again.policy.endswith("policy")
-    other = repo.resolve_config(["--config", str(tmp_path / "first" / "config.json"), "--model", "./other"])
-    assert other.policy == "./other"
+    other = repo.resolve_config(["--config", str(tmp_path / "first" / "config.json"), "--model", "elsewhere"])
+    assert other.policy == "elsewhere" and other.reward_model == again.reward_model
+    mine = repo.resolve_config(["--config", str(tmp_path / "first" / "config.json"), "--dataset", "mine.jsonl"])
+    assert mine.dataset == "mine.jsonl" and mine.eval_dataset is None and mine.judge is None
 
 
 @pytest.fixture(scope="module")
