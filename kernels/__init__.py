@@ -26,7 +26,7 @@ def gather_log_probs(logits, target_ids, temperature=1.0, *, backend=None):
 
 
 def linear_log_probs(hidden, weight, target_ids, temperature=1.0, *, backend=None):
-    """LM head and log-prob in one: hidden [N, H], weight [V, H], target_ids [N] -> fp32 [N]; never holds [N, V].
+    """LM head and log-prob in one: hidden [N, H], weight [V, H], target_ids [N] -> fp32 [N], with the logits of a chunk of tokens at a time.
 
     Differentiable in hidden and weight.
     """
@@ -45,6 +45,6 @@ def repo_loss(log_probs, old_log_probs, reward_advantages, cost_advantages, pena
 
 def linear_repo_loss(hidden, weight, target_ids, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
                      clip_range=0.2, temperature=1.0, *, backend=None):
-    """repo_loss of linear_log_probs in one: returns (scalar loss, detached fp32 log-probs [N], stats); never holds [N, V]."""
+    """repo_loss of linear_log_probs in one: returns (scalar loss, detached fp32 log-probs [N], stats)."""
     return _implementation(backend).linear_repo_loss(hidden, weight, target_ids, old_log_probs, reward_advantages, cost_advantages,
                                                      penalty, token_weight, clip_range, temperature)
