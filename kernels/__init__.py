@@ -1,28 +1,75 @@
 """The hot path of a policy update: log-probs over a large vocabulary, and the rectified clipped loss on them.
 
-Four functions, and the choice of what computes them: plain PyTorch, the only backend so far. `backend` names one explicitly.
+Four functions, and the choice of what computes them. CUDA tensors run the Triton kernels. CPU tensors run plain PyTorch, or Triton's interpreter if
+TRITON_INTERPRET=1 is set. float64 is plain PyTorch everywhere. `backend="reference"` or `backend="triton"` forces one.
 """
+import os
+
+import torch
+
 from kernels import reference
+
+try:  # before the functions below, because importing a module binds its name here: kernels.repo_loss has to end as the function
+    from kernels import log_prob, repo_loss
+    TRITON = {"gather_log_probs": log_prob.gather_log_probs, "repo_loss": repo_loss.repo_loss}
+except ModuleNotFoundError as missing:
+    if missing.name != "triton":
+        raise
+    TRITON = {}  # Triton is not made for every system; the reference runs on all
 
 __all__ = ["gather_log_probs", "linear_log_probs", "linear_repo_loss", "repo_loss"]
 
-BACKENDS = {"reference": reference}
 
-
-def _implementation(backend):
+def _implementation(name, backend, tensors):
+    """The function of that name for these tensors (by argument name). All must be on one device, and of a type that can be computed with."""
+    first, device = next((name, tensor.device) for name, tensor in tensors.items())
+    for argument, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(f"{argument} is on {tensor.device}, {first} on {device}: all tensors must be on one device")
+        if argument == "target_ids":
+            if tensor.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"target_ids is {tensor.dtype}, which cannot index: it must be int64 or int32")
+        elif not tensor.is_floating_point():
+            raise ValueError(f"{argument} is {tensor.dtype}: it must be a floating-point tensor")
+    has_double = torch.float64 in (tensor.dtype for tensor in tensors.values())
+    is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if backend is None:
-        return reference
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: choose one of {', '.join(map(repr, BACKENDS))}, or None")
-    return BACKENDS[backend]
+        backend = "triton" if name in TRITON and not has_double and (device.type == "cuda" or is_interpreted) else "reference"
+    if backend == "reference":
+        return getattr(reference, name)
+    if backend != "triton":
+        raise ValueError(f"backend={backend!r}: it must be 'reference', 'triton' or None")
+    if name not in TRITON:
+        raise ValueError(f"backend='triton': there is none for {name} here")
+    if device.type == "cpu" and not is_interpreted:
+        raise ValueError("backend='triton': CPU tensors need Triton's interpreter, TRITON_INTERPRET=1")
+    if has_double:
+        raise ValueError("backend='triton': the kernels compute in fp32, and float64 would be lost; use backend='reference'")
+    return TRITON[name]
 
 
-def gather_log_probs(logits, target_ids, temperature=1.0, *, backend=None):
+def _check_shape(argument, tensor, expected, why):
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{argument} has shape {list(tensor.shape)}, but {why} {list(expected)}")
+
+
+def _check_temperature(temperature):
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: it must be above 0")
+
+
+def gather_log_probs(logits, target_ids, temperature=1.0, *, return_entropy=False, backend=None):
     """Log-probs of chosen tokens.
 
-    logits [..., V], target_ids [...] integers in [0, V), temperature > 0 -> fp32 [...], differentiable in logits.
+    logits [..., V], target_ids [...] int64 or int32 in [0, V), temperature > 0 -> fp32 [...], differentiable in logits.
+    With return_entropy a pair: the second, fp32 [...] in nats and without gradient, is the entropy of softmax(logits / temperature).
     """
-    return _implementation(backend).gather_log_probs(logits, target_ids, temperature)
+    if logits.dim() == 0:
+        raise ValueError("logits is a single number: its last dimension must be the vocabulary")
+    _check_shape("target_ids", target_ids, logits.shape[:-1], "logits without its last dimension has")
+    _check_temperature(temperature)
+    function = _implementation("gather_log_probs", backend, {"logits": logits, "target_ids": target_ids})
+    return function(logits, target_ids, temperature, return_entropy)
 
 
 def linear_log_probs(hidden, weight, target_ids, temperature=1.0, *, backend=None):
@@ -30,21 +77,45 @@ def linear_log_probs(hidden, weight, target_ids, temperature=1.0, *, backend=Non
 
     Differentiable in hidden and weight.
     """
-    return _implementation(backend).linear_log_probs(hidden, weight, target_ids, temperature)
+    _check_linear(hidden, weight, target_ids, temperature)
+    function = _implementation("linear_log_probs", backend, {"hidden": hidden, "weight": weight, "target_ids": target_ids})
+    return function(hidden, weight, target_ids, temperature)
+
+
+def _check_linear(hidden, weight, target_ids, temperature):
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {list(hidden.shape)}, but it must be [N, H]: one row per token")
+    _check_shape("weight", weight, (weight.shape[0] if weight.dim() else 0, hidden.shape[1]), "hidden asks for [V, H] =")
+    _check_shape("target_ids", target_ids, hidden.shape[:1], "hidden has one row per token:")
+    _check_temperature(temperature)
+
+
+def _check_loss(tokens, count, clip_range):
+    for argument, tensor in tokens.items():
+        _check_shape(argument, tensor, (count,), "there is one number per token:")
+    if not clip_range >= 0:
+        raise ValueError(f"clip_range={clip_range}: it must not be negative")
 
 
 def repo_loss(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, clip_range=0.2, *, backend=None):
     """The rectified clipped objective over response tokens. All tensors [N].
 
     penalty is lambda_i of the token's response, token_weight its w_t. Returns (scalar loss, stats), stats being 0-d tensors:
-    clip_fraction (share of tokens with |rho - 1| > clip_range), approx_kl (mean of rho - 1 - log rho), ratio_max.
+    clip_fraction (share of tokens whose rho is outside 1 +- clip_range), approx_kl (mean of rho - 1 - log rho), ratio_max.
     Only log_probs receives a gradient, -w_t rho_t A_t, or 0 where the clip is active.
     """
-    return _implementation(backend).repo_loss(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, clip_range)
+    tokens = {"log_probs": log_probs, "old_log_probs": old_log_probs, "reward_advantages": reward_advantages, "cost_advantages": cost_advantages,
+              "penalty": penalty, "token_weight": token_weight}
+    _check_loss(tokens, log_probs.numel(), clip_range)
+    return _implementation("repo_loss", backend, tokens)(*tokens.values(), clip_range)
 
 
 def linear_repo_loss(hidden, weight, target_ids, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
                      clip_range=0.2, temperature=1.0, *, backend=None):
     """repo_loss of linear_log_probs in one: returns (scalar loss, detached fp32 log-probs [N], stats)."""
-    return _implementation(backend).linear_repo_loss(hidden, weight, target_ids, old_log_probs, reward_advantages, cost_advantages,
-                                                     penalty, token_weight, clip_range, temperature)
+    _check_linear(hidden, weight, target_ids, temperature)
+    tokens = {"old_log_probs": old_log_probs, "reward_advantages": reward_advantages, "cost_advantages": cost_advantages,
+              "penalty": penalty, "token_weight": token_weight}
+    _check_loss(tokens, hidden.shape[0], clip_range)
+    function = _implementation("linear_repo_loss", backend, {"hidden": hidden, "weight": weight, "target_ids": target_ids, **tokens})
+    return function(hidden, weight, target_ids, *tokens.values(), clip_range, temperature)

@@ -9,10 +9,15 @@ from torch.utils.checkpoint import checkpoint
 ROWS_PER_CHUNK = 1024  # tokens whose logits exist at one time in the linear_* functions
 
 
-def gather_log_probs(logits, target_ids, temperature=1.0):
-    """log softmax(logits / temperature) at the targets: [..., V], [...] -> fp32 [...]."""
+def gather_log_probs(logits, target_ids, temperature=1.0, return_entropy=False):
+    """log softmax(logits / temperature) at the targets: [..., V], [...] -> fp32 [...], and each row's entropy [...] if asked for."""
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature              # [..., V]
-    return scaled.gather(-1, target_ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)            # [...]
+    log_sum = scaled.logsumexp(-1)                                                                   # [...]
+    log_probs = scaled.gather(-1, target_ids.long().unsqueeze(-1)).squeeze(-1) - log_sum             # [...]
+    if not return_entropy:
+        return log_probs
+    probs = (scaled.detach() - log_sum.detach().unsqueeze(-1)).exp()                                 # [..., V]
+    return log_probs, torch.special.entr(probs).sum(-1)                                              # [...], [...]
 
 
 def linear_log_probs(hidden, weight, target_ids, temperature=1.0):
@@ -29,16 +34,19 @@ def linear_log_probs(hidden, weight, target_ids, temperature=1.0):
 
 def repo_loss(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, clip_range=0.2):
     """The rectified clipped objective, all inputs [N]: (scalar loss, stats). Only log_probs has a gradient."""
-    penalty = penalty.detach()
-    advantages = ((reward_advantages - penalty * cost_advantages) / (1 + penalty)).detach()         # A_t, paper's (7)    [N]
-    log_ratio = log_probs - old_log_probs.detach()                                                   # log rho_t           [N]
+    log_probs = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    data = old_log_probs, reward_advantages, cost_advantages, penalty, token_weight
+    old_log_probs, reward_advantages, cost_advantages, penalty, token_weight = (tensor.detach().to(log_probs.dtype) for tensor in data)
+    advantages = (reward_advantages - penalty * cost_advantages) / (1 + penalty)                     # A_t, paper's (7)    [N]
+    log_ratio = log_probs - old_log_probs                                                            # log rho_t           [N]
     ratio = log_ratio.exp()                                                                          # rho_t               [N]
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)              # [N]
-    loss = -(token_weight.detach() * surrogate).sum()                                                # paper's (8)         []
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)                                      # [N]
+    surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)                        # [N]
+    loss = -(token_weight * surrogate).sum()                                                         # paper's (8)         []
     with torch.no_grad():
         count = max(log_probs.numel(), 1)
         stats = {
-            "clip_fraction": ((ratio - 1).abs() > clip_range).sum() / count,
+            "clip_fraction": (clipped_ratio != ratio).sum() / count,
             "approx_kl": (ratio - 1 - log_ratio).sum() / count,
             "ratio_max": ratio.amax() if log_probs.numel() else ratio.new_zeros(()),
         }

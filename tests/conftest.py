@@ -10,6 +10,15 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# Triton decides at its import whether it compiles or interprets. Without a GPU the kernels' tests interpret; runs of repo.py keep plain PyTorch,
+# because the variable is gone when they choose. With a GPU everything is compiled, unless the whole session is started with TRITON_INTERPRET=1.
+INTERPRETED = not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+with pytest.MonkeyPatch.context() as patch:
+    if INTERPRETED:
+        patch.setenv("TRITON_INTERPRET", "1")
+    import kernels  # noqa: F401
+
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel  # noqa: E402
 
 import repo  # noqa: E402
@@ -25,6 +34,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+@pytest.fixture(params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request, monkeypatch) -> str:
+    """Where Triton's kernels are tried: on the GPU, or in the interpreter on the CPU."""
+    if request.param == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return request.param
 
 
 @pytest.fixture(scope="session")
