@@ -417,6 +417,7 @@ class Rollout:
     finished: Tensor | None = None            # [B]       True if EOS ended the response, False if the length limit did
     log_probs: Tensor | None = None           # [B, T]    log pi_old(y_t)
     ref_log_probs: Tensor | None = None       # [B, T]    log pi_ref(y_t)
+    entropy: Tensor | None = None             # [B, T]    of pi_old(. | s_t), in nats
     reward: Tensor | None = None              # [B]       R
     cost: Tensor | None = None                # [B]       C
     penalty: Tensor | None = None             # [B]       lambda_i
@@ -467,12 +468,14 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config) -> lis
     responses = [row[:budget] for row, budget in zip(output[:, batch.input_ids.shape[1]:].tolist(), budgets)]     # B x up to T
     return [row[:next((t + 1 for t, token in enumerate(row) if token in policy.stop_token_ids), len(row))] for row in responses]
 
-def response_log_probs(policy, batch: Rollout, temperature: float) -> Tensor:
-    """Log-probs of the N response tokens at the temperature they were sampled with: fp32 [N]. Prompts do not reach the LM head."""
+def response_log_probs(policy, batch: Rollout, temperature: float, with_entropy: bool = False) -> Tensor:
+    """Log-probs of the N response tokens at the temperature they were sampled with: fp32 [N], or [2, N] with the entropy of the distributions they
+    were drawn from. Prompts do not reach the LM head."""
     row, state, targets = batch.response_index()                                                                  # [N] each
     kept = batch.response_mask.shape[1] + 1
     logits = policy(**model_inputs(batch.input_ids, batch.attention_mask), logits_to_keep=kept).logits            # [B, T+1, V]
-    return gather_log_probs(logits[row, state + kept - batch.input_ids.shape[1]], targets, temperature)
+    logits = logits[row, state + kept - batch.input_ids.shape[1]]                                                 # [N, V]
+    return torch.stack(gather_log_probs(logits, targets, temperature, return_entropy=True)) if with_entropy else gather_log_probs(logits, targets, temperature)
 
 def response_values(critic: ScoreModel, batch: Rollout) -> Tensor:
     """V(s_t) at the state before each response token: fp32 [N]."""
@@ -482,10 +485,10 @@ def response_values(critic: ScoreModel, batch: Rollout) -> Tensor:
 def collect(state: "State", prompts: list[str], config: Config, with_values: bool = True) -> tuple[Rollout, dict]:
     """Responses with their log-probs, scores and values: (rollout, seconds per phase)."""
     def per_token(function, model, *arguments) -> Tensor:
-        """function(model, rows, ...) -> [n] in micro-batches, put in place: [B, T], 0 outside the mask."""
+        """function(model, rows, ...) -> [..., n] in micro-batches, put in place: [..., B, T], 0 outside the mask."""
         with torch.no_grad(), config.autocast():
-            flat = torch.cat([function(model, some, *arguments) for some in rollout.micro_batches(torch.arange(len(prompts)), config)])
-        return torch.zeros(rollout.response_mask.shape, device=flat.device).masked_scatter(rollout.response_mask, flat)
+            flat = torch.cat([function(model, some, *arguments) for some in rollout.micro_batches(torch.arange(len(prompts)), config)], -1)
+        return torch.zeros(*flat.shape[:-1], *rollout.response_mask.shape, device=flat.device).masked_scatter(rollout.response_mask, flat)
     start = time.perf_counter()
     prompt_ids = encode_prompts(prompts, state.tokenizer)
     response_ids = generate(state.policy, state.tokenizer, prompt_ids, config)
@@ -494,7 +497,7 @@ def collect(state: "State", prompts: list[str], config: Config, with_values: boo
     finished = [row[-1] in state.policy.stop_token_ids for row in response_ids]
     rollout.prompts, rollout.finished = prompts, torch.tensor(finished, device=config.device)
     rollout.responses = state.tokenizer.batch_decode(response_ids, skip_special_tokens=True)
-    rollout.log_probs = per_token(response_log_probs, state.policy, config.temperature)
+    rollout.log_probs, rollout.entropy = per_token(response_log_probs, state.policy, config.temperature, True)
     rollout.ref_log_probs = per_token(response_log_probs, state.reference, config.temperature)
     scored = [p + r for p, r in zip(prompt_ids, response_ids)], prompts, rollout.responses, finished
     rollout.reward, rollout.cost = state.reward(*scored), state.cost(*scored)
@@ -554,7 +557,7 @@ def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tenso
     return excess, weight if config.algo == "ppo_lag" else torch.zeros_like(cost)
 
 def policy_loss(policy, batch: Rollout, token_weight: Tensor, config: Config) -> tuple[Tensor, dict]:
-    """Equations (7) and (8) over the N response tokens of a batch; token_weight is w_t [B, T]. Done by repo_loss in kernels/reference.py.
+    """Equations (7) and (8) over the N response tokens of a batch; token_weight is w_t [B, T]. Done by repo_loss of kernels/.
 
         A_t  = (A^R_t - lambda_i A^C_t) / (1 + lambda_i)
         loss = sum_t w_t (-min(rho_t A_t, clip(rho_t, 1 - epsilon, 1 + epsilon) A_t)),   rho_t = pi(y_t) / pi_old(y_t)
@@ -677,7 +680,7 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
         "step": state.step, "reward": rollout.reward.mean().item(), "cost": rollout.cost.mean().item(),
         "rectified_cost": rectify(rollout.cost, config.threshold).mean().item(),
         "unsafe_rate": (rollout.cost > config.threshold).float().mean().item(), "lambda": lam,
-        "kl": (rollout.log_probs - rollout.ref_log_probs).sum(1).mean().item(), "entropy": -rollout.log_probs[mask].mean().item(), **learned,
+        "kl": (rollout.log_probs - rollout.ref_log_probs).sum(1).mean().item(), "entropy": rollout.entropy[mask].mean().item(), **learned,
         "reward_explained_variance": explained_variance(rollout.reward_values, rollout.reward_returns, mask),
         "cost_explained_variance": explained_variance(rollout.cost_values, rollout.cost_returns, mask),
         "response_length": tokens / len(mask), "truncated_rate": 1 - rollout.finished.float().mean().item(),

@@ -1,5 +1,7 @@
 # pytest tests/test_kernels.py
 """The four functions of the hot path, as their callers see them."""
+import math
+
 import pytest
 import torch
 
@@ -52,9 +54,88 @@ def test_linear_repo_loss_is_the_composition_and_detaches_its_log_probs():
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))))
 
 
-def test_unknown_backend_is_refused_by_name():
-    with pytest.raises(ValueError, match="backend='cuda'"):
-        kernels.gather_log_probs(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), backend="cuda")
+def good(function):
+    """Arguments that the function takes: 3 tokens, 5 entries of vocabulary, 2 hidden dimensions."""
+    tokens = {name: torch.zeros(3) for name in ("old_log_probs", "reward_advantages", "cost_advantages", "penalty", "token_weight")}
+    ids = {"target_ids": torch.zeros(3, dtype=torch.long)}
+    head = {"hidden": torch.zeros(3, 2), "weight": torch.zeros(5, 2), **ids}
+    return {"gather_log_probs": {"logits": torch.zeros(3, 5), **ids}, "linear_log_probs": head, "repo_loss": {"log_probs": torch.zeros(3), **tokens},
+            "linear_repo_loss": {**head, **tokens}}[function]
+
+
+ALL = ["gather_log_probs", "linear_log_probs", "repo_loss", "linear_repo_loss"]
+
+
+@pytest.mark.parametrize("function", ALL)
+@pytest.mark.parametrize("backend", ["cuda", "Triton", ""])
+def test_an_unknown_backend_is_refused_by_name(function, backend):
+    with pytest.raises(ValueError, match=f"^backend='{backend}': it must be 'reference', 'triton' or None$"):
+        getattr(kernels, function)(**good(function), backend=backend)
+
+
+@pytest.mark.parametrize("function", ALL)
+def test_every_argument_is_refused_by_name_for_its_device_its_shape_and_its_type(function):
+    first, *others = good(function)
+    for argument, tensor in good(function).items():
+        wrong_type = tensor.to(torch.bool if argument == "target_ids" else torch.int64)
+        wrong = {"shape": tensor[:2], "is torch": wrong_type, **({"is on meta": tensor.to("meta")} if argument != first else {})}
+        for says, value in wrong.items():
+            with pytest.raises(ValueError) as error:
+                getattr(kernels, function)(**{**good(function), argument: value})
+            blamed = str(error.value)
+            # of two shapes that disagree, the second is named
+            assert blamed.startswith(argument) or (argument == first and says == "shape" and blamed.split()[0] in others), (argument, says, blamed)
+            assert says in blamed and "\n" not in blamed
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint8, torch.bool, torch.float32])
+def test_ids_that_cannot_index_are_refused(dtype):
+    with pytest.raises(ValueError, match="^target_ids is torch"):
+        kernels.gather_log_probs(torch.zeros(1, 2), torch.zeros(1, dtype=dtype))
+
+
+@pytest.mark.parametrize("function, setting, value", [("gather_log_probs", "temperature", 0.0), ("gather_log_probs", "temperature", float("nan")),
+                                                      ("linear_log_probs", "temperature", -1), ("linear_repo_loss", "temperature", 0),
+                                                      ("repo_loss", "clip_range", -0.1), ("linear_repo_loss", "clip_range", float("nan"))])
+def test_settings_out_of_range_are_refused_by_name(function, setting, value):
+    with pytest.raises(ValueError, match=f"^{setting}={value}"):
+        getattr(kernels, function)(**good(function), **{setting: value})
+
+
+def test_logits_and_hidden_states_need_their_dimensions():
+    with pytest.raises(ValueError, match="^logits is a single number"):
+        kernels.gather_log_probs(torch.zeros(()), torch.zeros((), dtype=torch.long))
+    with pytest.raises(ValueError, match="^hidden has shape"):
+        kernels.linear_log_probs(torch.zeros(1, 3, 2), torch.zeros(5, 2), torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_the_backend_follows_device_environment_and_dtype(monkeypatch):
+    used = []
+    for name in kernels.TRITON:
+        monkeypatch.setitem(kernels.TRITON, name, lambda *_, name=name: used.append(name))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernels.gather_log_probs(**good("gather_log_probs"))
+    assert not used
+    with pytest.raises(ValueError, match="^backend='triton': CPU tensors need Triton's interpreter"):
+        kernels.gather_log_probs(**good("gather_log_probs"), backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kernels.gather_log_probs(**good("gather_log_probs"), backend="reference")
+    assert not used
+    kernels.gather_log_probs(**good("gather_log_probs"))
+    kernels.repo_loss(**good("repo_loss"))
+    assert used == ["gather_log_probs", "repo_loss"]
+    double = {**good("repo_loss"), "penalty": torch.zeros(3, dtype=torch.float64)}
+    assert kernels.repo_loss(**double)[0] == 0 and len(used) == 2
+    with pytest.raises(ValueError, match="^backend='triton': the kernels compute in fp32"):
+        kernels.repo_loss(**double, backend="triton")
+
+
+def test_entropy_of_the_reference():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 3.0, float("-inf"), 3.0]])
+    log_probs, entropy = kernels.gather_log_probs(logits, torch.tensor([1, 1]), 1.5, return_entropy=True)
+    p = [1 / (1 + 2 * math.e ** 2), math.e ** 2 / (1 + 2 * math.e ** 2)]
+    assert entropy.tolist() == pytest.approx([math.log(4), -p[0] * math.log(p[0]) - 2 * p[1] * math.log(p[1])]) and not entropy.requires_grad
+    assert torch.equal(log_probs, kernels.gather_log_probs(logits, torch.tensor([1, 1]), 1.5))
 
 
 @pytest.mark.cuda

@@ -1,0 +1,64 @@
+# pytest tests/test_compiled.py
+"""The Triton kernels compiled ahead of time for GPUs that need not be here, and the script's use of them."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, read_jsonl
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory) -> list[dict]:
+    """What `python -m kernels.bench --compiled` finds, in a process that compiles."""
+    file = tmp_path_factory.mktemp("compiled") / "rows.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-m", "kernels.bench", "--compiled", "--json", str(file)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    return json.loads(file.read_text())
+
+
+def test_no_spills_and_few_registers_on_every_target(machine_code):
+    assert {row["target"] for row in machine_code} == {"sm_80", "sm_90", "gfx942"} and len(machine_code) >= 12
+    for row in machine_code:
+        assert row["spills"] == 0 and 0 < row["registers"] <= 64, row
+
+
+def test_rows_are_read_and_written_16_bytes_at_a_time_whatever_their_alignment(machine_code):
+    """Nothing is told to the compiler about pointers, V or strides, so this code is also that of V = 32001. 2-byte accesses: the rows' ends, the target."""
+    for row in machine_code:
+        if row["kernel"].startswith("log-prob"):
+            assert row["loads"]["16 B"] >= 2 and row["loads"]["2 B"] <= 5, row
+        if row["kernel"] == "log-prob backward":
+            assert row["stores"]["16 B"] >= 2 and row["stores"]["2 B"] == 2 and set(row["stores"]) == {"2 B", "16 B"}, row
+
+
+def test_sizes_and_temperature_are_no_constants_of_the_code():
+    """What the launcher would compile anew for: constants, and numbers whose value it may look at. Only the choice of entropy and the dtype are."""
+    code = """
+from kernels import log_prob
+from kernels.repo_loss import loss_kernel
+for kernel in (log_prob.forward_kernel, log_prob.backward_kernel, loss_kernel):
+    for parameter in kernel.params:
+        if parameter.name in ("inner", "vocab", "count") or parameter.name.endswith("stride"):
+            assert parameter.do_not_specialize and not parameter.is_constexpr, parameter.name
+    print(*[parameter.name for parameter in kernel.params if parameter.is_constexpr])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["LANES GROUP ENTROPY", "LANES GROUP", "BLOCK", ""]
+
+
+def test_a_run_by_the_interpreter_gives_the_metrics_of_a_run_by_plain_pytorch(tmp_path, family):
+    command = [sys.executable, "repo.py", "--device", "cpu", "--steps", "3", "--batch_size", "8", "--micro_batch_size", "8", "--eval_samples", "1",
+               "--max_eval_prompts", "4", "--max_response_length", "12", "--output_dir"]
+    for name, interpreted in (("plain", "0"), ("triton", "1")):
+        subprocess.run([*command, str(tmp_path / name)], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": interpreted}, check=True, capture_output=True)
+    plain, triton = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("plain", "triton"))
+    timings = {name for name in plain[0] if name.startswith(("seconds", "tokens_per", "peak"))}
+    assert len(plain) == len(triton) == 3
+    assert any(a["policy_grad_norm"] != b["policy_grad_norm"] for a, b in zip(plain, triton))  # equal to the last bit, it would be one backend twice
+    for a, b in zip(plain, triton):
+        assert a.keys() == b.keys()
+        for name in a.keys() - timings:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
