@@ -85,11 +85,15 @@ def print_table(rows):
         print("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
 
 
-def main():
+def bench_parser():
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
     parser.add_argument("--compiled", action="store_true", required=True, help="print registers, spills, shared memory and load widths; needs no GPU")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main():
+    arguments = bench_parser().parse_args()
     rows = [compile_for(target, name) for target in TARGETS for name in KERNELS]
     print_table(rows)
     if arguments.json:

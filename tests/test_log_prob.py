@@ -1,5 +1,6 @@
 # pytest tests/test_log_prob.py
 """The Triton log-prob gather against float64, in the interpreter and, where there is one, on a GPU."""
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import kernels
 from conftest import INTERPRETED
+from kernels.log_prob import like_rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's word for a sum that is still empty: exp(-inf) = 0
 
@@ -104,6 +106,18 @@ def test_rows_that_begin_anywhere(device, dtype, first):
 def test_strides_and_dimensions_of_any_kind(device, view, dtype):
     logits = view(random_rows((4, 5, 35), dtype)[0].to(device))
     check(logits, *random_rows(logits.shape, dtype)[1:], 1.3, device)
+
+
+def test_the_gradients_rows_lie_as_the_logits_rows_do():
+    """16-byte stores fault on an address that is no multiple of 16: where a row of logits lies, its gradient's row must lie too, and rows may not overlap."""
+    for dtype, view in itertools.product([torch.float32, torch.bfloat16], [lambda x: x, lambda x: x[:, 1:, 3:-2], lambda x: x[:, :-1], lambda x: x[..., :96]]):
+        logits = view(torch.zeros(3, 5, 101, dtype=dtype))
+        gradient = like_rows_of(logits)
+        assert gradient.shape == logits.shape and gradient.stride(2) == 1
+        rows = [gradient[i, j] for i, j in itertools.product(*map(range, logits.shape[:2]))]
+        assert [row.data_ptr() % 16 for row in rows] == [logits[i, j].data_ptr() % 16 for i, j in itertools.product(*map(range, logits.shape[:2]))]
+        assert all(b.data_ptr() - a.data_ptr() >= logits.shape[2] * logits.element_size() for a, b in itertools.pairwise(rows))
+    assert like_rows_of(torch.zeros(3, 5, 101)).is_contiguous()
 
 
 def test_the_gradient_of_a_slice_reaches_its_whole(device):

@@ -6,6 +6,7 @@ import re
 from conftest import ROOT
 
 import repo
+from kernels.bench import bench_parser
 
 README = (ROOT / "README.md").read_text()
 
@@ -21,5 +22,7 @@ def test_every_link_to_a_line_leads_to_its_function():
 
 
 def test_every_setting_it_names_exists():
-    settings = set(repo.Config.__dataclass_fields__) | {"config", "help", "version"}
-    assert set(re.findall(r"--([a-z_]+)", README)) <= settings
+    settings = set(repo.Config.__dataclass_fields__) | {"config", "help"}
+    bench = r"kernels\.bench([^`\n]*)"
+    assert set(re.findall(r"--([a-z_]+)", re.sub(bench, "", README))) <= settings
+    assert set(re.findall(r"--([a-z_]+)", " ".join(re.findall(bench, README)))) <= {option.lstrip("-") for option in bench_parser()._option_string_actions}

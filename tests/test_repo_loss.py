@@ -102,6 +102,12 @@ def test_without_penalty_the_loss_is_ppos(device):
     assert stats["ratio_max"].item() == pytest.approx(2.0)
 
 
+def test_stats_are_of_the_tokens_alone(device):
+    new, *others = (tensor.to(device) for tensor in random_tokens(5))
+    _, _, stats = computed([others[0] - math.log(2), *others], 0.2, "triton")  # every ratio is 1/2; what fills the block up is not counted
+    assert [stats[name].item() for name in ("ratio_max", "clip_fraction", "approx_kl")] == pytest.approx([0.5, 1.0, math.log(2) - 0.5])
+
+
 def test_strided_and_expanded_inputs(device):
     new, old, reward, cost, penalty, weight = (tensor.to(device) for tensor in random_tokens(2000))
     strided = [tensor[::2] for tensor in (new, old, reward, cost)] + [penalty[:1].expand(1000), weight[::2]]
