@@ -10,8 +10,9 @@ import torch
 from kernels import reference
 
 try:  # before the functions below, because importing a module binds its name here: kernels.repo_loss has to end as the function
-    from kernels import log_prob, repo_loss
-    TRITON = {"gather_log_probs": log_prob.gather_log_probs, "repo_loss": repo_loss.repo_loss}
+    from kernels import linear, log_prob, repo_loss
+    TRITON = {"gather_log_probs": log_prob.gather_log_probs, "linear_log_probs": linear.linear_log_probs,
+              "repo_loss": repo_loss.repo_loss, "linear_repo_loss": linear.linear_repo_loss}
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
@@ -72,14 +73,14 @@ def gather_log_probs(logits, target_ids, temperature=1.0, *, return_entropy=Fals
     return function(logits, target_ids, temperature, return_entropy)
 
 
-def linear_log_probs(hidden, weight, target_ids, temperature=1.0, *, backend=None):
+def linear_log_probs(hidden, weight, target_ids, temperature=1.0, *, return_entropy=False, backend=None):
     """LM head and log-prob in one: hidden [N, H], weight [V, H], target_ids [N] -> fp32 [N], with the logits of a chunk of tokens at a time.
 
-    Differentiable in hidden and weight.
+    Differentiable in hidden and weight. With return_entropy a pair, as in gather_log_probs.
     """
     _check_linear(hidden, weight, target_ids, temperature)
     function = _implementation("linear_log_probs", backend, {"hidden": hidden, "weight": weight, "target_ids": target_ids})
-    return function(hidden, weight, target_ids, temperature)
+    return function(hidden, weight, target_ids, temperature, return_entropy)
 
 
 def _check_linear(hidden, weight, target_ids, temperature):

@@ -52,11 +52,9 @@ def accumulate(x, maximum, total, weighted, scale, ENTROPY: tl.constexpr):
     return new_maximum, rescale * total + tl.sum(exp, 1), weighted
 
 
-@triton.jit(do_not_specialize=["inner", "vocab", "outer_stride", "inner_stride"])
-def forward_kernel(logits, target_ids, log_probs, maxima, log2_sums, entropies, inner, vocab, outer_stride: tl.int64, inner_stride: tl.int64,
-                   temperature, LANES: tl.constexpr, GROUP: tl.constexpr, ENTROPY: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)  # 32 bits end at 2^31 logits
-    row = logits + n // inner * outer_stride + n % inner * inner_stride
+@triton.jit
+def read_row(row, vocab, temperature, LANES: tl.constexpr, GROUP: tl.constexpr, ENTROPY: tl.constexpr):
+    """One pass over a row: its maximum m, log2 of its sum s, and the mean of x - m under its softmax (0 if ENTROPY is off)."""
     scale = LOG2_E / temperature
     lane = tl.arange(0, LANES)
     begin, groups, end_columns, is_end = split_row(row, vocab, lane, GROUP)
@@ -75,14 +73,14 @@ def forward_kernel(logits, target_ids, log_probs, maxima, log2_sums, entropies, 
     row_maximum = tl.max(maximum, 0)
     rescale = tl.exp2((maximum - row_maximum) * scale)
     s = tl.sum(rescale * total, 0)
-    target = tl.load(target_ids + n)
-    x = tl.load(row + target, mask=(target >= 0) & (target < vocab), other=float("nan")).to(tl.float32)  # a wrong id gives NaN, not another's memory
-    tl.store(log_probs + n, (x - row_maximum) / temperature - tl.log2(s) / LOG2_E)
-    tl.store(maxima + n, row_maximum)
-    tl.store(log2_sums + n, tl.log2(s))
-    if ENTROPY:
-        mean_difference = tl.sum(rescale * (weighted + (maximum - row_maximum) * total), 0) / s
-        tl.store(entropies + n, tl.log2(s) / LOG2_E - mean_difference / temperature)
+    mean_difference = tl.sum(rescale * (weighted + (maximum - row_maximum) * total), 0) / s if ENTROPY else 0.0
+    return row_maximum, tl.log2(s), mean_difference
+
+
+@triton.jit
+def log_prob_of(row, target, vocab, temperature, maximum, log2_s):
+    x = tl.load(row + target, mask=(target >= 0) & (target < vocab), other=float("nan"))  # a wrong id gives NaN, not another row's logit
+    return (x.to(tl.float32) - maximum) / temperature - log2_s / LOG2_E
 
 
 @triton.jit
@@ -93,6 +91,36 @@ def store_softmax(logits, gradient, offset, mask, maximum, log2_s, scale, factor
     tl.store(gradient + offset, (factor * p).to(gradient.dtype.element_ty), mask=mask)  # rounded once, here
 
 
+@triton.jit
+def write_gradient(row, gradient_row, target, vocab, temperature, maximum, log2_s, log_prob, upstream, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """upstream * d log p_t / d x_j for a whole row. gradient_row may be row itself: each thread overwrites what it has just read, and nothing else."""
+    scale, factor = LOG2_E / temperature, upstream / temperature
+    lane = tl.arange(0, LANES)
+    begin, groups, end_columns, is_end = split_row(row, vocab, tl.arange(0, 2 * GROUP), GROUP)
+    body, gradient_body = tl.multiple_of(row + begin, 16), tl.multiple_of(gradient_row + begin, 16)
+    offset = lane[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    store_softmax(row, gradient_row, end_columns, is_end, maximum, log2_s, scale, -factor)
+    for tile in range(tl.cdiv(groups, LANES)):
+        is_row = (tile * LANES + lane < groups)[:, None]
+        store_softmax(body, gradient_body, tile * LANES * GROUP + offset, is_row, maximum, log2_s, scale, -factor)
+    one_minus_p = 1 - tl.exp2(log_prob * LOG2_E)  # in fp32: taken from a p that was rounded to bf16 it could be all error
+    tl.debug_barrier()  # another thread has stored this column a moment ago; the last word is this one
+    tl.store(gradient_row + target, (factor * one_minus_p).to(gradient_row.dtype.element_ty), mask=(target >= 0) & (target < vocab))
+
+
+@triton.jit(do_not_specialize=["inner", "vocab", "outer_stride", "inner_stride"])
+def forward_kernel(logits, target_ids, log_probs, maxima, log2_sums, entropies, inner, vocab, outer_stride: tl.int64, inner_stride: tl.int64,
+                   temperature, LANES: tl.constexpr, GROUP: tl.constexpr, ENTROPY: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)  # 32 bits end at 2^31 logits
+    row = logits + n // inner * outer_stride + n % inner * inner_stride
+    maximum, log2_s, mean_difference = read_row(row, vocab, temperature, LANES, GROUP, ENTROPY)
+    tl.store(log_probs + n, log_prob_of(row, tl.load(target_ids + n), vocab, temperature, maximum, log2_s))
+    tl.store(maxima + n, maximum)
+    tl.store(log2_sums + n, log2_s)
+    if ENTROPY:
+        tl.store(entropies + n, log2_s / LOG2_E - mean_difference / temperature)
+
+
 @triton.jit(do_not_specialize=["inner", "vocab", "outer_stride", "inner_stride", "gradient_outer_stride", "gradient_inner_stride"])
 def backward_kernel(logits, target_ids, log_probs, maxima, log2_sums, upstream, gradient, inner, vocab, outer_stride: tl.int64,
                     inner_stride: tl.int64, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64, temperature,
@@ -100,21 +128,8 @@ def backward_kernel(logits, target_ids, log_probs, maxima, log2_sums, upstream, 
     n = tl.program_id(0).to(tl.int64)
     row = logits + n // inner * outer_stride + n % inner * inner_stride
     gradient_row = gradient + n // inner * gradient_outer_stride + n % inner * gradient_inner_stride
-    begin, groups, end_columns, is_end = split_row(row, vocab, tl.arange(0, 2 * GROUP), GROUP)
-    scale = LOG2_E / temperature
-    maximum, log2_s, factor = tl.load(maxima + n), tl.load(log2_sums + n), tl.load(upstream + n) / temperature
-    lane = tl.arange(0, LANES)
-    body, gradient_body = tl.multiple_of(row + begin, 16), tl.multiple_of(gradient_row + begin, 16)
-    offset = lane[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-
-    store_softmax(row, gradient_row, end_columns, is_end, maximum, log2_s, scale, -factor)
-    for tile in range(tl.cdiv(groups, LANES)):
-        is_row = (tile * LANES + lane < groups)[:, None]
-        store_softmax(body, gradient_body, tile * LANES * GROUP + offset, is_row, maximum, log2_s, scale, -factor)
-    target = tl.load(target_ids + n)
-    one_minus_p = 1 - tl.exp2(tl.load(log_probs + n) * LOG2_E)  # in fp32: taken from a p that was rounded to bf16 it could be all error
-    tl.debug_barrier()  # another thread has stored this column a moment ago; the last word is this one
-    tl.store(gradient_row + target, (factor * one_minus_p).to(gradient.dtype.element_ty), mask=(target >= 0) & (target < vocab))
+    write_gradient(row, gradient_row, tl.load(target_ids + n), vocab, temperature, tl.load(maxima + n), tl.load(log2_sums + n),
+                   tl.load(log_probs + n), tl.load(upstream + n), LANES, GROUP)
 
 
 def like_rows_of(logits):
@@ -127,32 +142,39 @@ def like_rows_of(logits):
     return logits.new_empty(extent + offset).as_strided(logits.shape, strides, offset)
 
 
+def forward_rows(logits, target_ids, temperature, log_probs, maxima, log2_sums, entropy=None):
+    """The forward of [A, B, V] logits into [A * B] results."""
+    with torch.cuda.device_of(logits):
+        forward_kernel[target_ids.numel(),](logits, target_ids, log_probs, maxima, log2_sums, entropy, *logits.shape[1:], *logits.stride()[:2],
+                                            float(temperature), LANES, 16 // logits.element_size(), entropy is not None, num_warps=NUM_WARPS)
+
+
+def backward_rows(logits, target_ids, temperature, log_probs, maxima, log2_sums, upstream, gradient):
+    """The backward of [A, B, V] logits into their gradient, laid out as like_rows_of(logits) or logits itself."""
+    with torch.cuda.device_of(logits):
+        backward_kernel[target_ids.numel(),](logits, target_ids, log_probs, maxima, log2_sums, upstream, gradient, *logits.shape[1:],
+                                             *logits.stride()[:2], *gradient.stride()[:2], float(temperature), LANES,
+                                             16 // logits.element_size(), num_warps=NUM_WARPS)
+
+
 class GatherLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target_ids, temperature, return_entropy):
-        ctx.shape, ctx.temperature = logits.shape, float(temperature)  # a Python int would be compiled in
+        ctx.shape, ctx.temperature = logits.shape, temperature
         logits = logits.reshape(-1, *logits.shape[-2:]) if logits.dim() > 1 else logits[None, None]  # [A, B, V], a view for up to 3 dimensions
-        logits = logits if logits.stride(2) == 1 else logits.contiguous()
-        log_probs = torch.empty(target_ids.shape, dtype=torch.float32, device=logits.device)
-        maxima, log2_sums = torch.empty_like(log_probs), torch.empty_like(log_probs)
-        entropy = torch.empty_like(log_probs) if return_entropy else None
-        target_ids = target_ids.contiguous()
-        with torch.cuda.device_of(logits):
-            forward_kernel[target_ids.numel(),](logits, target_ids, log_probs, maxima, log2_sums, entropy, *logits.shape[1:], *logits.stride()[:2],
-                                                ctx.temperature, LANES, 16 // logits.element_size(), return_entropy, num_warps=NUM_WARPS)
-        ctx.save_for_backward(logits, target_ids, log_probs, maxima, log2_sums)
-        ctx.mark_non_differentiable(*[entropy] * return_entropy)
-        return log_probs, entropy
+        logits, target_ids = logits if logits.stride(2) == 1 else logits.contiguous(), target_ids.contiguous()
+        log_probs, *saved = (torch.empty(target_ids.shape, dtype=torch.float32, device=logits.device) for _ in range(3 + return_entropy))
+        forward_rows(logits, target_ids, temperature, log_probs, *saved)
+        ctx.save_for_backward(logits, target_ids, log_probs, *saved[:2])
+        ctx.mark_non_differentiable(*saved[2:])
+        return (log_probs, saved[2]) if return_entropy else log_probs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, _):
+    def backward(ctx, upstream, *_):
         logits, target_ids, *saved = ctx.saved_tensors
         gradient = like_rows_of(logits)
-        with torch.cuda.device_of(logits):
-            backward_kernel[target_ids.numel(),](logits, target_ids, *saved, upstream.contiguous(), gradient, *logits.shape[1:],
-                                                 *logits.stride()[:2], *gradient.stride()[:2], ctx.temperature, LANES,
-                                                 16 // logits.element_size(), num_warps=NUM_WARPS)
+        backward_rows(logits, target_ids, ctx.temperature, *saved, upstream.contiguous(), gradient)
         return gradient.reshape(ctx.shape), None, None, None
 
 
@@ -160,5 +182,4 @@ def gather_log_probs(logits, target_ids, temperature=1.0, return_entropy=False):
     """log softmax(logits / temperature) at the targets: [..., V], [...] -> fp32 [...], and the entropy of each row [...] if asked for."""
     if target_ids.numel() == 0:  # an empty grid cannot be launched
         return reference.gather_log_probs(logits, target_ids, temperature, return_entropy)
-    log_probs, entropy = GatherLogProbs.apply(logits, target_ids, temperature, return_entropy)
-    return (log_probs, entropy) if return_entropy else log_probs
+    return GatherLogProbs.apply(logits, target_ids, temperature, return_entropy)

@@ -1,12 +1,12 @@
 """The four functions of the hot path in plain PyTorch: the specification of the fused kernels, and what runs on the CPU.
 
-Softmax and loss are computed in fp32 whatever the inputs' type, and returned so; in float64 if given float64, which is how the tests compare
-them with finite differences.
+Products, softmax and loss are computed in fp32 whatever the inputs' type, and returned so; in float64 if given float64, which is how the tests
+compare them with finite differences.
 """
 import torch
 from torch.utils.checkpoint import checkpoint
 
-ROWS_PER_CHUNK = 1024  # tokens whose logits exist at one time in the linear_* functions
+LOGITS_PER_CHUNK = 2 ** 20  # in the linear_* functions: 4 MiB in fp32, what a CPU's caches hold
 
 
 def gather_log_probs(logits, target_ids, temperature=1.0, return_entropy=False):
@@ -20,16 +20,22 @@ def gather_log_probs(logits, target_ids, temperature=1.0, return_entropy=False):
     return log_probs, torch.special.entr(probs).sum(-1)                                              # [...], [...]
 
 
-def linear_log_probs(hidden, weight, target_ids, temperature=1.0):
-    """gather_log_probs(hidden @ weight.T, ...): [N, H], [V, H], [N] -> fp32 [N].
+def linear_log_probs(hidden, weight, target_ids, temperature=1.0, return_entropy=False):
+    """gather_log_probs(hidden @ weight.T, ...): [N, H], [V, H], [N] -> fp32 [N], and the entropies [N] if asked for.
 
-    Logits are made chunk by chunk and made again in the backward: those of at most ROWS_PER_CHUNK tokens exist at one time.
+    Logits are made chunk by chunk and made again in the backward: no more than LOGITS_PER_CHUNK exist at one time.
     """
-    def chunk_log_probs(chunk_hidden, chunk_targets):
-        return gather_log_probs(chunk_hidden @ weight.T, chunk_targets, temperature)                 # [chunk]
+    hidden, weight = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (hidden, weight))
 
-    chunks = zip(hidden.split(ROWS_PER_CHUNK), target_ids.split(ROWS_PER_CHUNK))
-    return torch.cat([checkpoint(chunk_log_probs, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+    def chunk_log_probs(chunk_hidden, chunk_targets):
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = chunk_hidden @ weight.T                                                         # [chunk, V]
+        return gather_log_probs(logits, chunk_targets, temperature, return_entropy)                  # [chunk], or two of them
+
+    rows = max(LOGITS_PER_CHUNK // max(len(weight), 1), 1)
+    chunks = zip(hidden.split(rows), target_ids.split(rows))
+    results = [checkpoint(chunk_log_probs, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return tuple(map(torch.cat, zip(*results))) if return_entropy else torch.cat(results)            # [N], or two of them
 
 
 def repo_loss(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, clip_range=0.2):

@@ -62,17 +62,27 @@ def loss_kernel(log_probs, old_log_probs, reward_advantages, cost_advantages, pe
     tl.store(stats + 2, tl.max(ratio_max, 0))
 
 
+def launch_loss(tokens, clip_range):
+    """(loss [], stats [3], gradients [N]) of the six arrays of N numbers."""
+    count, device = tokens[0].numel(), tokens[0].device
+    loss, stats, gradients = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((), 3, count))
+    with torch.cuda.device_of(loss):
+        loss_kernel[1,](*[tensor.contiguous() for tensor in tokens], gradients, loss, stats, count, 1.0 - clip_range, 1.0 + clip_range, BLOCK,
+                        num_warps=NUM_WARPS)
+    return loss, stats, gradients
+
+
+def named(stats):
+    return dict(zip(("clip_fraction", "approx_kl", "ratio_max"), stats.unbind()))
+
+
 class RepoLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, log_probs, *tokens_and_clip_range):
-        *per_token, clip_range = tokens_and_clip_range
-        loss, stats = log_probs.new_empty((), dtype=torch.float32), log_probs.new_empty(3, dtype=torch.float32)
-        gradients = torch.empty_like(log_probs, dtype=torch.float32, memory_format=torch.contiguous_format)
-        with torch.cuda.device_of(log_probs):
-            loss_kernel[1,](log_probs.contiguous(), *[tensor.contiguous() for tensor in per_token], gradients, loss, stats, log_probs.numel(),
-                            1.0 - clip_range, 1.0 + clip_range, BLOCK, num_warps=NUM_WARPS)
+    def forward(ctx, *tokens_and_clip_range):
+        *tokens, clip_range = tokens_and_clip_range
+        loss, stats, gradients = launch_loss(tokens, clip_range)
         ctx.save_for_backward(gradients)
-        ctx.dtype = log_probs.dtype
+        ctx.dtype = tokens[0].dtype
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
@@ -86,4 +96,4 @@ class RepoLoss(torch.autograd.Function):
 def repo_loss(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, clip_range=0.2):
     """The rectified clipped objective, all inputs [N]: (scalar loss, stats). Only log_probs has a gradient."""
     loss, stats = RepoLoss.apply(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, clip_range)
-    return loss, dict(zip(("clip_fraction", "approx_kl", "ratio_max"), stats.unbind()))
+    return loss, named(stats)
