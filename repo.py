@@ -39,7 +39,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel
 
-from kernels import gather_log_probs, repo_loss
+from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss
 from tiny_configs.compare import samples_table, scores_table, summarize
 
 class UserError(Exception):
@@ -393,7 +393,24 @@ def load_policy(config: Config):
         policy.stop_token_ids |= set(listed) if isinstance(listed, list) else {listed} - {None}
     # Sampling must be from the plain softmax: a checkpoint's own top_p or temperature waits here until the policy is saved.
     policy.published_generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
+    policy.has_plain_head = has_plain_head(policy)
+    if not policy.has_plain_head:
+        say(f"{flag} {config.policy}: its logits are more than hidden states times a matrix (bias, cap or scale), so they are made whole: more memory")
     return policy, tokenizer
+
+@torch.no_grad()
+def has_plain_head(policy) -> bool:
+    """Whether logits are hidden @ weight.T and nothing else, no bias, cap or scale: hidden states of our own are put in the body's place to see."""
+    head = policy.get_output_embeddings()
+    hidden = 30 * torch.randn(1, 2, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(policy.device)  # so large that a cap shows
+
+    def replace(body, inputs, output):
+        output.last_hidden_state = hidden
+        return output
+    hook = policy.base_model.register_forward_hook(replace)
+    logits = policy(torch.zeros(1, 2, dtype=torch.long, device=policy.device)).logits                             # [1, 2, V]
+    hook.remove()
+    return getattr(head, "bias", None) is None and torch.allclose(logits, hidden @ head.weight.T, rtol=1e-3, atol=1e-3)
 
 def make_critic(scorer: Scorer, policy) -> ScoreModel:
     """A trainable critic: the score model where it reads the policy's tokens, else the policy's body with a head of zeros."""
@@ -468,14 +485,21 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config) -> lis
     responses = [row[:budget] for row, budget in zip(output[:, batch.input_ids.shape[1]:].tolist(), budgets)]     # B x up to T
     return [row[:next((t + 1 for t, token in enumerate(row) if token in policy.stop_token_ids), len(row))] for row in responses]
 
+def head_inputs(policy, batch: Rollout) -> tuple[Tensor, ...]:
+    """What the log-probs of the N response tokens are made from: hidden states [N, H] and the LM head's weight [V, H], or logits [N, V] if the head
+    is more than that weight. Prompts and padding do not reach the head."""
+    row, state, _ = batch.response_index()                                                                        # [N] each
+    inputs, kept = model_inputs(batch.input_ids, batch.attention_mask), batch.response_mask.shape[1] + 1
+    if policy.has_plain_head:
+        return policy.base_model(**inputs).last_hidden_state[row, state], policy.get_output_embeddings().weight   # [N, H], [V, H]
+    return policy(**inputs, logits_to_keep=kept).logits[row, state + kept - batch.input_ids.shape[1]],            # [N, V]
+
 def response_log_probs(policy, batch: Rollout, temperature: float, with_entropy: bool = False) -> Tensor:
     """Log-probs of the N response tokens at the temperature they were sampled with: fp32 [N], or [2, N] with the entropy of the distributions they
-    were drawn from. Prompts do not reach the LM head."""
-    row, state, targets = batch.response_index()                                                                  # [N] each
-    kept = batch.response_mask.shape[1] + 1
-    logits = policy(**model_inputs(batch.input_ids, batch.attention_mask), logits_to_keep=kept).logits            # [B, T+1, V]
-    logits = logits[row, state + kept - batch.input_ids.shape[1]]                                                 # [N, V]
-    return torch.stack(gather_log_probs(logits, targets, temperature, return_entropy=True)) if with_entropy else gather_log_probs(logits, targets, temperature)
+    were drawn from."""
+    gather, targets = linear_log_probs if policy.has_plain_head else gather_log_probs, batch.response_index()[2]
+    result = gather(*head_inputs(policy, batch), targets, temperature, return_entropy=with_entropy)               # [N], or two of them
+    return torch.stack(result) if with_entropy else result
 
 def response_values(critic: ScoreModel, batch: Rollout) -> Tensor:
     """V(s_t) at the state before each response token: fp32 [N]."""
@@ -557,14 +581,17 @@ def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tenso
     return excess, weight if config.algo == "ppo_lag" else torch.zeros_like(cost)
 
 def policy_loss(policy, batch: Rollout, token_weight: Tensor, config: Config) -> tuple[Tensor, dict]:
-    """Equations (7) and (8) over the N response tokens of a batch; token_weight is w_t [B, T]. Done by repo_loss of kernels/.
+    """Equations (7) and (8) over the N response tokens of a batch; token_weight is w_t [B, T]. Done by kernels/.
 
         A_t  = (A^R_t - lambda_i A^C_t) / (1 + lambda_i)
         loss = sum_t w_t (-min(rho_t A_t, clip(rho_t, 1 - epsilon, 1 + epsilon) A_t)),   rho_t = pi(y_t) / pi_old(y_t)
     """
-    mask, (row, _, _) = batch.response_mask, batch.response_index()
-    return repo_loss(response_log_probs(policy, batch, config.temperature), batch.log_probs[mask], batch.reward_advantages[mask],
-                     batch.cost_advantages[mask], batch.penalty[row], token_weight[mask], config.clip_range)      # [N] each
+    mask, (row, _, targets) = batch.response_mask, batch.response_index()
+    tokens = (batch.log_probs[mask], batch.reward_advantages[mask], batch.cost_advantages[mask], batch.penalty[row], token_weight[mask])  # [N] each
+    if policy.has_plain_head:  # log-probs and loss in one
+        loss, _, stats = linear_repo_loss(*head_inputs(policy, batch), targets, *tokens, config.clip_range, config.temperature)
+        return loss, stats
+    return repo_loss(response_log_probs(policy, batch, config.temperature), *tokens, config.clip_range)
 
 def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
     """Equation (3): lambda <- min(lambda + alpha mean{C - d}+, lambda_max), over the raw costs C [n] of a step; it never falls.

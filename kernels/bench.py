@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import log_prob
+from kernels import linear, log_prob
 from kernels.repo_loss import BLOCK, loss_kernel
 from kernels.repo_loss import NUM_WARPS as LOSS_WARPS
 
@@ -21,6 +21,7 @@ KERNELS = {  # kernel, constants, warps, logits per turn of its loop
     "log-prob": (log_prob.forward_kernel, {**ROW, "ENTROPY": False}, log_prob.NUM_WARPS, log_prob.LANES * 8),
     "log-prob, entropy": (log_prob.forward_kernel, {**ROW, "ENTROPY": True}, log_prob.NUM_WARPS, log_prob.LANES * 8),
     "log-prob backward": (log_prob.backward_kernel, ROW, log_prob.NUM_WARPS, log_prob.LANES * 8),
+    "log-prob, loss, gradient": (linear.row_kernel, {"LANES": linear.LANES, "GROUP": 8}, linear.NUM_WARPS, linear.LANES * 8),
     "loss": (loss_kernel, {"BLOCK": BLOCK}, LOSS_WARPS, None),
 }
 

@@ -19,7 +19,7 @@ def machine_code(tmp_path_factory) -> list[dict]:
 
 
 def test_no_spills_and_few_registers_on_every_target(machine_code):
-    assert {row["target"] for row in machine_code} == {"sm_80", "sm_90", "gfx942"} and len(machine_code) >= 12
+    assert {row["target"] for row in machine_code} == {"sm_80", "sm_90", "gfx942"} and len(machine_code) >= 15
     for row in machine_code:
         assert row["spills"] == 0 and 0 < row["registers"] <= 64, row
 
@@ -29,16 +29,16 @@ def test_rows_are_read_and_written_16_bytes_at_a_time_whatever_their_alignment(m
     for row in machine_code:
         if row["kernel"].startswith("log-prob"):
             assert row["loads"]["16 B"] >= 2 and row["loads"]["2 B"] <= 5, row
-        if row["kernel"] == "log-prob backward":
-            assert row["stores"]["16 B"] >= 2 and row["stores"]["2 B"] == 2 and set(row["stores"]) == {"2 B", "16 B"}, row
+        if row["kernel"] in ("log-prob backward", "log-prob, loss, gradient"):
+            assert row["stores"]["16 B"] >= 1 and row["stores"]["2 B"] == 2 and set(row["stores"]) <= {"2 B", "4 B", "16 B"}, row
 
 
 def test_sizes_and_temperature_are_no_constants_of_the_code():
     """What the launcher would compile anew for: constants, and numbers whose value it may look at. Only the choice of entropy and the dtype are."""
     code = """
-from kernels import log_prob
+from kernels import linear, log_prob
 from kernels.repo_loss import loss_kernel
-for kernel in (log_prob.forward_kernel, log_prob.backward_kernel, loss_kernel):
+for kernel in (log_prob.forward_kernel, log_prob.backward_kernel, linear.row_kernel, loss_kernel):
     for parameter in kernel.params:
         if parameter.name in ("inner", "vocab", "count") or parameter.name.endswith("stride"):
             assert parameter.do_not_specialize and not parameter.is_constexpr, parameter.name
@@ -46,7 +46,7 @@ for kernel in (log_prob.forward_kernel, log_prob.backward_kernel, loss_kernel):
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    assert done.stdout.split("\n") == ["LANES GROUP ENTROPY", "LANES GROUP", "BLOCK", ""]
+    assert done.stdout.split("\n") == ["LANES GROUP ENTROPY", "LANES GROUP", "LANES GROUP", "BLOCK", ""]
 
 
 def test_a_run_by_the_interpreter_gives_the_metrics_of_a_run_by_plain_pytorch(tmp_path, family):

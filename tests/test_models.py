@@ -219,23 +219,50 @@ def test_a_checkpoints_own_sampling_settings_do_not_leak_in_but_its_stop_tokens_
     assert len({tuple(row) for row in repo.generate(policy, tokenizer, prompts, config)}) > 20  # a random model, sampled from its whole softmax
 
 
-def test_the_real_loading_code_meets_other_architectures(tmp_path, tokenizer):
-    """A policy with learned absolute positions and a soft-capped head: padding must not move positions, log-probs must be the model's own."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+@pytest.mark.parametrize("name, plain, changes", [
+    ("llama", True, {}), ("gpt2", True, {}),  # tied to the embeddings, with learned absolute positions
+    ("gemma2", False, {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 30.0}),
+    ("gptj", False, {"rotary_dim": 8}),  # a bias, zero until it is trained
+    ("granite", False, {"num_key_value_heads": 2, "logits_scaling": 4.0}), ("cohere", False, {"num_key_value_heads": 2, "logit_scale": 0.25})])
+def test_the_real_loading_code_meets_other_architectures(tmp_path, tokenizer, capsys, name, plain, changes):
+    """Padding must not move positions, log-probs must be the model's own, and a head that is more than a matrix must be noticed, and told of."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(0)
-    shared = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    for name, model in (("gpt2", GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, **shared))),
-                        ("gemma2", Gemma2ForCausalLM(Gemma2Config(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
-                                                                  num_key_value_heads=1, final_logit_softcapping=0.5, **shared)))):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-        policy, own = repo.load_policy(config_for(tmp_path, policy=str(tmp_path / name)))
-        prompts, responses = [[0, 4, 5, 6], [0, 9]], [[7, 8, 1], [5, 1]]
-        batch = repo.lay_out(prompts, responses, own.pad_token_id, "cpu")
-        with torch.no_grad():
-            log_probs = repo.response_log_probs(policy, batch, 0.7)
-            alone = [(policy(torch.tensor([p + r])).logits[0, len(p) - 1:-1] / 0.7).log_softmax(-1)[range(len(r)), r] for p, r in zip(prompts, responses)]
-        assert torch.allclose(log_probs, torch.cat(alone), atol=1e-4), name
+    width = {"n_embd": 32, "n_layer": 1, "n_head": 2} if name.startswith("gpt") else {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(name, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, pad_token_id=2, **width, **changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / name)
+    policy, own = repo.load_policy(config_for(tmp_path, policy=str(tmp_path / name)))
+    assert policy.has_plain_head == plain and capsys.readouterr().out.count("bias, cap or scale") == (not plain)
+    prompts, responses = [[0, 4, 5, 6], [0, 9]], [[7, 8, 1], [5, 1]]
+    batch = repo.lay_out(prompts, responses, own.pad_token_id, "cpu")
+    with torch.no_grad():
+        log_probs = repo.response_log_probs(policy, batch, 0.7)
+        alone = [(policy(torch.tensor([p + r])).logits[0, len(p) - 1:-1] / 0.7).log_softmax(-1)[range(len(r)), r] for p, r in zip(prompts, responses)]
+    assert torch.allclose(log_probs, torch.cat(alone), atol=1e-4)
+
+
+def test_with_a_plain_head_whole_logits_are_never_made_and_the_loss_is_the_same(tmp_path, tokenizer, monkeypatch):
+    policy, own = repo.load_policy(config_for(write_policy(tmp_path / "policy", tokenizer).parent))
+    config = config_for(tmp_path, temperature=0.7)
+    batch = repo.lay_out([[0, 4, 5, 6], [0, 9]], [[7, 8, 1], [5, 1]], own.pad_token_id, "cpu")
+    mask = batch.response_mask
+    for name in ("log_probs", "reward_advantages", "cost_advantages"):
+        setattr(batch, name, torch.randn(mask.shape))
+    batch.log_probs, batch.penalty = batch.log_probs * 0.1 - 6, torch.rand(2)
+    results = []
+    for plain in (True, False):
+        policy.has_plain_head = plain
+        calls = []
+        hook = policy.get_output_embeddings().register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        loss, stats = repo.policy_loss(policy, batch, mask / 5, config)
+        (loss + repo.ptx_loss(policy, batch, 5)[0]).backward()
+        repo.response_log_probs(policy, batch, 0.7, with_entropy=True)
+        assert bool(calls) != plain
+        results.append([loss.detach(), *stats.values(), *[parameter.grad.clone() for parameter in policy.parameters()]])
+        policy.zero_grad()
+        hook.remove()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results))
 
 
 def test_loading_names_a_folder_that_is_not_there(tmp_path):
