@@ -63,7 +63,7 @@ def products(chunk_gradients, hidden, weight, needs_hidden, needs_weight):
     for rows, gradient in chunk_gradients:
         if needs_hidden:
             torch.mm(gradient, weight, out=hidden_gradient[rows])
-        if needs_weight and gradient.is_cuda:
+        if needs_weight and gradient.is_cuda and gradient.dtype != torch.float32:
             torch.addmm(weight_gradient, gradient.t(), hidden[rows], out_dtype=torch.float32, out=weight_gradient)
         elif needs_weight:  # the CPU's products have no other type of sum than that of their factors
             weight_gradient.addmm_(gradient.t().float(), hidden[rows].float())
