@@ -35,6 +35,7 @@ import datasets
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel
@@ -100,8 +101,9 @@ class Config:
     update_iters: int = option(1, "passes over each rollout")
     minibatch_size: int | None = option(None, "responses per optimiser step; default: the whole rollout")
     micro_batch_size: int = option(8, "responses per forward and backward: changes memory, not results")
-    actor_lr: float = option(1e-5, "the policy's peak learning rate (cosine to zero)")
-    critic_lr: float = option(5e-6, "the critics' learning rate (constant)")
+    lora_rank: int | None = option(None, "rank of the low-rank adapters that are trained instead of the weights; default: 64 in the 3B and 7B presets, else 0 = none")
+    actor_lr: float | None = option(None, "the policy's peak learning rate (cosine to zero); default: 1e-5, with adapters ten times that")
+    critic_lr: float | None = option(None, "the critics' learning rate (constant); default: 5e-6, with adapters ten times that")
     temperature: float = option(1.0, "of sampling, and of every log-prob")
     max_prompt_length: int = option(384, "tokens; longer prompts are left out, and counted aloud")
     max_length: int = option(512, "tokens of prompt plus response")
@@ -124,12 +126,12 @@ class Config:
 
 PUBLISHED = {"reward_model": "PKU-Alignment/beaver-7b-v1.0-reward", "cost_model": "PKU-Alignment/beaver-7b-v1.0-cost",
              "dataset": "PKU-Alignment/PKU-SafeRLHF:train", "eval_dataset": "PKU-Alignment/PKU-SafeRLHF:test",
-             "ptx_dataset": "tatsu-lab/alpaca", "ptx_coeff": 16.0, "save_every": 200}
+             "ptx_dataset": "tatsu-lab/alpaca", "ptx_coeff": 16.0, "save_every": 200, "lora_rank": 64}
 PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models and data built by tiny_configs/world.py
            "alpaca-7b": PUBLISHED | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
            "llama-3.2-3b": PUBLISHED | {"policy": "meta-llama/Llama-3.2-3B-Instruct"}}
 FREE_ON_RESUME = {"output_dir", "resume", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size"}  # may change
-MAY_BE_ZERO = {"lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda", "ptx_coeff", "seed", "save_every", "sample_every"}
+MAY_BE_ZERO = {"lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda", "ptx_coeff", "seed", "save_every", "sample_every"}
 
 def resolve_config(argv: list[str]) -> Config:
     """Where all settings come together. Raises UserError for anything unknown, missing or out of range."""
@@ -157,6 +159,9 @@ def resolve_config(argv: list[str]) -> Config:
     config.output_dir = config.output_dir or f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.dtype = config.dtype or ("bfloat16" if config.device == "cuda" else "float32")
+    config.lora_rank = config.lora_rank or 0
+    config.actor_lr = config.actor_lr or (1e-4 if config.lora_rank else 1e-5)
+    config.critic_lr = config.critic_lr or (5e-5 if config.lora_rank else 5e-6)
     for name, value in vars(config).items():
         require(type(value) not in (int, float) or math.isfinite(value) and (name == "threshold" or value > 0 or value == 0 and name in MAY_BE_ZERO),
                 f"--{name} {value}: must be a finite number{'' if name == 'threshold' else ', 0 or more' if name in MAY_BE_ZERO else ' above 0'}")
@@ -378,9 +383,10 @@ class Scorer:
         return torch.tensor([float(value) for value in scores], device=self.config.device)
 
 def load_policy(config: Config):
-    """(policy with fp32 weights, its tokenizer). Raises UserError."""
+    """(policy, its tokenizer). Weights that are trained are fp32, those under adapters in the compute dtype. Raises UserError."""
     flag = "--model" if config.policy == config.model else "--policy"
-    policy = fetch(AutoModelForCausalLM.from_pretrained, config.policy, flag, config, dtype=torch.float32).eval().to(config.device)
+    policy = fetch(AutoModelForCausalLM.from_pretrained, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank else torch.float32)
+    policy.eval().to(config.device)
     tokenizer, rows = fetch(AutoTokenizer.from_pretrained, config.policy, flag, config), policy.get_input_embeddings().num_embeddings
     require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks tell where padding is
@@ -402,7 +408,7 @@ def load_policy(config: Config):
 def has_plain_head(policy) -> bool:
     """Whether logits are hidden @ weight.T and nothing else, no bias, cap or scale: hidden states of our own are put in the body's place to see."""
     head = policy.get_output_embeddings()
-    hidden = 30 * torch.randn(1, 2, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(policy.device)  # so large that a cap shows
+    hidden = 30 * torch.randn(1, 2, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)  # so large that a cap shows
 
     def replace(body, inputs, output):
         output.last_hidden_state = hidden
@@ -412,15 +418,62 @@ def has_plain_head(policy) -> bool:
     hook.remove()
     return getattr(head, "bias", None) is None and torch.allclose(logits, hidden @ head.weight.T, rtol=1e-3, atol=1e-3)
 
-def make_critic(scorer: Scorer, policy) -> ScoreModel:
+class LowRankLinear(nn.Module):
+    """LoRA: y = W x + b + B (A x) with A [r, in] random and B [out, r] zero, so that it begins as the layer it replaces. W and b are frozen."""
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias  # shared with every other model on this backbone
+        # A step of B moves y about twice as far as the same step of W would: learning rates carry over, though embeddings, norms and LM head stand still.
+        scale = 2 * linear.in_features ** 0.5 / rank
+        self.lora_a = nn.Parameter(scale * torch.randn(rank, linear.in_features, device=linear.weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))                             # [..., in] -> [..., r] -> [..., out]
+        return F.linear(x, self.weight, self.bias) + low
+
+def replace_layers(body: nn.Module, kind: type, replacement) -> int:
+    """Puts replacement(layer) in the place of every layer of that kind in a backbone. Returns how many there were."""
+    found = [(parent, name, layer) for parent in body.modules() for name, layer in parent.named_children() if type(layer) is kind]
+    for parent, name, layer in found:
+        setattr(parent, name, replacement(layer))
+    return len(found)
+
+def merged(layer: LowRankLinear) -> nn.Linear:
+    """The layer with B A added to W, in place: nothing else may need W any more."""
+    layer.weight.data = (layer.weight.float() + layer.lora_b @ layer.lora_a).to(layer.weight.dtype)
+    linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    return linear
+
+def on_shared_weights(model: nn.Module, config: Config) -> nn.Module:
+    """A second model like this one: a full copy, or, with adapters, another on the same backbone's weights."""
+    body = model.base_model.parameters() if config.lora_rank else ()
+    return copy.deepcopy(model, {id(weight): weight for weight in body})
+
+def make_trainable(model: nn.Module, config: Config) -> nn.Module:
+    """All weights, as fp32; with --lora_rank, only adapters on the backbone's linear layers, and a score head if there is one."""
+    if not config.lora_rank:
+        return model.float().requires_grad_(True)
+    model.requires_grad_(False)
+    count = replace_layers(model.base_model, nn.Linear, lambda linear: LowRankLinear(linear, config.lora_rank))
+    require(count, f"--lora_rank {config.lora_rank}: {type(model.base_model).__name__} has no linear layers to put adapters on; use --lora_rank 0")
+    if isinstance(model, ScoreModel):
+        model.score_head.requires_grad_(True)
+    return model
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, saved and resumed."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+def make_critic(scorer: Scorer, policy, config: Config) -> ScoreModel:
     """A trainable critic: the score model where it reads the policy's tokens, else the policy's body with a head of zeros."""
     if scorer.same_tokens and isinstance(scorer.model, ScoreModel):
-        critic = copy.deepcopy(scorer.model)
+        critic = on_shared_weights(scorer.model, config)
     else:
-        body = copy.deepcopy(scorer.model[0].base_model if scorer.same_tokens else policy.base_model)
-        critic = ScoreModel(body.config, body)
+        body = scorer.model[0].base_model if scorer.same_tokens else policy.base_model
+        critic = ScoreModel(body.config, on_shared_weights(body, config))
         critic.score_head.load_state_dict({name: torch.zeros_like(value) for name, value in critic.score_head.state_dict().items()})
-    return critic.float().eval().to(policy.device).requires_grad_(True)
+    return make_trainable(critic.eval().to(policy.device), config)
 
 # ==== 4  Rollout ==========================================================================================================================
 @dataclass
@@ -627,11 +680,11 @@ class State:
     """The models of a run, and everything else that changes while it trains. A checkpoint holds all but FROZEN."""
     TRAINED, FROZEN = ("policy", "reward_critic", "cost_critic"), ("reference", "tokenizer", "reward", "cost")
     def __init__(self, policy, tokenizer, config: Config):
-        self.policy, self.tokenizer = policy, tokenizer
-        self.reference = copy.deepcopy(policy).requires_grad_(False)  # pi_ref, computed exactly as the policy is: their KL starts at 0
+        self.reference, self.tokenizer = on_shared_weights(policy, config).requires_grad_(False), tokenizer  # pi_ref, computed exactly as the policy is
+        self.policy = make_trainable(policy, config)
         self.reward, self.cost = (Scorer(role, tokenizer, config) for role in ("reward", "cost"))
-        self.reward_critic, self.cost_critic = make_critic(self.reward, policy), make_critic(self.cost, policy)
-        groups = [{"params": getattr(self, name).parameters(), "lr": config.actor_lr if name == "policy" else config.critic_lr} for name in self.TRAINED]
+        self.reward_critic, self.cost_critic = make_critic(self.reward, self.reference, config), make_critic(self.cost, self.reference, config)
+        groups = [{"params": trainable(getattr(self, name)).values(), "lr": config.actor_lr if name == "policy" else config.critic_lr} for name in self.TRAINED]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
         warmup = max(int(0.03 * config.steps), 1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, [  # warm-up and cosine for the policy, constant for the critics
@@ -774,7 +827,8 @@ def save_checkpoint(state: State, out: Path, config: Config) -> Path:
     """Writes checkpoints/step-N and drops all but the newest --keep_checkpoints."""
     folder = out / "checkpoints" / f"step-{state.step}"
     with renamed_when_complete(folder) as temporary:
-        content = {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in vars(state).items() if name not in State.FROZEN}
+        content = {name: trainable(value) if name in State.TRAINED else value.state_dict() if hasattr(value, "state_dict") else value
+                   for name, value in vars(state).items() if name not in State.FROZEN}
         rng = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
         torch.save({"state": content, "rng": rng, "config": vars(config)}, temporary / "state.pt")
     for old in checkpoints_in(out)[:-config.keep_checkpoints]:
@@ -796,7 +850,12 @@ def resume(state: State, config: Config) -> Path:
                 f"--resume {checkpoint}: was saved with --{name} {saved['config'].get(name)}, not {value}; use the same settings, or start a new run")
     for name, value in saved["state"].items():
         current = getattr(state, name)
-        current.load_state_dict(value) if hasattr(current, "load_state_dict") else setattr(state, name, value)
+        if name in State.TRAINED:
+            current.load_state_dict(value, strict=False)  # what is frozen comes from where it came from before
+        elif hasattr(current, "load_state_dict"):
+            current.load_state_dict(value)
+        else:
+            setattr(state, name, value)
     torch.set_rng_state(saved["rng"][0])
     if torch.cuda.is_available() and len(saved["rng"]) > 1:
         torch.cuda.set_rng_state_all(saved["rng"][1:1 + torch.cuda.device_count()])
@@ -826,7 +885,8 @@ def run(config: Config) -> None:
     judge = load_function(config.judge, "--judge") if config.judge else None
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
     state = State(policy, tokenizer, config)
-    say(f"policy {config.policy}: {policy.num_parameters():,} parameters, {config.dtype} on {config.device}")
+    count = sum(parameter.numel() for parameter in trainable(policy).values())
+    say(f"policy {config.policy}: {policy.num_parameters():,} parameters, {count:,} of them trained; {config.dtype} on {config.device}")
     for scorer in (state.reward, state.cost):
         say(f"{scorer.flag} {scorer.source}: {'a function' if scorer.function else 'tokens of the policy' if scorer.same_tokens else 'tokens of its own'}")
     if config.resume:
@@ -849,6 +909,7 @@ def run(config: Config) -> None:
     if not config.eval_only:
         with renamed_when_complete(out / "final" / "actor") as folder:
             policy.generation_config = policy.published_generation_config
+            replace_layers(policy.base_model, LowRankLinear, merged)
             for parameter in policy.parameters():  # not .to(), which would round the rotary frequencies too
                 parameter.data = parameter.data.to(getattr(torch, config.dtype))
             policy.save_pretrained(folder)
