@@ -25,9 +25,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, SupportsFloat
 
@@ -41,6 +43,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers import GenerationConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel
 
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss
+from tiny_configs import plan
 from tiny_configs.compare import samples_table, scores_table, summarize
 
 class UserError(Exception):
@@ -100,19 +103,23 @@ class Config:
     samples_per_prompt: int = option(1, "responses per prompt")
     update_iters: int = option(1, "passes over each rollout")
     minibatch_size: int | None = option(None, "responses per optimiser step; default: the whole rollout")
+    gradient_checkpointing: bool | None = option(None, "make activations again in the backward: less memory, more time; default: above 1B parameters")
     micro_batch_size: int = option(8, "responses per forward and backward: changes memory, not results")
     lora_rank: int | None = option(None, "rank of the low-rank adapters that are trained instead of the weights; default: 64 in the 3B and 7B presets, else 0 = none")
-    actor_lr: float | None = option(None, "the policy's peak learning rate (cosine to zero); default: 1e-5, with adapters ten times that")
-    critic_lr: float | None = option(None, "the critics' learning rate (constant); default: 5e-6, with adapters ten times that")
+    actor_lr: float = option(1e-5, "the policy's peak learning rate (cosine to zero)")
+    critic_lr: float = option(5e-6, "the critics' learning rate (constant)")
     temperature: float = option(1.0, "of sampling, and of every log-prob")
     max_prompt_length: int = option(384, "tokens; longer prompts are left out, and counted aloud")
     max_length: int = option(512, "tokens of prompt plus response")
     max_response_length: int | None = option(None, "tokens; default: what --max_length leaves")
     seed: int = option(42, "of sampling, data order and split")
     device: Literal["cpu", "cuda"] | None = option(None, "default: cuda if there is one")
+    tf32: bool = option(False, "let CUDA round the factors of fp32 products to TF32")
     dtype: Literal["float32", "bfloat16"] | None = option(None, "of computing and of the saved policy; default: bfloat16 on cuda, else float32")
     eval_samples: int = option(4, "responses per held-out prompt")
     max_eval_prompts: int = option(256, "evaluate on at most so many held-out prompts")
+    dry_run: bool = option(False, "load no weights: show settings, prompts, models and whether the memory suffices, and stop")
+    gpu_memory: str = option("80GiB", "what --dry_run compares with where there is no GPU")
     eval_only: bool = option(False, "evaluate the policy and stop")
     output_dir: str | None = option(None, "default: runs/<model>-<algo>-<seed>; an earlier run there is moved aside")
     save_every: int = option(0, "steps between checkpoints; 0 = only on Ctrl-C")
@@ -130,7 +137,7 @@ PUBLISHED = {"reward_model": "PKU-Alignment/beaver-7b-v1.0-reward", "cost_model"
 PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models and data built by tiny_configs/world.py
            "alpaca-7b": PUBLISHED | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
            "llama-3.2-3b": PUBLISHED | {"policy": "meta-llama/Llama-3.2-3B-Instruct"}}
-FREE_ON_RESUME = {"output_dir", "resume", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size"}  # may change
+FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size"}  # may change
 MAY_BE_ZERO = {"lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda", "ptx_coeff", "seed", "save_every", "sample_every"}
 
 def resolve_config(argv: list[str]) -> Config:
@@ -157,11 +164,9 @@ def resolve_config(argv: list[str]) -> Config:
     config = parser.parse_args_into_dataclasses(as_words(preset, *dropped) + words)[0]
     config.policy = config.policy or config.model
     config.output_dir = config.output_dir or f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
-    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.device = config.device or ("cuda" if torch.cuda.is_available() or config.dry_run else "cpu")
     config.dtype = config.dtype or ("bfloat16" if config.device == "cuda" else "float32")
     config.lora_rank = config.lora_rank or 0
-    config.actor_lr = config.actor_lr or (1e-4 if config.lora_rank else 1e-5)
-    config.critic_lr = config.critic_lr or (5e-5 if config.lora_rank else 5e-6)
     for name, value in vars(config).items():
         require(type(value) not in (int, float) or math.isfinite(value) and (name == "threshold" or value > 0 or value == 0 and name in MAY_BE_ZERO),
                 f"--{name} {value}: must be a finite number{'' if name == 'threshold' else ', 0 or more' if name in MAY_BE_ZERO else ' above 0'}")
@@ -172,7 +177,7 @@ def resolve_config(argv: list[str]) -> Config:
     out = Path(config.output_dir)
     empty = not out.exists() or out.is_dir() and not any(out.iterdir())
     require(empty or (out / "config.json").exists(), f"--output_dir {out}: exists and is not a run of this script; choose another")
-    require(config.device == "cpu" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
+    require(config.device == "cpu" or config.dry_run or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
     return config
 
 # ==== 2  Prompts ==========================================================================================================================
@@ -288,6 +293,11 @@ def fetch(from_pretrained, source: str, flag: str, config: Config, **options):
     with blame(f"{flag} {source}: {problem}"):
         return from_pretrained(str(path) if path.exists() else source, trust_remote_code=config.trust_remote_code, **options)
 
+def shape_of(kind, path, dtype, **options) -> PreTrainedModel:
+    """In the place of kind.from_pretrained: the model that the config alone describes, on the meta device, where tensors have no content."""
+    with torch.device("meta"):
+        return kind.from_config(AutoConfig.from_pretrained(path, **options), dtype=dtype, **options)
+
 class ScoreModel(PreTrainedModel):
     """The Beaver layout: a causal backbone `model`, a linear `score_head`. The critics are ScoreModels too, read at every token."""
     config_class = PreTrainedConfig
@@ -303,11 +313,16 @@ class ScoreModel(PreTrainedModel):
             self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
         self.post_init()
     @classmethod
-    def from_pretrained(cls, path, role: Literal["reward", "cost"] = "reward", dtype=torch.float32, **options):
+    def from_pretrained(cls, path, role: Literal["reward", "cost"] = "reward", dtype=torch.float32, dry_run=False, **options):
         """A Beaver-layout or sequence-classifier checkpoint, in whatever files. Raises UserError if any weight but the head's bias is missing.
         The state dict alone says what exists: the config's `bias`, `score_bias` and `score_type` contradict it in published checkpoints."""
         config = AutoConfig.from_pretrained(path, **options)
         is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+        if dry_run and is_classifier:
+            return SequenceClassifier(shape_of(AutoModelForSequenceClassification, path, dtype, **options))
+        if dry_run:
+            with torch.device("meta"):
+                return cls(config).to(dtype)
         load = AutoModelForSequenceClassification.from_pretrained if is_classifier else super().from_pretrained
         model, report = load(path, config=config, dtype=dtype, output_loading_info=True, **options)
         missing = sorted(set(report["missing_keys"]) - {"score_head.bias"})
@@ -359,7 +374,7 @@ class Scorer:
         self.function = load_function(self.source, self.flag) if ".py:" in self.source else None
         self.same_tokens = False
         if self.function is None:
-            self.model = fetch(ScoreModel.from_pretrained, self.source, self.flag, config, role=role, dtype=getattr(torch, config.dtype))
+            self.model = fetch(ScoreModel.from_pretrained, self.source, self.flag, config, role=role, dtype=getattr(torch, config.dtype), dry_run=config.dry_run)
             self.model.to(config.device).requires_grad_(False)
             own = self.tokenizer = fetch(AutoTokenizer.from_pretrained, self.source, self.flag, config)
             own.pad_token = own.pad_token or own.eos_token  # masks tell where padding is
@@ -367,7 +382,7 @@ class Scorer:
             self.same_tokens = own.get_vocab() == policy_tokenizer.get_vocab() and own(trial).input_ids == policy_tokenizer(trial).input_ids
             if isinstance(self.model, SequenceClassifier):  # which finds the last token by the pad id of its config
                 own.pad_token_id = ids.pad_token_id = own.pad_token_id if (ids := self.model[0].config).pad_token_id is None else ids.pad_token_id
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str], finished: list[bool]) -> Tensor:
         """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError unless all are finite numbers."""
         size, scores = self.config.micro_batch_size, self.function(prompts, responses) if self.function else []
@@ -385,7 +400,8 @@ class Scorer:
 def load_policy(config: Config):
     """(policy, its tokenizer). Weights that are trained are fp32, those under adapters in the compute dtype. Raises UserError."""
     flag = "--model" if config.policy == config.model else "--policy"
-    policy = fetch(AutoModelForCausalLM.from_pretrained, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank else torch.float32)
+    load = partial(shape_of, AutoModelForCausalLM) if config.dry_run else AutoModelForCausalLM.from_pretrained
+    policy = fetch(load, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank else torch.float32)
     policy.eval().to(config.device)
     tokenizer, rows = fetch(AutoTokenizer.from_pretrained, config.policy, flag, config), policy.get_input_embeddings().num_embeddings
     require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
@@ -399,7 +415,7 @@ def load_policy(config: Config):
         policy.stop_token_ids |= set(listed) if isinstance(listed, list) else {listed} - {None}
     # Sampling must be from the plain softmax: a checkpoint's own top_p or temperature waits here until the policy is saved.
     policy.published_generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
-    policy.has_plain_head = has_plain_head(policy)
+    policy.has_plain_head = config.dry_run or has_plain_head(policy)
     if not policy.has_plain_head:
         say(f"{flag} {config.policy}: its logits are more than hidden states times a matrix (bias, cap or scale), so they are made whole: more memory")
     return policy, tokenizer
@@ -563,13 +579,13 @@ def collect(state: "State", prompts: list[str], config: Config, with_values: boo
     """Responses with their log-probs, scores and values: (rollout, seconds per phase)."""
     def per_token(function, model, *arguments) -> Tensor:
         """function(model, rows, ...) -> [..., n] in micro-batches, put in place: [..., B, T], 0 outside the mask."""
-        with torch.no_grad(), config.autocast():
+        with torch.inference_mode(), config.autocast():
             flat = torch.cat([function(model, some, *arguments) for some in rollout.micro_batches(torch.arange(len(prompts)), config)], -1)
         return torch.zeros(*flat.shape[:-1], *rollout.response_mask.shape, device=flat.device).masked_scatter(rollout.response_mask, flat)
     start = time.perf_counter()
     prompt_ids = encode_prompts(prompts, state.tokenizer)
     response_ids = generate(state.policy, state.tokenizer, prompt_ids, config)
-    sampled = time.perf_counter()
+    sampled, sampling_mib = time.perf_counter(), peak_memory_mib()
     rollout = lay_out(prompt_ids, response_ids, state.tokenizer.pad_token_id, config.device)
     finished = [row[-1] in state.policy.stop_token_ids for row in response_ids]
     rollout.prompts, rollout.finished = prompts, torch.tensor(finished, device=config.device)
@@ -580,7 +596,8 @@ def collect(state: "State", prompts: list[str], config: Config, with_values: boo
     rollout.reward, rollout.cost = state.reward(*scored), state.cost(*scored)
     if with_values:
         rollout.reward_values, rollout.cost_values = (per_token(response_values, critic) for critic in (state.reward_critic, state.cost_critic))
-    return rollout, {"seconds_rollout": sampled - start, "seconds_scoring": time.perf_counter() - sampled}
+    return rollout, {"seconds_rollout": sampled - start, "seconds_scoring": time.perf_counter() - sampled,
+                     "peak_mib_rollout": sampling_mib, "peak_mib_scoring": peak_memory_mib()}
 
 # ==== 5  Token-level rewards and costs (4) (5), advantages (6) ============================================================================
 def rectify(cost: Tensor, threshold: float = 0.0) -> Tensor:
@@ -685,7 +702,9 @@ class State:
         self.reward, self.cost = (Scorer(role, tokenizer, config) for role in ("reward", "cost"))
         self.reward_critic, self.cost_critic = make_critic(self.reward, self.reference, config), make_critic(self.cost, self.reference, config)
         groups = [{"params": trainable(getattr(self, name)).values(), "lr": config.actor_lr if name == "policy" else config.critic_lr} for name in self.TRAINED]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=config.device == "cuda")  # one pass, no temporaries
+        for name in self.TRAINED * recomputes(policy, config):
+            set_checkpointing(getattr(self, name).base_model, True)
         warmup = max(int(0.03 * config.steps), 1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, [  # warm-up and cosine for the policy, constant for the critics
             lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * step / config.steps)) / 2, lambda _: 1.0, lambda _: 1.0])
@@ -704,6 +723,23 @@ def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
         epoch, i = divmod(n, len(items))
         return items[torch.randperm(len(items), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))[i]]
     return [item(n) for n in range(step * size, (step + 1) * size)]
+
+def recomputes(policy, config: Config) -> bool:
+    return policy.num_parameters() > 1e9 if config.gradient_checkpointing is None else config.gradient_checkpointing
+
+def set_checkpointing(body, on: bool) -> None:
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers is about to rename these
+        body.gradient_checkpointing_enable({"use_reentrant": False}) if on else body.gradient_checkpointing_disable()
+
+@contextmanager
+def recomputing(models):
+    """Gradient checkpointing works in layers that train, and everything here is in eval mode for want of dropout: a layer's own flag is enough."""
+    layers = [layer for model in models for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True
+    yield
+    for layer in layers:
+        layer.training = False
 
 def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -> dict:
     """--update_iters passes over a rollout; each minibatch is one optimiser step of the policy and of both critics. Returns metrics."""
@@ -744,14 +780,15 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
     """Sample, score, estimate advantages, update policy and critics, then lambda. Returns the rollout and the step's metrics."""
     start, lam, actor_lr = time.perf_counter(), state.lam, state.optimizer.param_groups[0]["lr"]
     chosen = cyclic_batch(prompts, state.step, config.batch_size, config.seed)
-    rollout, seconds = collect(state, [prompt for prompt in chosen for _ in range(config.samples_per_prompt)], config)
+    rollout, phases = collect(state, [prompt for prompt in chosen for _ in range(config.samples_per_prompt)], config)
     mask = rollout.response_mask                                                                                  # [B, T]
     cost, rollout.penalty = costs_and_penalties(rollout.cost, lam, config)                                        # [B], [B]
     rewards, costs = shape_rewards_and_costs(rollout.reward, cost, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)  # [B, T]
     rollout.reward_advantages, rollout.reward_returns = gae(rewards, rollout.reward_values, mask, lam=config.gae_lambda)
     rollout.cost_advantages, rollout.cost_returns = gae(costs, rollout.cost_values, mask, lam=config.gae_lambda)
     pairs = cyclic_batch(ptx_pairs, state.step, len(rollout.prompts), config.seed) if ptx_pairs else None
-    learned = learn(state, rollout, lay_out(*zip(*pairs), state.tokenizer.pad_token_id, config.device) if pairs else None, config)
+    with recomputing(getattr(state, name) for name in State.TRAINED):
+        learned = learn(state, rollout, lay_out(*zip(*pairs), state.tokenizer.pad_token_id, config.device) if pairs else None, config)
     state.costs = (state.costs + rollout.cost.tolist())[-config.cost_window:]
     state.lam = update_lambda(lam, torch.tensor(state.costs) if config.algo == "ppo_lag" else rollout.cost, config)
     total, tokens = time.perf_counter() - start, int(mask.sum())
@@ -764,13 +801,17 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
         "reward_explained_variance": explained_variance(rollout.reward_values, rollout.reward_returns, mask),
         "cost_explained_variance": explained_variance(rollout.cost_values, rollout.cost_returns, mask),
         "response_length": tokens / len(mask), "truncated_rate": 1 - rollout.finished.float().mean().item(),
-        "actor_lr": actor_lr, "critic_lr": config.critic_lr, **seconds, "seconds_learning": total - sum(seconds.values()),
-        "tokens_per_second": tokens / total, "peak_memory_mib": peak_memory_mib()}
+        "actor_lr": actor_lr, "critic_lr": config.critic_lr, **phases,
+        "seconds_learning": total - phases["seconds_rollout"] - phases["seconds_scoring"], "peak_mib_learning": peak_memory_mib(),
+        "tokens_per_second": tokens / total}
 
 def peak_memory_mib() -> float:
-    """Of the GPU's allocator where there is one, else of the process."""
-    on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() / 2**20
-    return on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    """Of the GPU's allocator since the last call; where there is no GPU, of the process so far."""
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> None:
     """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises. Ctrl-C raises after a whole step, the second kills."""
@@ -879,6 +920,8 @@ def run(config: Config) -> None:
     """Load, evaluate, train, evaluate, save. Nothing is written before the first scores are in."""
     start = time.perf_counter()
     torch.manual_seed(config.seed)
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    plan.check_sources(config, require)
     policy, tokenizer = load_policy(config)
     prompts, held_out = split_prompts(config, tokenizer)
     ptx_pairs = load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []
@@ -919,7 +962,8 @@ def run(config: Config) -> None:
     (out / "summary.json").write_text(json.dumps({
         "algo": config.algo, "rectify": config.rectify, "seed": config.seed, "steps": state.step, **scores, "lambda": state.lam,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else None, "wall_seconds": seconds,
-        "peak_memory_mib": peak_memory_mib(), "before": state.before}, indent=2))
+        "peak_memory_mib": max([peak_memory_mib(), *(row[key] for row in state.logs["metrics.jsonl"] for key in row if key.startswith("peak_mib"))]),
+        "before": state.before}, indent=2))
     say(scores_table(before=state.before, after=scores) if state.step else scores_table(now=scores))
     say(f"\n{state.step} steps of {config.algo} in {seconds:.0f} s; everything is in {out}")
 
@@ -929,7 +973,8 @@ def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     logging.disable(logging.ERROR)  # what the libraries would say reaches the user as a UserError
     try:
-        run(resolve_config(sys.argv[1:] if argv is None else argv))
+        config = resolve_config(sys.argv[1:] if argv is None else argv)
+        plan.dry_run(config, sys.modules[__name__]) if config.dry_run else run(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 # pytest tests/test_lora.py
 """Low-rank adapters: three backbones hold six models, and only adapters and heads are trained, saved and resumed."""
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_run import FEW, stable
 from transformers import AutoModelForCausalLM
 
 import repo
+from kernels.bench import peak_memory
 
 RANK = 3
 
@@ -145,3 +147,23 @@ def test_a_tiny_run_with_adapters_becomes_safe(run):
     code, out, _ = run("--device", "cpu", "--lora_rank", 8, "--seed", 0)
     summary = json.loads((out / "summary.json").read_text())
     assert code == 0 and summary["safety_rate"] >= 0.95 and summary["reward_on_harmless_prompts"] > summary["before"]["reward_on_harmless_prompts"]
+
+
+@pytest.mark.parametrize("rank", [0, RANK])
+def test_gradient_checkpointing_changes_memory_not_results(tmp_path, tokenizer, rank):
+    write_policy(tmp_path / "policy", tokenizer, num_hidden_layers=6)
+    for role in ("reward", "cost"):
+        write_beaver(tmp_path / role, tokenizer, random_beaver(tokenizer)[1])
+    results, peaks = [], []
+    for checkpointing in (False, True):
+        config = repo.Config(policy=str(tmp_path / "policy"), reward_model=str(tmp_path / "reward"), cost_model=str(tmp_path / "cost"), device="cpu",
+                             dtype="float32", lora_rank=rank, actor_lr=1e-3, critic_lr=1e-3, steps=4, max_response_length=64, max_length=200,
+                             gradient_checkpointing=checkpointing, micro_batch_size=16)
+        torch.manual_seed(0)
+        state = repo.State(*repo.load_policy(config), config)
+        step = partial(repo.train_step, state, ["How do I paint a boat?"] * 16, [], config)
+        results.append(stable([step()[1]]))
+        peaks.append(peak_memory(step))
+    for a, b in zip(*results):
+        assert all(b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5) for key in a)
+    assert peaks[1] < 0.7 * peaks[0]

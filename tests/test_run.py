@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import repo
 
 FEW = ("--device", "cpu", "--steps", 4, "--batch_size", 8, "--micro_batch_size", 8, "--eval_samples", 1, "--max_eval_prompts", 8, "--max_response_length", 12)
-VOLATILE = {"seconds_rollout", "seconds_scoring", "seconds_learning", "tokens_per_second", "peak_memory_mib"}
+VOLATILE = {"seconds_rollout", "seconds_scoring", "seconds_learning", "tokens_per_second", "peak_mib_rollout", "peak_mib_scoring", "peak_mib_learning"}
 
 
 def stable(rows):
