@@ -166,7 +166,7 @@ def test_own_checkpoints_and_own_functions(run, tmp_path, tokenizer):
     (["--model", "{}/nowhere"], "nowhere: no such folder"),
     (["--model", "nowhere", "--reward_model", "x", "--cost_model", "x", "--dataset", "x"], "nowhere: is none of tiny, alpaca-7b, llama-3.2-3b"),
     (["--model", "alpaka-7b"], "--reward_model is missing"),
-    (["--model", "alpaca-7b"], "PKU-Alignment/alpaca-7b-reproduced: is none of"),
+    (["--model", "alpaca-7b"], "cannot reach --policy PKU-Alignment/alpaca-7b-reproduced, --reward_model PKU"),
     (["--reward_model", "{}/bad.py:raises"], "ZeroDivisionError"),
     (["--cost_model", "{}/bad.py:nan"], "nan, not a finite number"),
     (["--reward_model", "{}/bad.py:few"], "returned 1 results for 8 responses"),
