@@ -11,7 +11,7 @@ Where it differs from the paper and its published code, and why:
   1. The paper splits a batch into safe and unsafe responses (--rectify mask). The default, --rectify return, sends the rectified cost
      into every return: the same gradient, and it still rewards the rare safe response when the split has nothing left to compare.
   2. A response may fill what its own prompt leaves of --max_length, not what the batch's longest prompt leaves.
-  3. There is no dropout anywhere, so the probability ratio of an unchanged policy is exactly 1.
+  3. There is no dropout anywhere, so the probability ratio of an unchanged policy is 1, up to rounding.
 """
 import copy
 import json
@@ -424,15 +424,16 @@ def load_policy(config: Config):
 def has_plain_head(policy) -> bool:
     """Whether logits are hidden @ weight.T and nothing else, no bias, cap or scale: hidden states of our own are put in the body's place to see."""
     head = policy.get_output_embeddings()
-    hidden = 30 * torch.randn(1, 2, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)  # so large that a cap shows
+    hidden = 1e4 * torch.randn(1, 2, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)  # so large that a cap shows
 
     def replace(body, inputs, output):
         output.last_hidden_state = hidden
         return output
     hook = policy.base_model.register_forward_hook(replace)
-    logits = policy(torch.zeros(1, 2, dtype=torch.long, device=policy.device)).logits                             # [1, 2, V]
+    logits = policy(torch.zeros(1, 2, dtype=torch.long, device=policy.device)).logits.float()                     # [1, 2, V]
     hook.remove()
-    return getattr(head, "bias", None) is None and torch.allclose(logits, hidden @ head.weight.T, rtol=1e-3, atol=1e-3)
+    expected = (hidden @ head.weight.T).float()
+    return getattr(head, "bias", None) is None and bool((logits - expected).norm() < 0.02 * expected.norm())  # bf16 rounds to 0.4 %
 
 class LowRankLinear(nn.Module):
     """LoRA: y = W x + b + B (A x) with A [r, in] random and B [out, r] zero, so that it begins as the layer it replaces. W and b are frozen."""
@@ -680,7 +681,8 @@ def value_loss(critic: ScoreModel, batch: Rollout, old_values: Tensor, returns: 
     return 0.5 * (token_weight[mask] * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)).sum(), {}
 
 def ptx_loss(policy, batch: Rollout, tokens: int) -> tuple[Tensor, dict]:
-    """The next-token loss of supervised answers, a share of the mean over `tokens`: (scalar, no stats)."""
+    """The next-token loss of supervised answers, a share of the mean over `tokens`: (scalar, no stats). Through the policy's own log-probs, which
+    take no more time than the library's chunked cross-entropy, and do without torch 2.13."""
     return -response_log_probs(policy, batch, 1.0).sum() / tokens, {}
 
 def load_ptx_pairs(config: Config, tokenizer) -> list[tuple[list[int], list[int]]]:

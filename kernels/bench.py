@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -229,7 +230,8 @@ def environment(device):
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     if device != "cuda":
         return f"CPU, {torch.get_num_threads()} threads, {versions}. Ours is the reference here; times mean nothing but beside each other, memory does."
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True).stdout.split()[:1]
+    ask = [shutil.which("nvidia-smi"), "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(ask, capture_output=True, text=True).stdout.split()[:1] if ask[0] else []
     return f"{torch.cuda.get_device_name()}, driver {' '.join(driver) or 'unknown'}, {versions}"
 
 # ---- what compilers make of the kernels
@@ -250,7 +252,7 @@ def type_of(name):
     """The kernels' naming: logits and their gradient are bf16, numbers of tokens and strides integers, single ratios floats, the rest fp32 arrays."""
     if name in ("logits", "gradient"):
         return "*bf16"
-    if name in ("temperature", "lowest_ratio", "highest_ratio"):
+    if name in ("temperature", "lowest_ratio", "highest_ratio", "gradient_scale"):
         return "fp32"
     if name in ("inner", "vocab", "count"):
         return "i32"
@@ -325,6 +327,8 @@ def main():
     arguments = parser.parse_args()
     if min(arguments.rows, arguments.vocab, arguments.hidden) < 1:
         parser.error("--rows, --vocab and --hidden must be at least 1")
+    if arguments.compiled and os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("--compiled: TRITON_INTERPRET=1 is set, and an interpreter compiles nothing")
     try:
         file = open(arguments.json, "w") if arguments.json else None  # before the minutes that measuring takes
     except OSError as error:

@@ -25,10 +25,10 @@ ROWS_PER_CHUNK = 1024
 LANES, NUM_WARPS = 1024, 16  # many threads on few rows: a row's second reading should still find it in the L2 cache
 
 
-@triton.jit(do_not_specialize=["vocab", "stride"])
+@triton.jit(do_not_specialize=range(14))
 def row_kernel(logits, target_ids, log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, vocab, stride: tl.int64,
-               temperature, lowest_ratio, highest_ratio, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """A row of logits becomes its own gradient, by way of its log-prob and the loss on it."""
+               temperature, lowest_ratio, highest_ratio, gradient_scale, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """A row of logits becomes its own gradient times gradient_scale, by way of its log-prob and the loss on it."""
     n = tl.program_id(0).to(tl.int64)
     row, target = logits + n * stride, tl.load(target_ids + n)
     maximum, log2_s, _ = read_row(row, vocab, temperature, LANES, GROUP, False)
@@ -37,7 +37,7 @@ def row_kernel(logits, target_ids, log_probs, old_log_probs, reward_advantages, 
     _, upstream, _, _, _ = clipped_objective(log_prob, tl.load(old_log_probs + n), tl.load(reward_advantages + n), tl.load(cost_advantages + n),
                                              tl.load(penalty + n), tl.load(token_weight + n), lowest_ratio, highest_ratio)
     tl.debug_barrier()  # every thread has read the target's logit before any thread overwrites it
-    write_gradient(row, row, target, vocab, temperature, maximum, log2_s, log_prob, upstream, LANES, GROUP)
+    write_gradient(row, row, target, vocab, temperature, maximum, log2_s, log_prob, upstream * gradient_scale, LANES, GROUP)
 
 
 def compute_dtype(hidden, weight):
@@ -74,10 +74,10 @@ class LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target_ids, temperature, return_entropy):
         ctx.dtype, ctx.temperature = compute_dtype(hidden, weight), temperature
-        results = hidden.new_empty(3 + return_entropy, len(hidden), dtype=torch.float32)  # log-probs, maxima, log2 of sums, entropies
+        results = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3 + return_entropy)]  # log-probs, maxima, log2_sums, entropy
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, logits in chunks(hidden.to(ctx.dtype), weight.to(ctx.dtype)):
-                forward_rows(logits[None], target_ids[rows], temperature, *results[:, rows])
+                forward_rows(logits[None], target_ids[rows], temperature, *[result[rows] for result in results])
         log_probs, maxima, log2_sums, *entropy = results
         ctx.save_for_backward(hidden, weight, target_ids, log_probs, maxima, log2_sums)
         ctx.mark_non_differentiable(*entropy)
@@ -104,12 +104,13 @@ class LinearRepoLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, target_ids, clip_range, temperature, *tokens):
         dtype, tokens = compute_dtype(hidden, weight), [tensor.float().contiguous() for tensor in tokens]
         x, w, log_probs = hidden.to(dtype), weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
+        ctx.scale = 2.0 ** len(hidden).bit_length()  # w_t is about 1 / N: fp16 would lose the gradients' small entries; a power of 2 rounds nothing
 
         def chunk_gradients():
             for rows, logits in chunks(x, w):
                 with torch.cuda.device_of(logits):
                     row_kernel[len(logits),](logits, target_ids[rows], log_probs[rows], *[tensor[rows] for tensor in tokens], logits.shape[1],
-                                             logits.stride(0), float(temperature), 1.0 - clip_range, 1.0 + clip_range, LANES,
+                                             logits.stride(0), float(temperature), 1.0 - clip_range, 1.0 + clip_range, ctx.scale, LANES,
                                              16 // logits.element_size(), num_warps=NUM_WARPS)
                 yield rows, logits
 
@@ -123,7 +124,8 @@ class LinearRepoLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        scaled = (gradient if gradient is None else gradient * upstream for gradient in ctx.saved_tensors)  # not in place: the graph may be kept
+        factor = upstream / ctx.scale
+        scaled = (gradient if gradient is None else gradient * factor for gradient in ctx.saved_tensors)  # not in place: the graph may be kept
         return *scaled, *[None] * 8
 
 
@@ -140,6 +142,10 @@ def linear_log_probs(hidden, weight, target_ids, temperature=1.0, return_entropy
 def linear_repo_loss(hidden, weight, target_ids, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
                      clip_range=0.2, temperature=1.0):
     """repo_loss(linear_log_probs(...), ...): (scalar loss, detached fp32 log-probs [N], stats)."""
-    loss, log_probs, stats = LinearRepoLoss.apply(hidden, weight, target_ids.contiguous(), clip_range, temperature, old_log_probs,
-                                                  reward_advantages, cost_advantages, penalty, token_weight)
+    tokens = old_log_probs, reward_advantages, cost_advantages, penalty, token_weight
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        loss, log_probs, stats = LinearRepoLoss.apply(hidden, weight, target_ids.contiguous(), clip_range, temperature, *tokens)
+    else:
+        log_probs = linear_log_probs(hidden, weight, target_ids, temperature)
+        loss, stats, _ = launch_loss([log_probs, *tokens], clip_range)
     return loss, log_probs, named(stats)

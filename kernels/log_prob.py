@@ -48,7 +48,7 @@ def accumulate(x, maximum, total, weighted, scale, ENTROPY: tl.constexpr):
     difference = x - new_maximum[:, None]
     exp = tl.exp2(difference * scale)
     if ENTROPY:  # a logit of -inf adds 0 * LOWEST, not 0 * inf
-        weighted = rescale * (weighted + (maximum - new_maximum) * total) + tl.sum(exp * tl.maximum(difference, LOWEST), 1)
+        weighted = rescale * weighted + (maximum - new_maximum) * (rescale * total) + tl.sum(exp * tl.maximum(difference, LOWEST), 1)
     return new_maximum, rescale * total + tl.sum(exp, 1), weighted
 
 
@@ -73,7 +73,7 @@ def read_row(row, vocab, temperature, LANES: tl.constexpr, GROUP: tl.constexpr, 
     row_maximum = tl.max(maximum, 0)
     rescale = tl.exp2((maximum - row_maximum) * scale)
     s = tl.sum(rescale * total, 0)
-    mean_difference = tl.sum(rescale * (weighted + (maximum - row_maximum) * total), 0) / s if ENTROPY else 0.0
+    mean_difference = tl.sum(rescale * weighted + (maximum - row_maximum) * (rescale * total), 0) / s if ENTROPY else 0.0
     return row_maximum, tl.log2(s), mean_difference
 
 
@@ -108,7 +108,7 @@ def write_gradient(row, gradient_row, target, vocab, temperature, maximum, log2_
     tl.store(gradient_row + target, (factor * one_minus_p).to(gradient_row.dtype.element_ty), mask=(target >= 0) & (target < vocab))
 
 
-@triton.jit(do_not_specialize=["inner", "vocab", "outer_stride", "inner_stride"])
+@triton.jit(do_not_specialize=range(11))  # one binary whatever sizes, strides and alignments are
 def forward_kernel(logits, target_ids, log_probs, maxima, log2_sums, entropies, inner, vocab, outer_stride: tl.int64, inner_stride: tl.int64,
                    temperature, LANES: tl.constexpr, GROUP: tl.constexpr, ENTROPY: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)  # 32 bits end at 2^31 logits
@@ -121,7 +121,7 @@ def forward_kernel(logits, target_ids, log_probs, maxima, log2_sums, entropies, 
         tl.store(entropies + n, log2_s / LOG2_E - mean_difference / temperature)
 
 
-@triton.jit(do_not_specialize=["inner", "vocab", "outer_stride", "inner_stride", "gradient_outer_stride", "gradient_inner_stride"])
+@triton.jit(do_not_specialize=range(14))
 def backward_kernel(logits, target_ids, log_probs, maxima, log2_sums, upstream, gradient, inner, vocab, outer_stride: tl.int64,
                     inner_stride: tl.int64, gradient_outer_stride: tl.int64, gradient_inner_stride: tl.int64, temperature,
                     LANES: tl.constexpr, GROUP: tl.constexpr):

@@ -34,7 +34,7 @@ def clipped_objective(log_prob, old_log_prob, reward_advantage, cost_advantage, 
     return -weight * smaller, gradient, log_ratio, ratio, clipped_ratio != ratio
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=range(12))
 def loss_kernel(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, gradients, loss, stats, count, lowest_ratio,
                 highest_ratio, BLOCK: tl.constexpr):
     loss_sum, clipped_count, kl_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -58,8 +58,9 @@ def loss_kernel(log_probs, old_log_probs, reward_advantages, cost_advantages, pe
     tokens = tl.maximum(count, 1)
     tl.store(loss, tl.sum(loss_sum, 0))
     tl.store(stats, tl.sum(clipped_count, 0) / tokens)
-    tl.store(stats + 1, tl.sum(kl_sum, 0) / tokens)
-    tl.store(stats + 2, tl.max(ratio_max, 0))
+    kl = tl.sum(kl_sum, 0) / tokens
+    tl.store(stats + 1, kl)
+    tl.store(stats + 2, tl.where(kl == kl, tl.max(ratio_max, 0), kl))  # a maximum over lanes would lose a NaN, a sum does not
 
 
 def launch_loss(tokens, clip_range):

@@ -17,8 +17,9 @@ CHUNK = 8
 
 @pytest.fixture(params=["triton", "reference"])
 def backend(request, monkeypatch) -> str:
-    """Both, with chunks of 8 tokens: the interpreter takes its time for each."""
+    """Both, with chunks of 8 tokens (of 65 logits): the interpreter takes its time for each."""
     monkeypatch.setattr(sys.modules["kernels.linear"], "ROWS_PER_CHUNK", CHUNK)
+    monkeypatch.setattr(sys.modules["kernels.reference"], "LOGITS_PER_CHUNK", CHUNK * 65)
     return request.param
 
 
@@ -56,7 +57,8 @@ def unfused(hidden, weight, target_ids, *tokens, temperature):
 @pytest.mark.parametrize("v", [1, 65, 1000, 32001])
 @pytest.mark.parametrize("n", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_the_composition(device, backend, n, v, dtype):
+def test_it_is_the_composition(device, backend, n, v, dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.reference"], "LOGITS_PER_CHUNK", CHUNK * v)
     hidden, weight, targets = head(n, v, dtype=dtype, device=device)
     double = hidden.double(), weight.double(), targets
     tokens = tokens_near(kernels.gather_log_probs(double[0] @ double[1].T, targets, 1.3))
@@ -147,6 +149,39 @@ def test_autocast_computes_in_bf16_and_returns_gradients_in_fp32(device):
     assert torch.allclose(cast[3], explicit[3], rtol=1e-2, atol=1e-6) and not torch.equal(cast[3], explicit[3])  # the sum stays in fp32
 
 
+def test_autocast_reaches_log_probs_too_and_the_entropy_is_a_tensor_of_its_own(device):
+    hidden, weight, targets = head(CHUNK + 3, 65, device=device)
+    hidden.requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        cast, entropy = kernels.linear_log_probs(hidden, weight, targets, return_entropy=True, backend="triton")
+    explicit = kernels.linear_log_probs(hidden.bfloat16(), weight.bfloat16(), targets, backend="triton")
+    assert torch.equal(cast, explicit)
+    expected, = torch.autograd.grad(explicit.sum(), hidden)
+    entropy.zero_()
+    cast = cast * 2
+    assert torch.allclose(torch.autograd.grad(cast.sum(), hidden)[0], 2 * expected, rtol=2e-2, atol=1e-3)
+
+
+def test_loss_scaling_reaches_fp16(device):
+    """Weights of 1 / 8192 and an upstream factor of 65536: the gradient is as good as that of plain fp16 with the same factor."""
+    hidden, weight, targets = head(CHUNK, 4096, dtype=torch.float16, device=device)
+    tokens = tokens_near(kernels.gather_log_probs(hidden.double() @ weight.double().T, targets, 1.0))
+    tokens[4] = torch.full_like(tokens[4], 1 / 8192)
+    def gradients(function, hidden, weight, *some, **settings):
+        hidden, weight = (tensor.detach().requires_grad_() for tensor in (hidden, weight))
+        found = torch.autograd.grad(65536 * function(hidden, weight, targets, *some, **settings)[0], (hidden, weight))
+        return [gradient.double() for gradient in found]
+    ours = gradients(kernels.linear_repo_loss, hidden, weight, *tokens, backend="triton")
+    exact = gradients(unfused, hidden.double(), weight.double(), *[tensor.double() for tensor in tokens], temperature=1.0)
+    assert all((a - b).norm() < 2e-3 * b.norm() for a, b in zip(ours, exact))
+
+
+def test_a_chunks_rows_are_padded_to_128_bytes():
+    linear = sys.modules["kernels.linear"]
+    rows, logits = next(linear.chunks(torch.randn(3, 8).bfloat16(), torch.randn(65, 8).bfloat16()))
+    assert rows == slice(0, 3) and logits.shape == (3, 65) and logits.stride() == (128, 1)
+
+
 def test_stats_are_those_of_the_loss(device, backend):
     hidden, weight, targets = head(2 * CHUNK + 3, 65, device=device)
     tokens = [tensor.to(device) for tensor in tokens_near(torch.full((len(hidden),), -4.0))]
@@ -184,13 +219,17 @@ def watched(function, hidden, weight, *arguments, **settings):
     return watch
 
 
-def test_three_products_per_chunk_and_four_without_a_known_loss(device, monkeypatch, backend):
+def test_three_products_per_chunk_and_four_without_a_known_loss(device, backend):
     hidden, weight, targets = head(3 * CHUNK + 1, 65, device=device)
     tokens = [tensor.to(device) for tensor in tokens_near(torch.full((len(hidden),), -4.0))]
     if backend == "triton":
         assert watched(kernels.linear_repo_loss, hidden, weight, targets, *tokens, backend=backend).products == 3 * 4
-    else:
-        monkeypatch.setattr(sys.modules["kernels.reference"], "LOGITS_PER_CHUNK", 65 * CHUNK)
+        with Watch() as watch:  # a frozen head costs no third product
+            kernels.linear_repo_loss(hidden, weight.detach(), targets, *tokens, backend=backend)[0].backward()
+        assert watch.products == 2 * 4
+        with torch.no_grad(), Watch() as watch:
+            kernels.linear_repo_loss(hidden, weight, targets, *tokens, backend=backend)
+        assert watch.products == 4
     log_probs = watched(lambda *a, **s: [kernels.linear_log_probs(*a, **s).sum()], hidden, weight, targets, backend=backend)
     assert log_probs.products == 4 * 4
     with torch.no_grad(), Watch() as watch:

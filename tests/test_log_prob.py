@@ -164,6 +164,13 @@ def test_forbidden_tokens_and_what_is_no_token(device):
     assert kernels.gather_log_probs(logits.to(device), targets.fill_(1), backend="triton").isnan().tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("forbidden", [torch.finfo(torch.float32).min, -1e38, -1e9, float("-inf")])
+def test_any_way_to_forbid_tokens_leaves_the_entropy_of_the_others(device, forbidden):
+    logits, targets, upstream = random_rows((4, 5000))
+    logits[:, 7:4900] = forbidden
+    check(logits, targets.fill_(2), upstream, 1.0, device)
+
+
 def test_more_than_two_to_the_31_logits(device):
     """Rows 2^31 logits apart: in 32 bits the second one would be the first, or nothing at all. The memory between is never touched."""
     v = 1000
@@ -184,6 +191,11 @@ def test_no_compilation_when_sizes_and_temperature_change():
         kernels.gather_log_probs(logits, torch.zeros(n, dtype=torch.long, device="cuda"), temperature).sum().backward()
     use(5, 1000, 0.7)
     before = compiled()
-    for n, v, temperature in ((1, 1, 1.0), (16, 16, 1), (33, 32001, 1.3), (64, 4096, 2)):
+    for n, v, temperature in ((1, 1, 1.0), (16, 16, 1), (33, 32001, 1.3), (64, 4096, 2), (1025, 33, 1), (1026, 33, 1)):
         use(n, v, temperature)
+    logits = torch.randn(4, 65, 77, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    kernels.gather_log_probs(logits[:, 1:, 3:], torch.zeros(4, 64, dtype=torch.long, device="cuda")).sum().backward()
+    for n in (1024, 1025, 1026):
+        hidden, weight, targets = torch.randn(n, 8, dtype=torch.bfloat16, device="cuda"), torch.randn(33, 8, dtype=torch.bfloat16, device="cuda"), torch.zeros(n, dtype=torch.long, device="cuda")
+        kernels.linear_log_probs(hidden, weight, targets)
     assert compiled() == before

@@ -161,15 +161,15 @@ def test_critics_start_from_the_score_model_or_from_the_policy(tmp_path, tokeniz
     _, state = random_beaver(tokenizer, seed=1)
     config = config_for(tmp_path, reward_model=str(write_beaver(tmp_path / "same", tokenizer, state)),
                         cost_model=str(write_beaver(tmp_path / "other", other_tokenizer(), random_beaver(other_tokenizer())[1])))
-    from_scores = repo.make_critic(repo.Scorer("reward", tokenizer, config), policy)
+    from_scores = repo.make_critic(repo.Scorer("reward", tokenizer, config), policy, config)
     assert all(torch.equal(from_scores.state_dict()[name], value) for name, value in state.items())
-    from_policy = repo.make_critic(repo.Scorer("cost", tokenizer, config), policy)
+    from_policy = repo.make_critic(repo.Scorer("cost", tokenizer, config), policy, config)
     assert all(torch.equal(from_policy.model.state_dict()[name], value) for name, value in policy.base_model.state_dict().items())
     with torch.no_grad():
         assert from_policy.values(*padded(ROWS, "left")).abs().sum() == 0
     assert all(p.requires_grad for critic in (from_scores, from_policy) for p in critic.parameters())
     classifier = write_classifier(tmp_path / "classifier", tokenizer, 1)
-    from_classifier = repo.make_critic(repo.Scorer("reward", tokenizer, config_for(tmp_path, reward_model=str(tmp_path / "classifier"))), policy)
+    from_classifier = repo.make_critic(repo.Scorer("reward", tokenizer, config_for(tmp_path, reward_model=str(tmp_path / "classifier"))), policy, config)
     assert all(torch.equal(from_classifier.model.state_dict()[name], value) for name, value in classifier.model.state_dict().items())
 
 
@@ -233,6 +233,7 @@ def test_the_real_loading_code_meets_other_architectures(tmp_path, tokenizer, ca
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
     tokenizer.save_pretrained(tmp_path / name)
     policy, own = repo.load_policy(config_for(tmp_path, policy=str(tmp_path / name)))
+    assert repo.has_plain_head(policy.bfloat16()) == plain and repo.has_plain_head(policy.float()) == plain
     assert policy.has_plain_head == plain and capsys.readouterr().out.count("bias, cap or scale") == (not plain)
     prompts, responses = [[0, 4, 5, 6], [0, 9]], [[7, 8, 1], [5, 1]]
     batch = repo.lay_out(prompts, responses, own.pad_token_id, "cpu")
