@@ -115,7 +115,7 @@ class Config:
     seed: int = option(42, "of sampling, data order and split")
     device: Literal["cpu", "cuda"] | None = option(None, "default: cuda if there is one")
     tf32: bool = option(False, "let CUDA round the factors of fp32 products to TF32")
-    dtype: Literal["float32", "bfloat16"] | None = option(None, "of computing and of the saved policy; default: bfloat16 on cuda, else float32")
+    dtype: Literal["float32", "bfloat16"] | None = option(None, "of computing and of the saved policy; default: bfloat16 on a GPU that has it, else float32")
     eval_samples: int = option(4, "responses per held-out prompt")
     max_eval_prompts: int = option(256, "evaluate on at most so many held-out prompts")
     dry_run: bool = option(False, "load no weights: show settings, prompts, models and whether the memory suffices, and stop")
@@ -165,7 +165,8 @@ def resolve_config(argv: list[str]) -> Config:
     config.policy = config.policy or config.model
     config.output_dir = config.output_dir or f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
     config.device = config.device or ("cuda" if torch.cuda.is_available() or config.dry_run else "cpu")
-    config.dtype = config.dtype or ("bfloat16" if config.device == "cuda" else "float32")
+    has_bf16 = config.device == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False))
+    config.dtype = config.dtype or ("bfloat16" if has_bf16 else "float32")
     config.lora_rank = config.lora_rank or 0
     for name, value in vars(config).items():
         require(type(value) not in (int, float) or math.isfinite(value) and (name == "threshold" or value > 0 or value == 0 and name in MAY_BE_ZERO),
@@ -580,7 +581,7 @@ def collect(state: "State", prompts: list[str], config: Config, with_values: boo
     """Responses with their log-probs, scores and values: (rollout, seconds per phase)."""
     def per_token(function, model, *arguments) -> Tensor:
         """function(model, rows, ...) -> [..., n] in micro-batches, put in place: [..., B, T], 0 outside the mask."""
-        with torch.inference_mode(), config.autocast():
+        with torch.no_grad(), torch.inference_mode(model is state.reference), config.autocast():
             flat = torch.cat([function(model, some, *arguments) for some in rollout.micro_batches(torch.arange(len(prompts)), config)], -1)
         return torch.zeros(*flat.shape[:-1], *rollout.response_mask.shape, device=flat.device).masked_scatter(rollout.response_mask, flat)
     start = time.perf_counter()

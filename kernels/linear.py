@@ -19,9 +19,9 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from kernels.log_prob import backward_rows, forward_rows, log_prob_of, read_row, write_gradient
+from kernels.reference import ROWS_PER_CHUNK
 from kernels.repo_loss import clipped_objective, launch_loss, named
 
-ROWS_PER_CHUNK = 1024
 LANES, NUM_WARPS = 1024, 16  # many threads on few rows: a row's second reading should still find it in the L2 cache
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_PER_CHUNK = 2 ** 20  # in the linear_* functions: 4 MiB in fp32, what a CPU's caches hold
+ROWS_PER_CHUNK = 1024       # in those of linear.py: enough tokens to keep a GPU's product busy
 
 
 def gather_log_probs(logits, target_ids, temperature=1.0, return_entropy=False):

@@ -1,9 +1,13 @@
 # pytest tests/test_kernels.py
 """The four functions of the hot path, as their callers see them."""
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import kernels
 
@@ -128,6 +132,14 @@ def test_the_backend_follows_device_environment_and_dtype(monkeypatch):
     assert kernels.repo_loss(**double)[0] == 0 and len(used) == 2
     with pytest.raises(ValueError, match="^backend='triton': the kernels compute in fp32"):
         kernels.repo_loss(**double, backend="triton")
+
+
+def test_without_triton_everything_is_the_reference():
+    code = ("import sys; sys.modules['triton'] = None; import torch, kernels, repo\n"
+            "kernels.gather_log_probs(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))\n"
+            "kernels.gather_log_probs(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), backend='triton')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.stderr.strip().endswith("ValueError: backend='triton': there is none for gather_log_probs here"), done.stderr
 
 
 def test_entropy_of_the_reference():

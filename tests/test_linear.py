@@ -1,15 +1,13 @@
 # pytest tests/test_linear.py
 """LM head, log-prob and loss in one: both backends against float64; memory, number of products, and what autograd asks of it."""
 import sys
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import kernels
 from kernels.bench import peak_memory
+from tiny_configs.plan import Alive
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 CHUNK = 8
@@ -190,31 +188,23 @@ def test_stats_are_those_of_the_loss(device, backend):
     assert not log_probs.requires_grad and stats.keys() == expected.keys() and all(torch.allclose(stats[key], expected[key]) for key in stats)
 
 
-class Watch(TorchDispatchMode):
-    """What goes through PyTorch: matrix products, the storages that are alive at one time, in bytes, and the largest of all."""
+class Watch(Alive):
+    """Matrix products too."""
 
-    def __init__(self):
-        super().__init__()
-        self.products, self.alive, self.peak, self.largest = 0, {}, 0, 0
+    def __init__(self, known=()):
+        super().__init__(known)
+        self.products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
         self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.alive:
-                storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, storage._cdata)
-                self.largest, self.peak = max(self.largest, storage.nbytes()), max(self.peak, sum(self.alive.values()))
-        return result
+        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 def watched(function, hidden, weight, *arguments, **settings):
     """One forward and backward under the watch; what existed before does not count."""
     hidden.requires_grad_()
     weight.requires_grad_()
-    with Watch() as watch:
-        watch.alive = {tensor.untyped_storage()._cdata: 0 for tensor in (hidden, weight, *arguments)}
+    with Watch((hidden, weight, *arguments)) as watch:
         function(hidden, weight, *arguments, **settings)[0].backward()
     return watch
 

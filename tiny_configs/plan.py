@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 
-from kernels import linear, reference
+from kernels import reference
 
 GIB = 2 ** 30
 RESERVE = 1.5 * GIB  # what the CUDA context, the libraries' workspaces and gaps between tensors take
@@ -34,6 +34,8 @@ def dry_run(config, repo) -> None:
     policy, tokenizer = repo.load_policy(config)
     prompts, _ = repo.split_prompts(config, tokenizer)
     pairs = repo.load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []
+    if config.judge:
+        repo.load_function(config.judge, "--judge")
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
     state = repo.State(policy, tokenizer, config)
     for prompt, ids in zip(prompts, repo.encode_prompts(prompts[:3], tokenizer)):
@@ -181,7 +183,7 @@ def total(terms):
 def loss_chunk(tokens, vocab, hidden, device, size, head_is_trained):
     """What kernels/linear.py holds at one time on a GPU, kernels/reference.py on a CPU."""
     if device == "cuda":
-        return min(linear.ROWS_PER_CHUNK, tokens) * -(-vocab // 64) * 64 * size + 2 * tokens * hidden * size + head_is_trained * vocab * hidden * 4
+        return min(reference.ROWS_PER_CHUNK, tokens) * -(-vocab // 64) * 64 * size + 2 * tokens * hidden * size + head_is_trained * vocab * hidden * 4
     return 4 * 4 * min(reference.LOGITS_PER_CHUNK, tokens * vocab) + 2 * tokens * hidden * 4 + head_is_trained * vocab * hidden * 4
 
 
