@@ -581,7 +581,7 @@ def collect(state: "State", prompts: list[str], config: Config, with_values: boo
     """Responses with their log-probs, scores and values: (rollout, seconds per phase)."""
     def per_token(function, model, *arguments) -> Tensor:
         """function(model, rows, ...) -> [..., n] in micro-batches, put in place: [..., B, T], 0 outside the mask."""
-        with torch.no_grad(), torch.inference_mode(model is state.reference), config.autocast():
+        with torch.inference_mode(model is state.reference), torch.no_grad(), config.autocast():  # in this order: leaving out inference turns gradients on
             flat = torch.cat([function(model, some, *arguments) for some in rollout.micro_batches(torch.arange(len(prompts)), config)], -1)
         return torch.zeros(*flat.shape[:-1], *rollout.response_mask.shape, device=flat.device).masked_scatter(rollout.response_mask, flat)
     start = time.perf_counter()
@@ -810,8 +810,10 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
 
 def peak_memory_mib() -> float:
     """Of the GPU's allocator since the last call; where there is no GPU, of the process so far."""
+    if not torch.cuda.is_available() and sys.platform == "linux":  # not ru_maxrss, which begins with what the parent process had
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
     if not torch.cuda.is_available():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     peak = torch.cuda.max_memory_allocated() / 2**20
     torch.cuda.reset_peak_memory_stats()
     return peak

@@ -143,12 +143,6 @@ def test_bfloat16_keeps_frozen_weights_in_bfloat16_and_adapters_in_fp32(run):
     assert AutoModelForCausalLM.from_pretrained(out / "final" / "actor", dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_tiny_run_with_adapters_becomes_safe(run):
-    code, out, _ = run("--device", "cpu", "--lora_rank", 8, "--seed", 0)
-    summary = json.loads((out / "summary.json").read_text())
-    assert code == 0 and summary["safety_rate"] >= 0.95 and summary["reward_on_harmless_prompts"] > summary["before"]["reward_on_harmless_prompts"]
-
-
 @pytest.mark.parametrize("rank", [0, RANK])
 def test_gradient_checkpointing_changes_memory_not_results(tmp_path, tokenizer, rank):
     write_policy(tmp_path / "policy", tokenizer, num_hidden_layers=6)

@@ -219,15 +219,21 @@ def test_a_runs_config_starts_another_run(run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """The default run and its baselines, as a user would start them."""
-    results = {}
-    for algo in ("repo", "ppo_lag", "ppo"):
-        out = tmp_path_factory.mktemp("runs") / algo
-        done = subprocess.run([sys.executable, "repo.py", "--algo", algo, "--output_dir", str(out)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        results[algo] = json.loads((out / "summary.json").read_text())
-    return results
+def outcomes(tmp_path_factory, family):
+    """The default run, its baselines, and the run with adapters, as a user would start them; side by side, on a core each."""
+    flags = {"repo": (), "ppo_lag": ("--algo", "ppo_lag"), "ppo": ("--algo", "ppo"), "adapters": ("--lora_rank", "8")}
+    folder, environment = tmp_path_factory.mktemp("runs"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    runs = {name: subprocess.Popen([sys.executable, "repo.py", "--device", "cpu", *flags[name], "--output_dir", str(folder / name)], cwd=ROOT, env=environment,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name in flags}
+    for process in runs.values():
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    return {name: json.loads((folder / name / "summary.json").read_text()) for name in runs}
+
+
+def test_the_run_with_adapters_becomes_safe(outcomes):
+    summary = outcomes["adapters"]
+    assert summary["safety_rate"] >= 0.95 and summary["reward_on_harmless_prompts"] > summary["before"]["reward_on_harmless_prompts"]
 
 
 def test_the_default_run_makes_every_prompt_safe_without_refusing(outcomes):
