@@ -12,6 +12,7 @@ Where it differs from the paper and its published code, and why:
      into every return: the same gradient, and it still rewards the rare safe response when the split has nothing left to compare.
   2. A response may fill what its own prompt leaves of --max_length, not what the batch's longest prompt leaves.
   3. There is no dropout anywhere, so the probability ratio of an unchanged policy is 1, up to rounding.
+  4. The 3B and 7B presets train low-rank adapters, so that six models fit on one GPU; --lora_rank 0 is the paper's full fine-tuning.
 """
 import copy
 import json
