@@ -898,6 +898,7 @@ def resume(state: State, config: Config) -> Path:
     for name, value in saved["state"].items():
         current = getattr(state, name)
         if name in State.TRAINED:
+            require(value.keys() == trainable(current).keys(), f"--resume {checkpoint}: holds other weights of the {name} than this run trains")
             current.load_state_dict(value, strict=False)  # what is frozen comes from where it came from before
         elif hasattr(current, "load_state_dict"):
             current.load_state_dict(value)
@@ -927,7 +928,7 @@ def run(config: Config) -> None:
     start = time.perf_counter()
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    plan.check_sources(config, require)
+    plan.check_sources(config, require, READERS)
     policy, tokenizer = load_policy(config)
     prompts, held_out = split_prompts(config, tokenizer)
     ptx_pairs = load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []

@@ -29,7 +29,7 @@ def dry_run(config, repo) -> None:
     settings = {name: value for name, value in vars(config).items() if value is not None and name != "dry_run"}
     repo.say("\n".join(f"--{name} {value}" for name, value in settings.items()) + "\n")
     available, owner = memory_available(config, repo)
-    check_sources(config, repo.require)
+    check_sources(config, repo.require, repo.READERS)
     device, config.device = config.device, "meta"
     policy, tokenizer = repo.load_policy(config)
     prompts, _ = repo.split_prompts(config, tokenizer)
@@ -46,7 +46,7 @@ def dry_run(config, repo) -> None:
     repo.say(models_table(models_of(state)) + "\n")
 
     longest = longest_rows(prompts, pairs, tokenizer, config, repo)
-    repo.say(f"the longest prompt has {longest[0]} tokens, with its response up to {longest[1]}")
+    repo.say(f"the longest prompt has {longest[0]} tokens; a batch's rows, padded to the longest prompt and response, up to {longest[1]}")
     plans, own = {}, (config.lora_rank, repo.recomputes(policy, config))
     for rank in dict.fromkeys((config.lora_rank, 0 if config.lora_rank else 64)):
         changed = replace(config, lora_rank=rank)
@@ -68,10 +68,11 @@ def dry_run(config, repo) -> None:
 
 
 def longest_rows(prompts, pairs, tokenizer, config, repo):
-    """(tokens of the longest prompt, and of the longest row with a response or supervised answer)."""
-    prompt = max(map(len, repo.encode_prompts(prompts, tokenizer)))
-    length = min(prompt + (config.max_response_length or config.max_length), config.max_length)
-    return prompt, max([length, *(len(asked) + len(answer) for asked, answer in pairs)])
+    """(tokens of the longest prompt, and of a batch's rows at the worst): prompts are padded to the longest, and a short prompt leaves more to its response."""
+    lengths = [len(ids) for ids in repo.encode_prompts(prompts, tokenizer)]
+    width = max(lengths) + min(config.max_response_length or config.max_length, config.max_length - min(lengths))
+    supervised = max(len(asked) for asked, _ in pairs) + max(len(answer) for _, answer in pairs) if pairs else 0
+    return max(lengths), max(width, supervised)
 
 
 def plans_table(plans, own):
@@ -93,17 +94,18 @@ def options_of(mode):
     return f"--lora_rank {mode[0]} --gradient_checkpointing {str(mode[1]).lower()}"
 
 
-def check_sources(config, require) -> None:
+def check_sources(config, require, readers) -> None:
     """Raises one UserError that names all models and data sets that are neither here nor to be had from the hub."""
     missing = []
     for flag in ("policy", "reward_model", "cost_model", "dataset"):
         name = getattr(config, flag).partition(":")[0]
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() and ".py" not in name:  # owner/name: on the hub
+        is_file = ".py" in name or Path(name.removesuffix(".gz")).suffix in readers
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() and not is_file:  # owner/name: on the hub
             try:
                 datasets.load_dataset_builder(name) if flag == "dataset" else AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
             except Exception:
                 missing.append(f"--{flag} {name}")
-    require(not missing, f"cannot reach {', '.join(missing)}: no such name on the hub, no network, or no access (hf auth login); fetch them where there is a "
+    require(not missing, f"cannot reach {', '.join(missing)}: no such folder here, and on the hub no such name, no network, or no access (hf auth login); fetch them where there is a "
                          "network (hf download NAME; with --repo-type dataset for data) and point these flags to the folders or files")
 
 
@@ -149,7 +151,7 @@ def models_table(models):
 
 
 def memory_terms(state, config, device, repo, longest, checkpointing):
-    """{term: bytes} of a run on the device; `longest` is (tokens of the longest prompt, of the longest row with its response)."""
+    """{term: bytes} of a run on the device; `longest` is that of longest_rows."""
     models, trained = models_of(state), [[p for p in getattr(state, name).parameters() if p.requires_grad] for name in state.TRAINED]
     prompt, length = longest
     policy, size, width = state.policy.config, 2 if config.dtype == "bfloat16" else 4, config.batch_size * config.samples_per_prompt
