@@ -15,12 +15,13 @@ Where it differs from the paper and its published code, and why:
   4. The 3B and 7B presets train low-rank adapters, so that six models fit on one GPU; --lora_rank 0 is the paper's full fine-tuning.
 """
 import copy
+import hashlib
 import json
 import logging
 import math
+import os
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal, SupportsFloat
@@ -37,38 +39,50 @@ from typing import Literal, SupportsFloat
 import datasets
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import GenerationConfig, HfArgumentParser, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import HfArgumentParser, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss
 from tiny_configs import plan
 from tiny_configs.compare import samples_table, scores_table, summarize
-
-class UserError(Exception):
-    """Something in the user's input that one sentence can mend: main() prints the sentence and returns 2."""
-
-def require(condition, sentence: str) -> None:
-    if not condition:
-        raise UserError(sentence)
-
-@contextmanager
-def blame(what: str):
-    """Turns whatever a library or a user's code raises inside into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{what} ({type(error).__name__}: {str(error.__cause__ or error).strip().partition(chr(10))[0]})") from None
-
-def say(text: str) -> None:
-    tqdm.write(text, file=sys.stdout)
+from tiny_configs.inputs import RANK, RANKS, UserError, blame, load_function, load_pairs, require, say, to_messages
 
 def to_jsonl(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+# ==== 0  One process, or several under torchrun: every rank samples, scores and learns from its share of each batch, and knows the whole rollout =
+def barrier() -> None:
+    if distributed.is_initialized():
+        distributed.barrier()
+
+def over_ranks(tensor: Tensor, op=distributed.ReduceOp.SUM) -> Tensor:
+    """The sum (or maximum) of all ranks' tensors, in place, the same bits on each."""
+    if RANKS > 1:
+        distributed.all_reduce(tensor, op)
+    return tensor
+
+def from_all_ranks(mine: dict) -> dict:
+    """All ranks' dicts as one."""
+    parts = [mine] * RANKS
+    if RANKS > 1:
+        distributed.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+def shares(rows, size: int) -> list:
+    """This rank's part of some rows (a list or tensor), `size` at a time. Sharded models move in step, so each rank gets as many pieces; some may be empty."""
+    mine = rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
+    return [mine[start:start + size] for start in range(0, -(-len(rows) // RANKS), size)]
+
+def random_numbers(*key) -> torch.Generator:
+    """A generator that is a function of its key alone, so that neither a resumed run nor another number of ranks draws anything else."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big", signed=True))
 
 # ==== 1  Configuration ====================================================================================================================
 def option(default, help: str, **argument):
@@ -100,13 +114,13 @@ class Config:
     gae_lambda: float = option(0.95, "GAE's lambda")
     ptx_coeff: float = option(0.0, "weight of the supervised (PTX) loss; 0 = off")
     steps: int | None = option(None, "rollout-and-update steps; default: one pass over the prompts")
-    batch_size: int = option(16, "prompts per step")
+    batch_size: int = option(16, "prompts per step, of all ranks together")
     samples_per_prompt: int = option(1, "responses per prompt")
     update_iters: int = option(1, "passes over each rollout")
     minibatch_size: int | None = option(None, "responses per optimiser step; default: the whole rollout")
     gradient_checkpointing: bool | None = option(None, "make activations again in the backward: less memory, more time; default: above 1B parameters")
     micro_batch_size: int = option(8, "responses per forward and backward: changes memory, not results")
-    lora_rank: int | None = option(None, "rank of the low-rank adapters that are trained instead of the weights; default: 64 in the 3B and 7B presets, else 0 = none")
+    lora_rank: int | None = option(None, "rank of the low-rank adapters that are trained instead of the weights; default: 64 in the 3B and 7B presets on one GPU, else 0 = none")
     actor_lr: float = option(1e-5, "the policy's peak learning rate (cosine to zero)")
     critic_lr: float = option(5e-6, "the critics' learning rate (constant)")
     temperature: float = option(1.0, "of sampling, and of every log-prob")
@@ -134,7 +148,7 @@ class Config:
 
 PUBLISHED = {"reward_model": "PKU-Alignment/beaver-7b-v1.0-reward", "cost_model": "PKU-Alignment/beaver-7b-v1.0-cost",
              "dataset": "PKU-Alignment/PKU-SafeRLHF:train", "eval_dataset": "PKU-Alignment/PKU-SafeRLHF:test",
-             "ptx_dataset": "tatsu-lab/alpaca", "ptx_coeff": 16.0, "save_every": 200, "lora_rank": 64}
+             "ptx_dataset": "tatsu-lab/alpaca", "ptx_coeff": 16.0, "save_every": 200, "lora_rank": 64 if RANKS == 1 else 0}
 PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models and data built by tiny_configs/world.py
            "alpaca-7b": PUBLISHED | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
            "llama-3.2-3b": PUBLISHED | {"policy": "meta-llama/Llama-3.2-3B-Instruct"}}
@@ -161,7 +175,11 @@ def resolve_config(argv: list[str]) -> Config:
     preset, dropped = PRESETS.get(given.model, {}), of_the_data if given.dataset else ["judge"] if given.eval_dataset else []
     if given.model == "tiny":
         from tiny_configs import world
+        if RANK:
+            barrier()  # until rank 0 has built it
         preset = json.loads(Path(world.__file__).with_name("tiny.json").read_text()) | world.build(BEAVER_TEMPLATE)
+        if not RANK:
+            barrier()
     config = parser.parse_args_into_dataclasses(as_words(preset, *dropped) + words)[0]
     config.policy = config.policy or config.model
     config.output_dir = config.output_dir or f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
@@ -183,68 +201,6 @@ def resolve_config(argv: list[str]) -> Config:
     return config
 
 # ==== 2  Prompts ==========================================================================================================================
-# A prompt is a string: what the user says, or, if there were turns before, a transcript "\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...".
-TURN = re.compile(r"\n\n(Human|Assistant|System):[ ]?")
-ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
-
-def to_messages(prompt: str) -> list[dict]:
-    """A prompt as a list of {"role": ..., "content": ...}."""
-    before, *turns = TURN.split(prompt)
-    if before.strip() or not turns:
-        return [{"role": "user", "content": prompt}]
-    return [{"role": ROLES[name], "content": content.strip()} for name, content in zip(turns[::2], turns[1::2])]
-
-def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str | None]:
-    """Plain text, a transcript or a list of messages as (prompt, answer); a last turn of the assistant's is the answer."""
-    messages = list(chat) if isinstance(chat, list) else to_messages(chat)
-    answer = messages.pop()["content"] or answer if messages[-1]["role"] == "assistant" else answer
-    if [message["role"] for message in messages] == ["user"]:
-        return messages[0]["content"], answer
-    return "".join(f"\n\n{name}: {message['content']}" for message in messages for name, role in ROLES.items() if role == message["role"]), answer
-
-FORMATS = {  # columns -> (prompt, answer) of a row; the first whose columns a data set has reads it
-    ("prompt", "response_0", "response_1", "better_response_id"): lambda row: to_pair(row["prompt"], row[f"response_{int(row['better_response_id'])}"]),
-    ("prompt", "response"): lambda row: to_pair(row["prompt"], row["response"]),
-    ("prompt", "completion"): lambda row: to_pair(row["prompt"], row["completion"]),
-    ("instruction", "output"): lambda row: to_pair("\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]),
-    ("chosen", "rejected"): lambda row: to_pair(row.get("prompt") or row["chosen"]),
-} | {(column,): lambda row, column=column: to_pair(row[column]) for column in ("prompt", "messages", "instruction", "text")}
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-def read_rows(source: str, flag: str) -> datasets.Dataset:
-    """A local file or a hub data set, with an optional :SPLIT. Raises UserError."""
-    name, _, split = (source, "", "") if Path(source).exists() else source.partition(":")
-    path = Path(name).expanduser()
-    reader = READERS.get(Path(path.name.removesuffix(".gz")).suffix)
-    where = {"path": name, "split": split or "train"}
-    if path.exists() or reader:
-        require(path.is_file(), f"{flag} {source}: no such file")
-        require(reader, f"{flag} {source}: cannot tell its format, its ending is none of {', '.join(READERS)} (.gz)")
-        require(path.stat().st_size, f"{flag} {source}: the file is empty")
-        where = {"path": reader, "data_files": str(path), "split": "train"}
-    with blame(f"{flag} {source}: cannot be read"):
-        rows = datasets.load_dataset(**where)
-    if rows.column_names == ["instructions"]:  # {"instructions": [...]}: one row that holds them all
-        return datasets.Dataset.from_dict({"prompt": [text for row in rows["instructions"] for text in row]})
-    return rows
-
-def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dataset") -> list[tuple[str, str | None]]:
-    """(prompt, answer or None) of every row that has a prompt. Raises UserError for a missing column, an unknown format, or no prompt."""
-    rows, pairs = read_rows(source, flag), []
-    formats = {(prompt_column,): lambda row: to_pair(row[prompt_column])} if prompt_column else FORMATS
-    read = next((reader for columns, reader in formats.items() if set(columns) <= set(rows.column_names)), None)
-    require(read, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but not {prompt_column or 'those of any known format'}; "
-                  "--prompt_column names the one that holds the prompt")
-    for number, row in enumerate(rows):
-        try:
-            prompt, answer = read(row)
-            pairs += [(prompt, answer and answer + "")] if prompt.strip() else []
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a row with a hole is left out; else it is another format
-            require(None in row.values(), f"{flag} {source}: row {number} does not hold what its columns promise ({', '.join(row)})")
-    require(pairs, f"{flag} {source}: none of its {len(rows)} rows has a prompt")
-    say(f"{flag} {source}: {len(rows):,} rows read, {len(rows) - len(pairs):,} without a prompt dropped")
-    return pairs
-
 def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--dataset", tokenizer=None, max_length: int = sys.maxsize) -> list[str]:
     """The distinct prompts of a file or hub data set, in order, of at most max_length tokens. Raises UserError; says what it drops."""
     pairs = load_pairs(source, prompt_column, flag)
@@ -357,17 +313,34 @@ class SequenceClassifier(nn.Sequential):
         logits = self[0](input_ids=input_ids, attention_mask=attention_mask).logits.float()                       # [B, labels]
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]                              # [B]
 
-def load_function(source: str, flag: str):
-    """FILE.py:name as a function (prompts, responses) -> one result per response. It, and this, raise UserError."""
-    path, _, name = source.rpartition(":")
-    with blame(f"{flag} {source}: cannot be loaded"):
-        function = runpy.run_path(path)[name]
-    def checked(prompts: list[str], responses: list[str]) -> list:
-        with blame(f"{flag} {source}: failed"):
-            results = list(function(prompts, responses))
-        require(len(results) == len(responses), f"{flag} {source}: returned {len(results)} results for {len(responses)} responses")
-        return results
-    return checked
+def sharded(model: nn.Module, config: Config) -> nn.Module:
+    """The model in its place on the device. With several ranks (FSDP2) each keeps a share of every weight; a layer's are gathered when its turn comes, in the
+    compute dtype. What lies outside the layers, embeddings, last norm and LM head, is whole while model.whole(function, ...) runs, instead of forward."""
+    model.whole = lambda function, *arguments: function(model, *arguments)
+    if RANKS == 1:
+        return model.to(config.device)
+    exact = {id(p) for p in model.normalizer.to(config.device).parameters()} if hasattr(model, "normalizer") else set()
+    place = {"mesh": distributed.init_device_mesh(config.device, (RANKS,)), "reshard_after_forward": True}
+    heads = [model.score_head] if isinstance(model, ScoreModel) else []
+    for unit in [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)] + heads + [model]:
+        precision = torch.float32 if unit in heads else getattr(torch, config.dtype)
+        fully_shard(unit, **place, mp_policy=MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False),
+                    ignored_params={p for p in unit.parameters() if id(p) in exact})
+    register_fsdp_forward_method(model, "whole")
+    return model
+
+@contextmanager
+def gathered(model: nn.Module):
+    """A sharded model with all its weights whole on every rank, so that no rank's forward waits for another's."""
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    yield
+    barrier()  # whoever has ended early waits here
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
+        unit.reshard()
 
 class Scorer:
     """Where rewards or costs come from: a model with its tokenizer, or a Python function."""
@@ -377,34 +350,40 @@ class Scorer:
         self.same_tokens = False
         if self.function is None:
             self.model = fetch(ScoreModel.from_pretrained, self.source, self.flag, config, role=role, dtype=getattr(torch, config.dtype), dry_run=config.dry_run)
-            self.model.to(config.device).requires_grad_(False)
+            self.model.requires_grad_(False)
             own = self.tokenizer = fetch(AutoTokenizer.from_pretrained, self.source, self.flag, config)
             own.pad_token = own.pad_token or own.eos_token  # masks tell where padding is
             trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{own.eos_token}"
             self.same_tokens = own.get_vocab() == policy_tokenizer.get_vocab() and own(trial).input_ids == policy_tokenizer(trial).input_ids
             if isinstance(self.model, SequenceClassifier):  # which finds the last token by the pad id of its config
                 own.pad_token_id = ids.pad_token_id = own.pad_token_id if (ids := self.model[0].config).pad_token_id is None else ids.pad_token_id
-    @torch.inference_mode()
     def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str], finished: list[bool]) -> Tensor:
         """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError unless all are finite numbers."""
-        size, scores = self.config.micro_batch_size, self.function(prompts, responses) if self.function else []
+        scores = torch.zeros(len(prompts), device=self.config.device)                                                 # [B]
         if not self.function and not self.same_tokens:  # re-encoded, in its own template; EOS only where the response really ended
             rows = [row + [self.tokenizer.eos_token_id] * (ended and self.tokenizer.eos_token is not None)
                     for row, ended in zip(encode_prompts(prompts, self.tokenizer, responses), finished)]
-        for some in () if self.function else (rows[start:start + size] for start in range(0, len(rows), size)):
-            batch = lay_out([[]] * len(some), some, self.tokenizer.pad_token_id, self.config.device)                   # [b, L]
-            scores += self.model.score(batch.input_ids, batch.attention_mask).tolist()
-        for value, response in zip(scores, responses):
-            require(isinstance(value, SupportsFloat) and math.isfinite(float(value)),
-                    f"{self.flag} {self.source}: gave {value!r}, not a finite number, to the response {response[:60]!r}")
-        return torch.tensor([float(value) for value in scores], device=self.config.device)
+        for some in shares(range(len(prompts)), len(prompts) if self.function else self.config.micro_batch_size):
+            if self.function:
+                values = self.function([prompts[i] for i in some], [responses[i] for i in some]) if some else []
+            else:
+                values = self.of_tokens([rows[i] for i in some or [0]])
+            for i, value in zip(some, values):
+                require(isinstance(value, SupportsFloat) and math.isfinite(float(value)),
+                        f"{self.flag} {self.source}: gave {value!r}, not a finite number, to the response {responses[i][:60]!r}")
+                scores[i] = float(value)
+        return over_ranks(scores)
+    @torch.no_grad()
+    def of_tokens(self, rows: list[list[int]]) -> list[float]:
+        batch = lay_out([[]] * len(rows), rows, self.tokenizer.pad_token_id, self.config.device)                      # [b, L]
+        return self.model.whole(type(self.model).score, batch.input_ids, batch.attention_mask).tolist()
 
 def load_policy(config: Config):
-    """(policy, its tokenizer). Weights that are trained are fp32, those under adapters in the compute dtype. Raises UserError."""
+    """(policy, its tokenizer). What one process trains is fp32, all else in the compute dtype, until make_trainable. Raises UserError."""
     flag = "--model" if config.policy == config.model else "--policy"
     load = partial(shape_of, AutoModelForCausalLM) if config.dry_run else AutoModelForCausalLM.from_pretrained
-    policy = fetch(load, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank else torch.float32)
-    policy.eval().to(config.device)
+    policy = fetch(load, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank or RANKS > 1 else torch.float32)
+    policy.eval()
     tokenizer, rows = fetch(AutoTokenizer.from_pretrained, config.policy, flag, config), policy.get_input_embeddings().num_embeddings
     require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks tell where padding is
@@ -450,19 +429,12 @@ class LowRankLinear(nn.Module):
         low = F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))                             # [..., in] -> [..., r] -> [..., out]
         return F.linear(x, self.weight, self.bias) + low
 
-def replace_layers(body: nn.Module, kind: type, replacement) -> int:
-    """Puts replacement(layer) in the place of every layer of that kind in a backbone. Returns how many there were."""
-    found = [(parent, name, layer) for parent in body.modules() for name, layer in parent.named_children() if type(layer) is kind]
-    for parent, name, layer in found:
-        setattr(parent, name, replacement(layer))
-    return len(found)
-
-def merged(layer: LowRankLinear) -> nn.Linear:
-    """The layer with B A added to W, in place: nothing else may need W any more."""
-    layer.weight.data = (layer.weight.float() + layer.lora_b @ layer.lora_a).to(layer.weight.dtype)
-    linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], layer.bias is not None, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
-    return linear
+def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A policy's weights, with B A added to W where there are adapters."""
+    for name in [name.removesuffix("lora_a") for name in weights if name.endswith(".lora_a")]:
+        low_rank = weights.pop(f"{name}lora_b") @ weights.pop(f"{name}lora_a")
+        weights[f"{name}weight"] = weights[f"{name}weight"].float() + low_rank
+    return weights
 
 def on_shared_weights(model: nn.Module, config: Config) -> nn.Module:
     """A second model like this one: a full copy, or, with adapters, another on the same backbone's weights."""
@@ -474,8 +446,10 @@ def make_trainable(model: nn.Module, config: Config) -> nn.Module:
     if not config.lora_rank:
         return model.float().requires_grad_(True)
     model.requires_grad_(False)
-    count = replace_layers(model.base_model, nn.Linear, lambda linear: LowRankLinear(linear, config.lora_rank))
-    require(count, f"--lora_rank {config.lora_rank}: {type(model.base_model).__name__} has no linear layers to put adapters on; use --lora_rank 0")
+    found = [(parent, name, layer) for parent in model.base_model.modules() for name, layer in parent.named_children() if type(layer) is nn.Linear]
+    for parent, name, layer in found:
+        setattr(parent, name, LowRankLinear(layer, config.lora_rank))
+    require(found, f"--lora_rank {config.lora_rank}: {type(model.base_model).__name__} has no linear layers to put adapters on; use --lora_rank 0")
     if isinstance(model, ScoreModel):
         model.score_head.requires_grad_(True)
     return model
@@ -492,7 +466,7 @@ def make_critic(scorer: Scorer, policy, config: Config) -> ScoreModel:
         body = scorer.model[0].base_model if scorer.same_tokens else policy.base_model
         critic = ScoreModel(body.config, on_shared_weights(body, config))
         critic.score_head.load_state_dict({name: torch.zeros_like(value) for name, value in critic.score_head.state_dict().items()})
-    return make_trainable(critic.eval().to(policy.device), config)
+    return make_trainable(critic.eval(), config)
 
 # ==== 4  Rollout ==========================================================================================================================
 @dataclass
@@ -522,9 +496,12 @@ class Rollout:
         column = self.input_ids.shape[1] - self.response_mask.shape[1] + t
         return row, column - 1, self.input_ids[row, column]
     def micro_batches(self, rows: Tensor, config: Config):
-        """Some rows, --micro_batch_size at a time; the tensors of them, for text has no part in learning."""
+        """This rank's share of some rows, --micro_batch_size at a time; the tensors of them, for text has no part in learning."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return (Rollout(**{name: value[some] for name, value in tensors.items()}) for some in rows.split(config.micro_batch_size))
+        for some in shares(rows, config.micro_batch_size):
+            batch = Rollout(**{name: value[some if len(some) else rows[:1]] for name, value in tensors.items()})
+            batch.response_mask &= len(some) > 0  # a rank without rows goes along with one that has no response
+            yield batch
     def records(self, threshold: float) -> list[dict]:
         """A row per response, for people and files."""
         columns = {"prompt": self.prompts, "response": self.responses, "reward": self.reward.tolist(), "cost": self.cost.tolist(),
@@ -545,17 +522,36 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict:
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                                                    # [B, L]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
 
-@torch.no_grad()
-def generate(policy, tokenizer, prompts: list[list[int]], config: Config) -> list[list[int]]:
-    """Samples a response to each prompt, from the whole softmax, up to EOS or its length limit: token ids."""
-    batch = lay_out(prompts, [[]] * len(prompts), tokenizer.pad_token_id, config.device)                               # [B, P]
+class Draw(LogitsProcessor):
+    """Draws each response's next token from the whole softmax: the one in which its uniform number for that position falls, counted along the cumulated
+    probabilities. So a response depends on its own row of numbers [B, T] alone, neither on the rest of its batch nor on who samples it."""
+    def __init__(self, uniform: Tensor, prompt_length: int, temperature: float):
+        self.uniform, self.prompt_length, self.temperature = uniform, prompt_length, temperature
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        t = input_ids.shape[1] - self.prompt_length
+        cumulated = (scores / self.temperature).double().softmax(-1).cumsum(-1)                                         # [B, V]
+        token = torch.searchsorted(cumulated, self.uniform[:, t:t + 1] * cumulated[:, -1:])                           # [B, 1]
+        return scores.scatter(1, token.clamp(max=scores.shape[1] - 1), torch.inf)  # which the library's argmax will take
+
+def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=()) -> list[list[int]]:
+    """Samples a response to each prompt up to EOS or its length limit: token ids. The same prompts and key give the same responses."""
     budgets = [min(config.max_length - len(prompt), config.max_response_length or config.max_length) for prompt in prompts]
-    sampling = GenerationConfig(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0, max_new_tokens=max(budgets),
-                                eos_token_id=sorted(policy.stop_token_ids), pad_token_id=tokenizer.pad_token_id)
-    with config.autocast():
-        output = policy.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=sampling)
-    responses = [row[:budget] for row, budget in zip(output[:, batch.input_ids.shape[1]:].tolist(), budgets)]     # B x up to T
-    return [row[:next((t + 1 for t, token in enumerate(row) if token in policy.stop_token_ids), len(row))] for row in responses]
+    uniform = 1 - torch.rand(len(prompts), max(budgets), generator=random_numbers(config.seed, key), dtype=torch.float64)  # [B, T]  in (0, 1]
+    mine, = shares(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), len(prompts))  # similar lengths together need little padding
+    responses = {}
+    with gathered(policy):
+        if mine:
+            batch = lay_out([prompts[i] for i in mine], [[]] * len(mine), tokenizer.pad_token_id, config.device)      # [b, P]
+            length = batch.input_ids.shape[1]
+            greedy = GenerationConfig(do_sample=False, max_new_tokens=max(budgets[i] for i in mine), eos_token_id=sorted(policy.stop_token_ids),
+                                      pad_token_id=tokenizer.pad_token_id, cache_implementation="static" if config.device == "cuda" and RANKS == 1 else None)
+            with torch.inference_mode(), config.autocast():  # on a GPU, a cache of fixed shape has the library compile its steps; FSDP's hooks forbid that
+                output = policy.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=greedy, synced_gpus=False,
+                                         logits_processor=LogitsProcessorList([Draw(uniform[mine].to(config.device), length, config.temperature)]))
+            responses = {i: row[:budgets[i]] for i, row in zip(mine, output[:, length:].tolist())}                    # up to T each
+    responses = from_all_ranks(responses)
+    rows = [responses[i] for i in range(len(prompts))]
+    return [row[:next((t + 1 for t, token in enumerate(row) if token in policy.stop_token_ids), len(row))] for row in rows]
 
 def head_inputs(policy, batch: Rollout) -> tuple[Tensor, ...]:
     """What the log-probs of the N response tokens are made from: hidden states [N, H] and the LM head's weight [V, H], or logits [N, V] if the head
@@ -578,16 +574,18 @@ def response_values(critic: ScoreModel, batch: Rollout) -> Tensor:
     row, state, _ = batch.response_index()
     return critic.values(batch.input_ids, batch.attention_mask)[row, state]
 
-def collect(state: "State", prompts: list[str], config: Config, with_values: bool = True) -> tuple[Rollout, dict]:
-    """Responses with their log-probs, scores and values: (rollout, seconds per phase)."""
+def collect(state: "State", prompts: list[str], config: Config, key=(), with_values: bool = True) -> tuple[Rollout, dict]:
+    """Responses with their log-probs, scores and values, of all ranks on every rank: (rollout, seconds per phase)."""
     def per_token(function, model, *arguments) -> Tensor:
         """function(model, rows, ...) -> [..., n] in micro-batches, put in place: [..., B, T], 0 outside the mask."""
-        with torch.inference_mode(model is state.reference), torch.no_grad(), config.autocast():  # in this order: leaving out inference turns gradients on
-            flat = torch.cat([function(model, some, *arguments) for some in rollout.micro_batches(torch.arange(len(prompts)), config)], -1)
-        return torch.zeros(*flat.shape[:-1], *rollout.response_mask.shape, device=flat.device).masked_scatter(rollout.response_mask, flat)
+        rows, mine = torch.arange(len(prompts)), torch.zeros_like(rollout.response_mask)
+        mine[shares(rows, len(rows))[0]] = True                                                                       # [B, T]
+        with torch.no_grad(), config.autocast():
+            flat = torch.cat([model.whole(function, some, *arguments) for some in rollout.micro_batches(rows, config)], -1)  # [..., n]
+        return over_ranks(torch.zeros(*flat.shape[:-1], *mine.shape, device=flat.device).masked_scatter(mine & rollout.response_mask, flat))
     start = time.perf_counter()
     prompt_ids = encode_prompts(prompts, state.tokenizer)
-    response_ids = generate(state.policy, state.tokenizer, prompt_ids, config)
+    response_ids = generate(state.policy, state.tokenizer, prompt_ids, config, key)
     sampled, sampling_mib = time.perf_counter(), peak_memory_mib()
     rollout = lay_out(prompt_ids, response_ids, state.tokenizer.pad_token_id, config.device)
     finished = [row[-1] in state.policy.stop_token_ids for row in response_ids]
@@ -698,17 +696,25 @@ def load_ptx_pairs(config: Config, tokenizer) -> list[tuple[list[int], list[int]
 
 # ==== 7  Training =========================================================================================================================
 class State:
-    """The models of a run, and everything else that changes while it trains. A checkpoint holds all but FROZEN."""
-    TRAINED, FROZEN = ("policy", "reward_critic", "cost_critic"), ("reference", "tokenizer", "reward", "cost")
+    """The models of a run, and everything else that changes while it trains. A checkpoint holds what is TRAINED, its optimiser, and NUMBERS."""
+    TRAINED, NUMBERS = ("policy", "reward_critic", "cost_critic"), ("lam", "step", "seconds", "tokens", "costs", "before", "logs")
     def __init__(self, policy, tokenizer, config: Config):
-        self.reference, self.tokenizer = on_shared_weights(policy, config).requires_grad_(False), tokenizer  # pi_ref, computed exactly as the policy is
-        self.policy = make_trainable(policy, config)
-        self.reward, self.cost = (Scorer(role, tokenizer, config) for role in ("reward", "cost"))
-        self.reward_critic, self.cost_critic = make_critic(self.reward, self.reference, config), make_critic(self.cost, self.reference, config)
+        reference, self.tokenizer = on_shared_weights(policy, config).requires_grad_(False), tokenizer  # pi_ref, computed exactly as the policy is
+        self.policy = sharded(make_trainable(policy, config), config)
+        for role in ("reward", "cost"):  # each model is sharded as soon as nothing is made from it any more: whole ones fill a computer's memory
+            scorer = Scorer(role, tokenizer, config)
+            setattr(self, f"{role}_critic", sharded(make_critic(scorer, reference, config), config))
+            if not scorer.function:
+                sharded(scorer.model, config)
+            setattr(self, role, scorer)
+        self.reference = sharded(reference, config)
         groups = [{"params": trainable(getattr(self, name)).values(), "lr": config.actor_lr if name == "policy" else config.critic_lr} for name in self.TRAINED]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=config.device == "cuda")  # one pass, no temporaries
         for name in self.TRAINED * recomputes(policy, config):
             set_checkpointing(getattr(self, name).base_model, True)
+        for parameter in (parameter for group in groups for parameter in group["params"]):  # so that there is something to load a checkpoint into
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device if config.device == "cuda" else None),
+                                               "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         warmup = max(int(0.03 * config.steps), 1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, [  # warm-up and cosine for the policy, constant for the critics
             lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * step / config.steps)) / 2, lambda _: 1.0, lambda _: 1.0])
@@ -718,8 +724,9 @@ class State:
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}
     def log(self, out: Path, name: str, rows: list[dict]) -> None:
         self.logs[name] += rows
-        with (out / name).open("a") as file:
-            file.write(to_jsonl(rows))
+        if RANK == 0:
+            with (out / name).open("a") as file:
+                file.write(to_jsonl(rows))
 
 def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
     """The items of a step (from 0): epoch after epoch, each in its own order. A function of the step alone, so a checkpoint need not hold it."""
@@ -747,18 +754,24 @@ def recomputing(models):
 
 def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -> dict:
     """--update_iters passes over a rollout; each minibatch is one optimiser step of the policy and of both critics. Returns metrics."""
-    def descend(name: str, scale: float, loss_of, *arguments) -> None:
+    def descend(name: str, scale: float, loss_of, model, *arguments) -> None:
         """Backward through a loss as soon as it is made, so that the activations of one model live at a time."""
         with config.autocast():
-            loss, stats = loss_of(*arguments)
-        (scale * loss).backward()
+            loss, stats = model.whole(loss_of, *arguments)
+        (scale * RANKS * loss).backward()  # FSDP takes the mean of the ranks' gradients, and their losses are parts of a sum
         totals[f"{name}_loss"] += loss.item() / updates
-        for key, value in stats.items():  # means over the batch's tokens, but for the maximum
-            totals[key] = max(totals[key], value.item()) if key == "ratio_max" else totals[key] + value.item() * share
+        for key, value in stats.items():
+            if key == "ratio_max":
+                maxima[key] = max(maxima[key], value.item())
+            else:  # means over the batch's tokens
+                totals[key] += value.item() * share
+    def joined(values: dict, op) -> dict:
+        return dict(zip(values, over_ranks(torch.tensor([*values.values()], dtype=torch.float64, device=config.device), op).tolist()))
     count, size = len(rollout.prompts), config.minibatch_size or len(rollout.prompts)
     updates, tokens = config.update_iters * math.ceil(count / size), config.update_iters * rollout.response_mask.sum()
-    totals = defaultdict(float)
-    for minibatch in (rows for _ in range(config.update_iters) for rows in torch.randperm(count).split(size)):
+    totals, maxima, norms = defaultdict(float), defaultdict(float), defaultdict(float)
+    orders = (torch.randperm(count, generator=random_numbers(config.seed, "order", state.step, i)) for i in range(config.update_iters))
+    for minibatch in (rows for order in orders for rows in order.split(size)):
         for batch in rollout.micro_batches(minibatch, config):
             mask, lengths = batch.response_mask, batch.response_mask.sum(1, keepdim=True)                         # [b, T], [b, 1]
             weight, share = mask / lengths / len(minibatch), (mask.sum() / tokens).item()                         # [b, T]  w_t = 1 / (T_i B)
@@ -769,12 +782,13 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
             descend("ptx", config.ptx_coeff, ptx_loss, state.policy, batch, ptx.response_mask.sum())
         for name in State.TRAINED:
             norm = nn.utils.clip_grad_norm_(getattr(state, name).parameters(), 1.0)
+            norm = norm if RANKS == 1 else norm.full_tensor()
             require(norm.isfinite(), f"step {state.step + 1}: the gradient of the {name} is not finite; try a lower learning rate or a higher --kl_coeff")
-            totals[f"{name}_grad_norm"] += norm.item() / updates
+            norms[f"{name}_grad_norm"] += norm.item() / updates
         state.optimizer.step()
         state.optimizer.zero_grad()
     state.schedule.step()
-    return dict(totals)
+    return joined(totals, distributed.ReduceOp.SUM) | joined(maxima, distributed.ReduceOp.MAX) | norms
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(return - V) / Var(return) over response tokens: 1 for a perfect critic, 0 for one no better than a constant."""
@@ -784,7 +798,7 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
     """Sample, score, estimate advantages, update policy and critics, then lambda. Returns the rollout and the step's metrics."""
     start, lam, actor_lr = time.perf_counter(), state.lam, state.optimizer.param_groups[0]["lr"]
     chosen = cyclic_batch(prompts, state.step, config.batch_size, config.seed)
-    rollout, phases = collect(state, [prompt for prompt in chosen for _ in range(config.samples_per_prompt)], config)
+    rollout, phases = collect(state, [prompt for prompt in chosen for _ in range(config.samples_per_prompt)], config, state.step)
     mask = rollout.response_mask                                                                                  # [B, T]
     cost, rollout.penalty = costs_and_penalties(rollout.cost, lam, config)                                        # [B], [B]
     rewards, costs = shape_rewards_and_costs(rollout.reward, cost, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)  # [B, T]
@@ -823,8 +837,8 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
     """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises. Ctrl-C raises after a whole step, the second kills."""
     pressed = []
     signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True) as bar:
-        while state.step < config.steps and not pressed:
+    with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=RANK > 0) as bar:
+        while not (stopped := over_ranks(torch.tensor(len(pressed), device=config.device))) and state.step < config.steps:  # all ranks together
             rollout, metrics = train_step(state, prompts, ptx_pairs, config)
             state.log(out, "metrics.jsonl", [metrics])
             if config.sample_every and (state.step % config.sample_every == 0 or state.step == config.steps):
@@ -836,51 +850,72 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
             bar.set_postfix_str(f"reward {metrics['reward']:.2f}, cost {metrics['cost']:.2f}, unsafe {metrics['unsafe_rate']:.0%}, lambda {metrics['lambda']:.2f}")
             bar.update()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed:
+    if stopped:
         raise KeyboardInterrupt
 
 # ==== 8  Evaluation =======================================================================================================================
 def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[dict]:
-    """--eval_samples responses to each held-out prompt with scores and verdicts, a row per prompt; training's random state is left as it is."""
+    """--eval_samples responses to each held-out prompt with scores and verdicts, a row per prompt."""
     repeated = [prompt for prompt in prompts[:config.max_eval_prompts] for _ in range(config.eval_samples)]
     size, records = config.batch_size * config.samples_per_prompt, []
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        for start in range(0, len(repeated), size):
-            rollout, _ = collect(state, repeated[start:start + size], config, with_values=False)
-            judged = judge(rollout.prompts, rollout.responses) if judge else [None] * size
-            with blame(f"--judge {config.judge}: must return dicts with the bools safe, refused and harmful_prompt"):
-                verdicts = [judge and {name: bool(verdict[name]) for name in ("safe", "refused", "harmful_prompt")} for verdict in judged]
-            records += [{**record, "verdict": verdict} for record, verdict in zip(rollout.records(config.threshold), verdicts)]
+    for start in range(0, len(repeated), size):
+        rollout, _ = collect(state, repeated[start:start + size], config, ("held out", start), with_values=False)
+        judged = judge(rollout.prompts, rollout.responses) if judge else [None] * size
+        with blame(f"--judge {config.judge}: must return dicts with the bools safe, refused and harmful_prompt"):
+            verdicts = [judge and {name: bool(verdict[name]) for name in ("safe", "refused", "harmful_prompt")} for verdict in judged]
+        records += [{**record, "verdict": verdict} for record, verdict in zip(rollout.records(config.threshold), verdicts)]
     groups = (records[start:start + config.eval_samples] for start in range(0, len(records), config.eval_samples))
     return [{"prompt": group[0]["prompt"], "responses": group} for group in groups]
 
 # ==== 9  Checkpoints ======================================================================================================================
 @contextmanager
 def renamed_when_complete(folder: Path):
-    """A folder to write into that gets its name only when everything is in it."""
+    """A folder to write into that gets its name only when all ranks have written everything."""
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if RANK == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
     yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    barrier()
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.replace(folder)
+    barrier()
 
 def checkpoints_in(out) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted((f for f in Path(out, "checkpoints").glob("step-*") if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
 
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """All tensors that training changes, by name: what is trained, and AdamW's state. On several ranks each tensor is its share of the whole one."""
+    weights = {f"{name}.{key}": weight for name in State.TRAINED for key, weight in trainable(getattr(state, name)).items()}
+    moments = {f"optimizer.{key}.{name}": value for key, weight in weights.items() for name, value in state.optimizer.state[weight].items()}
+    return {key: tensor.detach() for key, tensor in (weights | moments).items()}
+
 def save_checkpoint(state: State, out: Path, config: Config) -> Path:
-    """Writes checkpoints/step-N and drops all but the newest --keep_checkpoints."""
+    """Writes checkpoints/step-N, each rank its shares of the tensors as safetensors, and drops all but the newest --keep_checkpoints."""
     folder = out / "checkpoints" / f"step-{state.step}"
     with renamed_when_complete(folder) as temporary:
-        content = {name: trainable(value) if name in State.TRAINED else value.state_dict() if hasattr(value, "state_dict") else value
-                   for name, value in vars(state).items() if name not in State.FROZEN}
-        rng = [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-        torch.save({"state": content, "rng": rng, "config": vars(config)}, temporary / "state.pt")
-    for old in checkpoints_in(out)[:-config.keep_checkpoints]:
+        dcp.save(tensors_of(state), storage_writer=dcp.HuggingFaceStorageWriter(temporary, save_distributed=True), no_dist=RANKS == 1)
+        if RANK == 0:
+            numbers = {name: getattr(state, name) for name in State.NUMBERS} | {"schedule": state.schedule.state_dict()}
+            (temporary / "state.json").write_text(json.dumps({"state": numbers, "config": vars(config)}))
+    for old in checkpoints_in(out)[:-config.keep_checkpoints] if RANK == 0 else ():
         shutil.rmtree(old)
     return folder
+
+def save_actor(state: State, out: Path, config: Config) -> None:
+    """Writes final/actor: the policy as a plain model in the compute dtype, adapters merged."""
+    weights = get_model_state_dict(state.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    with renamed_when_complete(out / "final" / "actor") as folder:
+        if RANK == 0:
+            weights = {name: weight.to(getattr(torch, config.dtype)) for name, weight in merged(weights).items()}
+            with torch.device("meta"):
+                plain = AutoModelForCausalLM.from_config(state.policy.config, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code)
+            plain.generation_config = state.policy.published_generation_config
+            plain.save_pretrained(folder, state_dict=weights)
+            state.tokenizer.save_pretrained(folder)
 
 def resume(state: State, config: Config) -> Path:
     """Puts the checkpoint that --resume names into a fresh state, its logs into --output_dir. After a UserError no file has changed."""
@@ -888,35 +923,40 @@ def resume(state: State, config: Config) -> Path:
     require(own or config.resume != "newest", f"--resume: {out} has no complete checkpoint; check --output_dir, or start without --resume")
     checkpoint = own[-1] if config.resume == "newest" else Path(config.resume)
     with blame(f"--resume {checkpoint}: not a checkpoint, runs/.../checkpoints/step-N"):
-        saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        saved = json.loads((checkpoint / "state.json").read_text())
+        reader = dcp.HuggingFaceStorageReader(checkpoint)
+        names = reader.read_metadata().state_dict_metadata.keys()
     branch = checkpoint.resolve().parent.parent != out.resolve()
     last = branch or checkpoint.name == own[-1].name and not (out / "summary.json").exists()
     require(last, f"--resume {checkpoint}: the run in {out} has gone on since, or is finished; to branch off, give another --output_dir")
     for name, value in vars(config).items():
         require(name in FREE_ON_RESUME or saved["config"].get(name) == value,
                 f"--resume {checkpoint}: was saved with --{name} {saved['config'].get(name)}, not {value}; use the same settings, or start a new run")
-    for name, value in saved["state"].items():
-        current = getattr(state, name)
-        if name in State.TRAINED:
-            require(value.keys() == trainable(current).keys(), f"--resume {checkpoint}: holds other weights of the {name} than this run trains")
-            current.load_state_dict(value, strict=False)  # what is frozen comes from where it came from before
-        elif hasattr(current, "load_state_dict"):
-            current.load_state_dict(value)
-        else:
-            setattr(state, name, value)
-    torch.set_rng_state(saved["rng"][0])
-    if torch.cuda.is_available() and len(saved["rng"]) > 1:
-        torch.cuda.set_rng_state_all(saved["rng"][1:1 + torch.cuda.device_count()])
-    out = claim_output_dir(config) if branch else out
-    for name, rows in state.logs.items():  # rows later than the checkpoint go, and come again
+    tensors = tensors_of(state)
+    require(names == tensors.keys(), f"--resume {checkpoint}: holds other weights than this run trains, such as {min(names ^ tensors.keys(), default='')}")
+    with blame(f"--resume {checkpoint}: cannot be read"):
+        dcp.load(tensors, storage_reader=reader, no_dist=RANKS == 1)  # in place
+    vars(state).update({name: saved["state"][name] for name in State.NUMBERS})
+    state.schedule.load_state_dict(saved["state"]["schedule"])
+    for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr()):
+        group["lr"] = rate
+    if branch:
+        claim_output_dir(config)
+    for name, rows in state.logs.items() if RANK == 0 else ():  # rows later than the checkpoint go, and come again
         (out / name).write_text(to_jsonl(rows))
     say(f"continuing from {checkpoint}")
     return out
 
+def write_config(out: Path, config: Config) -> None:
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    (out / "config.json").write_text(json.dumps(vars(config) | {"resume": None, "environment": {
+        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__,
+        "ranks": RANKS, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": git.stdout.strip() or None}}, indent=2))
+
 def claim_output_dir(config: Config) -> Path:
     """The run's folder, empty: an earlier run there is moved aside."""
     out = Path(config.output_dir)
-    if (out / "config.json").exists():
+    if RANK == 0 and (out / "config.json").exists():
         aside = next(aside for n in range(1, sys.maxsize) if not (aside := out.with_name(f"{out.name}.{n}")).exists())
         say(f"the earlier run in {out} is now {out.rename(aside)}")
     out.mkdir(parents=True, exist_ok=True)
@@ -928,11 +968,11 @@ def run(config: Config) -> None:
     start = time.perf_counter()
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    plan.check_sources(config, require, READERS)
+    plan.check_sources(config)
     policy, tokenizer = load_policy(config)
     prompts, held_out = split_prompts(config, tokenizer)
     ptx_pairs = load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []
-    judge = load_function(config.judge, "--judge") if config.judge else None
+    judge = load_function(config.judge, "--judge") if config.judge and RANK == 0 else None  # verdicts are for files, which rank 0 writes
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
     state = State(policy, tokenizer, config)
     count = sum(parameter.numel() for parameter in trainable(policy).values())
@@ -945,25 +985,20 @@ def run(config: Config) -> None:
         rows = evaluate(state, held_out, judge, config)
         state.before = summarize(rows)
         out = claim_output_dir(config)
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    (out / "config.json").write_text(json.dumps(vars(config) | {"resume": None, "environment": {
-        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": git.stdout.strip() or None}}, indent=2))
+    if RANK == 0:
+        write_config(out, config)
     try:
         if not config.eval_only:
             train(state, prompts, ptx_pairs, out, config)
         rows = evaluate(state, held_out, judge, config) if state.step or config.resume else rows
-    except (KeyboardInterrupt, UserError):
-        say(f"interrupted; {save_checkpoint(state, out, config)} is saved, --resume continues from there")
+    except (KeyboardInterrupt, UserError) as error:
+        if RANKS == 1 or isinstance(error, KeyboardInterrupt):  # the other ranks need not have this rank's error
+            say(f"interrupted; {save_checkpoint(state, out, config)} is saved, --resume continues from there")
         raise
     if not config.eval_only:
-        with renamed_when_complete(out / "final" / "actor") as folder:
-            policy.generation_config = policy.published_generation_config
-            replace_layers(policy.base_model, LowRankLinear, merged)
-            for parameter in policy.parameters():  # not .to(), which would round the rotary frequencies too
-                parameter.data = parameter.data.to(getattr(torch, config.dtype))
-            policy.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        save_actor(state, out, config)
+    if RANK > 0:
+        return
     (out / "eval.jsonl").write_text(to_jsonl(rows))
     scores, seconds = summarize(rows), time.perf_counter() - start
     (out / "summary.json").write_text(json.dumps({
@@ -980,10 +1015,15 @@ def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     logging.disable(logging.ERROR)  # what the libraries would say reaches the user as a UserError
     try:
+        if "RANK" in os.environ and RANKS > 1 and not distributed.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            distributed.init_process_group(timeout=timedelta(hours=1))  # for a slow judge; that a rank has died, torchrun sees at once
         config = resolve_config(sys.argv[1:] if argv is None else argv)
         plan.dry_run(config, sys.modules[__name__]) if config.dry_run else run(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        time.sleep(5 * (RANK > 0))  # what all ranks find, rank 0 tells, and torchrun ends the others
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130

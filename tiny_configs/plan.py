@@ -19,50 +19,51 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 
 from kernels import reference
+from tiny_configs.inputs import READERS, UserError, load_function, require, say
 
 GIB = 2 ** 30
 RESERVE = 1.5 * GIB  # what the CUDA context, the libraries' workspaces and gaps between tensors take
 
 
 def dry_run(config, repo) -> None:
-    """Everything that repo.run does before it loads weights, then the plan. Raises repo.UserError for the first thing that would fail."""
+    """Everything that repo.run does before it loads weights, then the plan. Raises UserError for the first thing that would fail."""
     settings = {name: value for name, value in vars(config).items() if value is not None and name != "dry_run"}
-    repo.say("\n".join(f"--{name} {value}" for name, value in settings.items()) + "\n")
+    say("\n".join(f"--{name} {value}" for name, value in settings.items()) + "\n")
     available, owner = memory_available(config, repo)
-    check_sources(config, repo.require, repo.READERS)
+    check_sources(config)
     device, config.device = config.device, "meta"
     policy, tokenizer = repo.load_policy(config)
     prompts, _ = repo.split_prompts(config, tokenizer)
     pairs = repo.load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []
     if config.judge:
-        repo.load_function(config.judge, "--judge")
+        load_function(config.judge, "--judge")
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
     state = repo.State(policy, tokenizer, config)
     for prompt, ids in zip(prompts, repo.encode_prompts(prompts[:3], tokenizer)):
-        repo.say(f"a prompt of {len(ids)} tokens: {repo.render_prompt(prompt, tokenizer)!r}")
+        say(f"a prompt of {len(ids)} tokens: {repo.render_prompt(prompt, tokenizer)!r}")
     for scorer in (state.reward, state.cost):
-        repo.say(f"{scorer.flag} {scorer.source} reads {what_it_reads(scorer, prompts[0], tokenizer, repo)}")
-    repo.say(f"{config.steps:,} steps of {config.batch_size * config.samples_per_prompt} responses; {len(pairs):,} PTX pairs\n")
-    repo.say(models_table(models_of(state)) + "\n")
+        say(f"{scorer.flag} {scorer.source} reads {what_it_reads(scorer, prompts[0], tokenizer, repo)}")
+    say(f"{config.steps:,} steps of {config.batch_size * config.samples_per_prompt} responses; {len(pairs):,} PTX pairs\n")
+    say(models_table(models_of(state)) + "\n")
 
     longest = longest_rows(prompts, pairs, tokenizer, config, repo)
-    repo.say(f"the longest prompt has {longest[0]} tokens; a batch's rows, padded to the longest prompt and response, up to {longest[1]}")
+    say(f"the longest prompt has {longest[0]} tokens; a batch's rows, padded to the longest prompt and response, up to {longest[1]}")
     plans, own = {}, (config.lora_rank, repo.recomputes(policy, config))
     for rank in dict.fromkeys((config.lora_rank, 0 if config.lora_rank else 64)):
         changed = replace(config, lora_rank=rank)
         try:
             models = state if rank == config.lora_rank else repo.State(repo.load_policy(changed)[0], tokenizer, changed)
-        except repo.UserError:
+        except UserError:
             continue  # it has no layers for adapters
         for checkpointing in (True, False):
             plans[rank, checkpointing] = memory_terms(models, changed, device, repo, longest, checkpointing)
-    repo.say(plans_table(plans, own) + "\n")
+    say(plans_table(plans, own) + "\n")
     for mode, terms in plans.items():
         cards = math.ceil(total(terms) / available)
-        repo.say(f"{name_of(mode)}: {total(terms) / GIB:.1f} GiB, " + (f"fits on {owner}" if cards == 1 else f"does not fit on {owner}: {cards} of them at the least"))
+        say(f"{name_of(mode)}: {total(terms) / GIB:.1f} GiB, " + (f"fits on {owner}" if cards == 1 else f"does not fit on {owner}: {cards} of them at the least"))
     terms, others = plans[own], [options_of(mode) for mode, some in plans.items() if mode != own and total(some) <= available]
     largest = max(terms, key=terms.get)
-    repo.require(total(terms) <= available, f"{name_of(own)} needs {total(terms) / GIB:.1f} GiB, {owner} has {available / GIB:.1f}; the largest term is "
+    require(total(terms) <= available, f"{name_of(own)} needs {total(terms) / GIB:.1f} GiB, {owner} has {available / GIB:.1f}; the largest term is "
                  f"{largest}, {terms[largest] / GIB:.1f} GiB; {'use ' + others[0] if others else 'take a larger GPU or a smaller model'}"
                  ", or a smaller --micro_batch_size, --batch_size or --max_length where these are the large terms")
 
@@ -94,12 +95,12 @@ def options_of(mode):
     return f"--lora_rank {mode[0]} --gradient_checkpointing {str(mode[1]).lower()}"
 
 
-def check_sources(config, require, readers) -> None:
+def check_sources(config) -> None:
     """Raises one UserError that names all models and data sets that are neither here nor to be had from the hub."""
     missing = []
     for flag in ("policy", "reward_model", "cost_model", "dataset"):
         name = getattr(config, flag).partition(":")[0]
-        is_file = ".py" in name or Path(name.removesuffix(".gz")).suffix in readers
+        is_file = ".py" in name or Path(name.removesuffix(".gz")).suffix in READERS
         if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() and not is_file:  # owner/name: on the hub
             try:
                 datasets.load_dataset_builder(name) if flag == "dataset" else AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
@@ -116,7 +117,7 @@ def memory_available(config, repo):
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)", config.gpu_memory)
-    repo.require(size and float(size[1]) > 0, f"--gpu_memory {config.gpu_memory}: not a size such as 80GiB or 24GB")
+    require(size and float(size[1]) > 0, f"--gpu_memory {config.gpu_memory}: not a size such as 80GiB or 24GB")
     return float(size[1]) * (GIB if size[2] == "GiB" else 1e9), f"a GPU of {config.gpu_memory}"
 
 
