@@ -315,8 +315,7 @@ class SequenceClassifier(nn.Sequential):
 
 def sharded(model: nn.Module, config: Config) -> nn.Module:
     """The model in its place on the device. With several ranks (FSDP2) each keeps a share of every weight; a layer's are gathered when its turn comes, in the
-    compute dtype. What lies outside the layers, embeddings, last norm and LM head, is whole while model.whole(function, ...) runs, instead of forward."""
-    model.whole = lambda function, *arguments: function(model, *arguments)
+    compute dtype; what lies outside the layers, embeddings, last norm and LM head, is whole inside whole()."""
     if RANKS == 1:
         return model.to(config.device)
     exact = {id(p) for p in model.normalizer.to(config.device).parameters()} if hasattr(model, "normalizer") else set()
@@ -326,8 +325,13 @@ def sharded(model: nn.Module, config: Config) -> nn.Module:
         precision = torch.float32 if unit in heads else getattr(torch, config.dtype)
         fully_shard(unit, **place, mp_policy=MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False),
                     ignored_params={p for p in unit.parameters() if id(p) in exact})
-    register_fsdp_forward_method(model, "whole")
+    model.call = lambda function, *arguments: function(model, *arguments)
+    register_fsdp_forward_method(model, "call")
     return model
+
+def whole(model: nn.Module, function, *arguments):
+    """function(model, *arguments); of a sharded model, in the place of its forward: whatever weights the function uses are whole, and get their gradients."""
+    return model.call(function, *arguments) if isinstance(model, FSDPModule) else function(model, *arguments)
 
 @contextmanager
 def gathered(model: nn.Module):
@@ -376,7 +380,7 @@ class Scorer:
     @torch.no_grad()
     def of_tokens(self, rows: list[list[int]]) -> list[float]:
         batch = lay_out([[]] * len(rows), rows, self.tokenizer.pad_token_id, self.config.device)                      # [b, L]
-        return self.model.whole(type(self.model).score, batch.input_ids, batch.attention_mask).tolist()
+        return whole(self.model, type(self.model).score, batch.input_ids, batch.attention_mask).tolist()
 
 def load_policy(config: Config):
     """(policy, its tokenizer). What one process trains is fp32, all else in the compute dtype, until make_trainable. Raises UserError."""
@@ -581,7 +585,7 @@ def collect(state: "State", prompts: list[str], config: Config, key=(), with_val
         rows, mine = torch.arange(len(prompts)), torch.zeros_like(rollout.response_mask)
         mine[shares(rows, len(rows))[0]] = True                                                                       # [B, T]
         with torch.no_grad(), config.autocast():
-            flat = torch.cat([model.whole(function, some, *arguments) for some in rollout.micro_batches(rows, config)], -1)  # [..., n]
+            flat = torch.cat([whole(model, function, some, *arguments) for some in rollout.micro_batches(rows, config)], -1)  # [..., n]
         return over_ranks(torch.zeros(*flat.shape[:-1], *mine.shape, device=flat.device).masked_scatter(mine & rollout.response_mask, flat))
     start = time.perf_counter()
     prompt_ids = encode_prompts(prompts, state.tokenizer)
@@ -757,7 +761,7 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
     def descend(name: str, scale: float, loss_of, model, *arguments) -> None:
         """Backward through a loss as soon as it is made, so that the activations of one model live at a time."""
         with config.autocast():
-            loss, stats = model.whole(loss_of, *arguments)
+            loss, stats = whole(model, loss_of, *arguments)
         (scale * RANKS * loss).backward()  # FSDP takes the mean of the ranks' gradients, and their losses are parts of a sum
         totals[f"{name}_loss"] += loss.item() / updates
         for key, value in stats.items():
@@ -1014,6 +1018,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.disable(logging.ERROR)  # what the libraries would say reaches the user as a UserError
+    warnings.filterwarnings("ignore", module="torch.distributed")
     try:
         if "RANK" in os.environ and RANKS > 1 and not distributed.is_initialized():
             if torch.cuda.is_available():
