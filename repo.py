@@ -1032,6 +1032,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if RANKS == 1 or "onnection" not in str(error):
+            raise
+        print(f"error: rank {RANK} has lost another rank; what that one printed, or its exit code below, says why", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 if __name__ == "__main__":

@@ -94,3 +94,86 @@ def test_two_ranks_learn_what_one_learns(learned, variant):
             assert two[key] == pytest.approx(one[key], rel=tolerance, abs=tolerance), key
     assert weights.keys() == same_weights.keys() and len(weights) > 20
     assert all((weights[key] - same_weights[key]).abs().max() < tolerance for key in weights) and same_lam == pytest.approx(lam, abs=tolerance)
+
+
+FEW = ("repo.py", "--device", "cpu", "--steps", 4, "--batch_size", 6, "--micro_batch_size", 2, "--eval_samples", 1, "--max_eval_prompts", 5,
+       "--max_response_length", 12, "--actor_lr", 1e-3, "--critic_lr", 1e-3)
+
+
+def assert_same_metrics(folder: Path, others: list[Path]) -> None:
+    for other in others:
+        for one, same in zip(stable(read_jsonl(folder / "metrics.jsonl")), stable(read_jsonl(other / "metrics.jsonl")), strict=True):
+            assert all(same[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5) for key in one)
+
+
+@pytest.mark.parametrize("flags, numbers", [((), (1, 4)), (("--lora_rank", 4), (1,))], ids=["full", "adapters"])
+def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(tmp_path, family, flags, numbers):
+    from transformers import AutoModelForCausalLM
+    whole = tmp_path / "whole"
+    printed = finished(start(2, *FEW, *flags, "--save_every", 2, "--output_dir", whole))
+    assert printed.count("4 steps of repo in") == 1 and printed.count("policy ") == 1 and "Traceback" not in printed  # one rank speaks
+    assert len(list((whole / "checkpoints" / "step-2").glob("*.safetensors"))) == 2 and not list(whole.rglob(".*"))
+    resumed = {ranks: tmp_path / str(ranks) for ranks in numbers}
+    for process in [start(ranks, *FEW, *flags, "--output_dir", out, "--resume", whole / "checkpoints" / "step-2") for ranks, out in resumed.items()]:
+        assert "continuing from" in finished(process)
+    assert_same_metrics(whole, list(resumed.values()))
+    actors = [AutoModelForCausalLM.from_pretrained(out / "final" / "actor").state_dict() for out in (whole, *resumed.values())]
+    assert all(torch.allclose(actors[0][key], other[key], atol=1e-5) for other in actors[1:] for key in actors[0])
+    assert all((out / "eval.jsonl").is_file() and json.loads((out / "config.json").read_text())["environment"]["ranks"] == ranks for ranks, out in resumed.items())
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Process ids of torchrun's children, by rank."""
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    rank = {pid: [word for word in Path(f"/proc/{pid}/environ").read_text().split("\0") if word.startswith("RANK=")] for pid in pids}
+    return [int(pid) for pid in sorted(pids, key=rank.get) if rank[pid]]
+
+
+@pytest.fixture
+def training(tmp_path, family):
+    """A run of two ranks in the middle of its steps."""
+    process = start(2, *FEW, "--steps", 5000, "--output_dir", tmp_path / "out")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    yield process, tmp_path / "out"
+    process.kill()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_rank_is_killed_the_other_ends_and_says_why(training, victim):
+    process, _ = training
+    os.kill(ranks_of(process)[victim], signal.SIGKILL)
+    begin = time.monotonic()
+    printed = finished(process, None)
+    assert process.returncode != 0 and time.monotonic() - begin < 60
+    assert "SIGKILL" in printed or "-9" in printed
+    assert f"error: rank {1 - victim} has lost another rank" in printed and "[rank" not in printed  # no traceback of a rank
+
+
+def test_ctrl_c_stops_all_ranks_after_a_whole_step_and_saves(training):
+    process, out = training
+    os.kill(process.pid, signal.SIGINT)
+    printed = finished(process, None)
+    assert process.returncode != 0 and "is saved, --resume continues from there" in printed
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{len(read_jsonl(out / 'metrics.jsonl'))}"]
+
+
+def test_a_bug_on_one_rank_ends_all_with_its_traceback_first(tmp_path, family):
+    (tmp_path / "bug.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport repo\nlearn = repo.learn\n"
+                                     "repo.learn = lambda *arguments: learn(*arguments) if repo.RANK == 0 else 1 / 0\nsys.exit(repo.main())\n")
+    begin = time.monotonic()
+    process = start(2, tmp_path / "bug.py", *FEW[1:], "--output_dir", tmp_path / "out")
+    printed = finished(process, None)
+    assert process.returncode != 0 and time.monotonic() - begin < 60
+    assert "[rank1]: ZeroDivisionError" in printed and "[rank0]: Traceback" not in printed
+    assert printed.index("ZeroDivisionError") < (printed + "error: rank 0 has lost").index("error: rank 0 has lost")
+
+
+def test_an_error_of_one_rank_ends_all_with_its_sentence(tmp_path, family):
+    (tmp_path / "bad.py").write_text("import os\ndef score(prompts, responses):\n    assert os.environ['RANK'] == '0', 'no licence'\n    return [0.0] * len(responses)\n")
+    begin = time.monotonic()
+    process = start(2, *FEW, "--reward_model", f"{tmp_path}/bad.py:score", "--output_dir", tmp_path / "out")
+    printed = finished(process, None)
+    assert process.returncode != 0 and time.monotonic() - begin < 60
+    assert printed.count("error: --reward_model") == 1 and "no licence" in printed and not (tmp_path / "out").exists()
