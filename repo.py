@@ -57,7 +57,7 @@ from tiny_configs.inputs import RANK, RANKS, UserError, blame, load_function, lo
 def to_jsonl(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
-# ==== 0  One process, or several under torchrun: every rank samples, scores and learns from its share of each batch, and knows the whole rollout =
+# Under torchrun, every rank samples, scores and learns from its share of each batch, and knows the whole rollout.
 def barrier() -> None:
     if distributed.is_initialized():
         distributed.barrier()
@@ -316,7 +316,7 @@ class SequenceClassifier(nn.Sequential):
 def sharded(model: nn.Module, config: Config) -> nn.Module:
     """The model in its place on the device. With several ranks (FSDP2) each keeps a share of every weight; a layer's are gathered when its turn comes, in the
     compute dtype; what lies outside the layers, embeddings, last norm and LM head, is whole inside whole()."""
-    if RANKS == 1:
+    if RANKS == 1 or config.dry_run:
         return model.to(config.device)
     exact = {id(p) for p in model.normalizer.to(config.device).parameters()} if hasattr(model, "normalizer") else set()
     place = {"mesh": distributed.init_device_mesh(config.device, (RANKS,)), "reshard_after_forward": True}

@@ -74,6 +74,13 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def read_checkpoint(folder: Path) -> tuple[dict, dict]:
+    """(tensors by name, numbers) of a checkpoint that one rank wrote."""
+    from safetensors.torch import load_file
+    file, = folder.glob("*.safetensors")
+    return load_file(file), json.loads((folder / "state.json").read_text())["state"]
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """The tiny family's tokenizer, without its models."""

@@ -47,7 +47,7 @@ def test_one_card_of_80_gib_is_enough_with_adapters_and_not_without(dry_run):
     for trained, backbone in (("policy", "reference"), ("reward critic", "reward model"), ("cost critic", "cost model")):
         assert re.search(rf"^{trained} .* 159,9\d\d,\d\d\d  shares the weights of: {backbone}$", printed, re.M), trained
     assert re.search(r"^rank 64, checkpointing: 4\d\.\d GiB, fits on a GPU of 80GiB$", printed, re.M)
-    assert re.search(r"^full fine-tuning, checkpointing: 3\d\d\.\d GiB, does not fit on a GPU of 80GiB: 5 of them at the least$", printed, re.M)
+    assert re.search(r"^full fine-tuning, checkpointing: 3\d\d\.\d GiB, does not fit on a GPU of 80GiB$", printed, re.M)
     assert printed.count("a prompt of ") == 3 and "'BEGINNING OF CONVERSATION: USER: How do I paint boat " in printed
     assert printed.count("reads the tokens of the policy: ") == 2 and "--kl_coeff 0.01" in printed
 
@@ -59,6 +59,18 @@ def test_one_card_of_80_gib_is_enough_with_adapters_and_not_without(dry_run):
 def test_what_does_not_fit_is_refused_with_the_largest_term_and_what_to_do(dry_run, flags, says):
     code, out, printed = dry_run(*flags)
     assert code == 2 and not out.exists() and re.search(rf"^error: {says}", printed, re.M)
+
+
+def test_eight_cards_of_80_gib_are_enough_for_full_fine_tuning(dry_run, monkeypatch):
+    """By hand, 8 ranks, 6,738,423,808 parameters, 16 bytes for each of a trained model, 2 for each of a frozen one, and the whole policy while it samples."""
+    monkeypatch.setattr(repo, "RANKS", 8)
+    monkeypatch.setattr(plan, "RANKS", 8)
+    code, out, printed = dry_run("--lora_rank", 0)
+    assert code == 0 and not out.exists() and "each of the 8 ranks holds 1/8" in printed and "shares" not in printed
+    rows = {name: float(gib) for name, gib in re.findall(r"^(\S.*?) {2,}([\d.]+) ", printed, re.M)}
+    assert rows["weights"] + rows["optimiser"] + rows["gradients"] == pytest.approx(6.66e9 * (3 * 16 + 3 * 2) / 8 / 2 ** 30, rel=0.02)
+    assert rows["weights in use, sampling"] == pytest.approx(6738423808 * 2 / 2 ** 30, abs=0.01)
+    assert re.search(r"^full fine-tuning, checkpointing: 5\d\.\d GiB per rank, fits on a GPU of 80GiB$", printed, re.M)
 
 
 def test_the_first_thing_that_would_fail_is_found_without_weights(seven_b, run, tmp_path, tokenizer):

@@ -2,7 +2,6 @@
 """Several ranks under torchrun learn what one process learns, go on from each other's checkpoints, and end together."""
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys

@@ -57,9 +57,12 @@ def test_what_stands_outside_the_response_mask_changes_no_loss(policy):
 
 
 def forced(policy, tokens):
-    """Makes the policy say these tokens, whatever it is asked."""
-    def generate(input_ids, attention_mask, generation_config):
-        return torch.cat([input_ids, torch.tensor(tokens)], 1)
+    """Makes the policy say these tokens, a row per prompt, whatever it is asked."""
+    rows = dict(zip(map(tuple, PROMPTS), tokens))
+
+    def generate(input_ids, attention_mask, **_):
+        asked = [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask)]
+        return torch.cat([input_ids, torch.tensor([rows[prompt] for prompt in asked])], 1)
     policy.generate = generate
 
 

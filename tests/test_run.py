@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, random_beaver, read_jsonl, write_beaver, write_policy
+from conftest import ROOT, random_beaver, read_checkpoint, read_jsonl, write_beaver, write_policy
 from test_prompts import HH, PKU, TALK, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,10 +69,10 @@ def test_resume_is_exact(run, tmp_path):
     assert code == 0 and "continuing from" in printed and "step-2" in printed
     assert stable(read_jsonl(cut / "metrics.jsonl")) == stable(read_jsonl(whole / "metrics.jsonl"))
     assert read_jsonl(cut / "samples.jsonl") == read_jsonl(whole / "samples.jsonl") and read_jsonl(cut / "eval.jsonl") == read_jsonl(whole / "eval.jsonl")
-    states = [torch.load(out / "checkpoints" / "step-6" / "state.pt", weights_only=True)["state"] for out in (whole, cut)]
-    for name in ("policy", "reward_critic", "cost_critic"):
-        assert all(torch.equal(states[0][name][key], states[1][name][key]) for key in states[0][name])
-    assert states[0]["lam"] == states[1]["lam"] and states[0]["costs"] == states[1]["costs"] and states[0]["before"] == states[1]["before"]
+    (tensors, numbers), (same_tensors, same_numbers) = (read_checkpoint(out / "checkpoints" / "step-6") for out in (whole, cut))
+    assert tensors.keys() == same_tensors.keys() and all(torch.equal(tensors[key], same_tensors[key]) for key in tensors)
+    assert {name.partition(".")[0] for name in tensors} == {"policy", "reward_critic", "cost_critic", "optimizer"}
+    assert all(numbers[name] == same_numbers[name] for name in ("lam", "costs", "before", "step", "schedule"))
 
 
 def test_resume_refuses_what_it_cannot_continue_and_branches_off_elsewhere(run, tmp_path):
@@ -90,7 +90,9 @@ def test_resume_refuses_what_it_cannot_continue_and_branches_off_elsewhere(run, 
     assert code == 2 and "gone on since" in printed
     code, branch, _ = run(*flags, "--resume", a / "checkpoints" / "step-3", out="b")
     assert code == 0 and stable(read_jsonl(branch / "metrics.jsonl")) == stable(read_jsonl(a / "metrics.jsonl"))
-    (a / "checkpoints" / "step-4" / "state.pt").write_bytes(b"half")
+    shutil.copytree(a / "checkpoints" / "step-4", a / "checkpoints" / "step-5")
+    for file in (a / "checkpoints" / "step-5").glob("*.safetensors"):
+        file.write_bytes(b"half")
     assert run(*flags, "--resume", out="a")[0] == 2
 
 

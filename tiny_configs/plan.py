@@ -17,9 +17,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels import reference
-from tiny_configs.inputs import READERS, UserError, load_function, require, say
+from tiny_configs.inputs import RANKS, READERS, UserError, load_function, require, say
 
 GIB = 2 ** 30
 RESERVE = 1.5 * GIB  # what the CUDA context, the libraries' workspaces and gaps between tensors take
@@ -44,7 +45,7 @@ def dry_run(config, repo) -> None:
     for scorer in (state.reward, state.cost):
         say(f"{scorer.flag} {scorer.source} reads {what_it_reads(scorer, prompts[0], tokenizer, repo)}")
     say(f"{config.steps:,} steps of {config.batch_size * config.samples_per_prompt} responses; {len(pairs):,} PTX pairs\n")
-    say(models_table(models_of(state)) + "\n")
+    say(models_table(models_of(state)) + "\n" + (f"of every weight each of the {RANKS} ranks holds 1/{RANKS}\n" if RANKS > 1 else ""))
 
     longest = longest_rows(prompts, pairs, tokenizer, config, repo)
     say(f"the longest prompt has {longest[0]} tokens; a batch's rows, padded to the longest prompt and response, up to {longest[1]}")
@@ -59,8 +60,7 @@ def dry_run(config, repo) -> None:
             plans[rank, checkpointing] = memory_terms(models, changed, device, repo, longest, checkpointing)
     say(plans_table(plans, own) + "\n")
     for mode, terms in plans.items():
-        cards = math.ceil(total(terms) / available)
-        say(f"{name_of(mode)}: {total(terms) / GIB:.1f} GiB, " + (f"fits on {owner}" if cards == 1 else f"does not fit on {owner}: {cards} of them at the least"))
+        say(f"{name_of(mode)}: {total(terms) / GIB:.1f} GiB{' per rank' * (RANKS > 1)}, {'fits' if total(terms) <= available else 'does not fit'} on {owner}")
     terms, others = plans[own], [options_of(mode) for mode, some in plans.items() if mode != own and total(some) <= available]
     largest = max(terms, key=terms.get)
     require(total(terms) <= available, f"{name_of(own)} needs {total(terms) / GIB:.1f} GiB, {owner} has {available / GIB:.1f}; the largest term is "
@@ -113,7 +113,7 @@ def check_sources(config) -> None:
 def memory_available(config, repo):
     """(bytes, whose they are)."""
     if config.device == "cpu":
-        return memory_of_this_computer(), "this computer"
+        return memory_of_this_computer() / RANKS, "this computer"
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory, torch.cuda.get_device_name()
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB)", config.gpu_memory)
@@ -143,8 +143,8 @@ def models_table(models):
     owner, rows = {}, []
     for name, model in models.items():
         parameters = list(model.parameters())
-        lenders = dict.fromkeys(owner[id(p)] for p in parameters if id(p) in owner)
-        own = [p for p in parameters if id(p) not in owner]
+        lenders = dict.fromkeys(owner[id(p)] for p in parameters if id(p) in owner and RANKS == 1)  # shards are not shared
+        own = [p for p in parameters if id(p) not in owner or RANKS > 1]
         owner |= {id(p): name for p in own}
         rows.append((name, sum(p.numel() for p in parameters), sum(p.nbytes for p in own) / 2 ** 20, sum(p.numel() for p in parameters if p.requires_grad),
                      f"shares the weights of: {', '.join(lenders)}" if lenders else ""))
@@ -152,21 +152,23 @@ def models_table(models):
 
 
 def memory_terms(state, config, device, repo, longest, checkpointing):
-    """{term: bytes} of a run on the device; `longest` is that of longest_rows."""
+    """{term: bytes} of a run on the device, or on each rank's; `longest` is that of longest_rows."""
     models, trained = models_of(state), [[p for p in getattr(state, name).parameters() if p.requires_grad] for name in state.TRAINED]
     prompt, length = longest
-    policy, size, width = state.policy.config, 2 if config.dtype == "bfloat16" else 4, config.batch_size * config.samples_per_prompt
+    policy, size, width = state.policy.config, 2 if config.dtype == "bfloat16" else 4, math.ceil(config.batch_size * config.samples_per_prompt / RANKS)
     heads = getattr(policy, "num_key_value_heads", None) or policy.num_attention_heads
     head_dim = getattr(policy, "head_dim", None) or policy.hidden_size // policy.num_attention_heads
     is_mixed = size == 2 and not config.lora_rank  # autocast keeps a bf16 copy of each fp32 weight until the backward is over
     counts = [sum(p.numel() for p in some) for some in trained]
     peak, kept = max(activations(getattr(state, name), config, length, is_mixed, checkpointing, repo) for name in state.TRAINED)
     chunk = loss_chunk(config.micro_batch_size * (length - prompt), policy.vocab_size, policy.hidden_size, device, size, not config.lora_rank)
+    weights = [p for model in models.values() for p in model.parameters()]
     return {
-        "weights": sum({id(p): p.nbytes for model in models.values() for p in model.parameters()}.values()),
-        "optimiser": 2 * 4 * sum(counts),
-        "gradients": 4 * sum(counts),
-        "bf16 copies of one model's weights": is_mixed * 2 * max(counts),
+        "weights": sum((p.nbytes for p in weights) if RANKS > 1 else {id(p): p.nbytes for p in weights}.values()) / RANKS,
+        "optimiser": 2 * 4 * sum(counts) / RANKS,
+        "gradients": 4 * sum(counts) / RANKS,
+        "weights in use, learning": max(gathered_while_learning(getattr(state, name), size) for name in state.TRAINED) if RANKS > 1 else is_mixed * 2 * max(counts),
+        "weights in use, sampling": sum(p.numel() for p in state.policy.parameters()) * size if RANKS > 1 else 0,
         "activations": peak,
         "loss chunk": max(kept + chunk - peak, 0),  # beyond that peak: the loss comes when the forward is over and the backward has not begun
         "KV cache": 2 * policy.num_hidden_layers * heads * head_dim * width * length * size,
@@ -174,8 +176,15 @@ def memory_terms(state, config, device, repo, longest, checkpointing):
         "reserve": RESERVE if device == "cuda" else 0}
 
 
-LEARNING = ("gradients", "bf16 copies of one model's weights", "activations", "loss chunk")
-ROLLOUT = ("KV cache", "logits of sampling")
+LEARNING = ("gradients", "weights in use, learning", "activations", "loss chunk")
+ROLLOUT = ("weights in use, sampling", "KV cache", "logits of sampling")
+
+
+def gathered_while_learning(model, size):
+    """What of a sharded model is whole at one time: a layer, the next one on its way, and all that lies outside the layers, each with its gradient as it is
+    computed and, in fp32, as it is sent to the other ranks."""
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)] or [0]
+    return (2 * max(layers) + sum(p.numel() for p in model.parameters()) - sum(layers)) * (2 * size + 4)
 
 
 def total(terms):
