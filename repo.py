@@ -19,9 +19,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -31,7 +28,6 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal, SupportsFloat
@@ -42,43 +38,20 @@ import transformers
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 from transformers import HfArgumentParser, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss
 from tiny_configs import plan
 from tiny_configs.compare import samples_table, scores_table, summarize
-from tiny_configs.inputs import RANK, RANKS, UserError, blame, load_function, load_pairs, require, say, to_messages
+from tiny_configs.inputs import UserError, blame, load_function, load_pairs, require, say, to_messages
+from tiny_configs.plan import peak_memory_mib
+from tiny_configs.ranks import RANK, RANKS, barrier, from_all_ranks, gathered, join_ranks, over_ranks, sharded, shares, whole
 
 def to_jsonl(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-# Under torchrun, every rank samples, scores and learns from its share of each batch, and knows the whole rollout.
-def barrier() -> None:
-    if distributed.is_initialized():
-        distributed.barrier()
-
-def over_ranks(tensor: Tensor, op=distributed.ReduceOp.SUM) -> Tensor:
-    """The sum (or maximum) of all ranks' tensors, in place, the same bits on each."""
-    if RANKS > 1:
-        distributed.all_reduce(tensor, op)
-    return tensor
-
-def from_all_ranks(mine: dict) -> dict:
-    """All ranks' dicts as one."""
-    parts = [mine] * RANKS
-    if RANKS > 1:
-        distributed.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}
-
-def shares(rows, size: int) -> list:
-    """This rank's part of some rows (a list or tensor), `size` at a time. Sharded models move in step, so each rank gets as many pieces; some may be empty."""
-    mine = rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
-    return [mine[start:start + size] for start in range(0, -(-len(rows) // RANKS), size)]
 
 def random_numbers(*key) -> torch.Generator:
     """A generator that is a function of its key alone, so that neither a resumed run nor another number of ranks draws anything else."""
@@ -197,6 +170,7 @@ def resolve_config(argv: list[str]) -> Config:
     out = Path(config.output_dir)
     empty = not out.exists() or out.is_dir() and not any(out.iterdir())
     require(empty or (out / "config.json").exists(), f"--output_dir {out}: exists and is not a run of this script; choose another")
+    require(RANKS == 1 or config.dry_run or distributed.is_initialized(), "WORLD_SIZE is set, so there should be several ranks; start them with torchrun")
     require(config.device == "cpu" or config.dry_run or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
     return config
 
@@ -312,39 +286,6 @@ class SequenceClassifier(nn.Sequential):
         """[B, L], [B, L] -> fp32 [B]. The model finds the last token by its pad id, as it did when it was trained."""
         logits = self[0](input_ids=input_ids, attention_mask=attention_mask).logits.float()                       # [B, labels]
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]                              # [B]
-
-def sharded(model: nn.Module, config: Config) -> nn.Module:
-    """The model in its place on the device. With several ranks (FSDP2) each keeps a share of every weight; a layer's are gathered when its turn comes, in the
-    compute dtype; what lies outside the layers, embeddings, last norm and LM head, is whole inside whole()."""
-    if RANKS == 1 or config.dry_run:
-        return model.to(config.device)
-    exact = {id(p) for p in model.normalizer.to(config.device).parameters()} if hasattr(model, "normalizer") else set()
-    place = {"mesh": distributed.init_device_mesh(config.device, (RANKS,)), "reshard_after_forward": True}
-    heads = [model.score_head] if isinstance(model, ScoreModel) else []
-    for unit in [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)] + heads + [model]:
-        precision = torch.float32 if unit in heads else getattr(torch, config.dtype)
-        fully_shard(unit, **place, mp_policy=MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False),
-                    ignored_params={p for p in unit.parameters() if id(p) in exact})
-    model.call = lambda function, *arguments: function(model, *arguments)
-    register_fsdp_forward_method(model, "call")
-    return model
-
-def whole(model: nn.Module, function, *arguments):
-    """function(model, *arguments); of a sharded model, in the place of its forward: whatever weights the function uses are whole, and get their gradients."""
-    return model.call(function, *arguments) if isinstance(model, FSDPModule) else function(model, *arguments)
-
-@contextmanager
-def gathered(model: nn.Module):
-    """A sharded model with all its weights whole on every rank, so that no rank's forward waits for another's."""
-    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    yield
-    barrier()  # whoever has ended early waits here
-    for unit in units:
-        unit.set_reshard_after_forward(True, recurse=False)
-        unit.reshard()
 
 class Scorer:
     """Where rewards or costs come from: a model with its tokenizer, or a Python function."""
@@ -542,14 +483,16 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=()
     budgets = [min(config.max_length - len(prompt), config.max_response_length or config.max_length) for prompt in prompts]
     uniform = 1 - torch.rand(len(prompts), max(budgets), generator=random_numbers(config.seed, key), dtype=torch.float64)  # [B, T]  in (0, 1]
     mine, = shares(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), len(prompts))  # similar lengths together need little padding
+    # With a cache of fixed shape the library compiles its steps on a GPU. It cannot where FSDP has its hooks, or where autocast makes other dtypes than the weights'.
+    cache = "static" if config.device == "cuda" and RANKS == 1 and policy.dtype == getattr(torch, config.dtype) else None
     responses = {}
     with gathered(policy):
         if mine:
             batch = lay_out([prompts[i] for i in mine], [[]] * len(mine), tokenizer.pad_token_id, config.device)      # [b, P]
             length = batch.input_ids.shape[1]
             greedy = GenerationConfig(do_sample=False, max_new_tokens=max(budgets[i] for i in mine), eos_token_id=sorted(policy.stop_token_ids),
-                                      pad_token_id=tokenizer.pad_token_id, cache_implementation="static" if config.device == "cuda" and RANKS == 1 else None)
-            with torch.inference_mode(), config.autocast():  # on a GPU, a cache of fixed shape has the library compile its steps; FSDP's hooks forbid that
+                                      pad_token_id=tokenizer.pad_token_id, cache_implementation=cache)
+            with torch.inference_mode(), config.autocast():
                 output = policy.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=greedy, synced_gpus=False,
                                          logits_processor=LogitsProcessorList([Draw(uniform[mine].to(config.device), length, config.temperature)]))
             responses = {i: row[:budgets[i]] for i, row in zip(mine, output[:, length:].tolist())}                    # up to T each
@@ -827,16 +770,6 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
         "seconds_learning": total - phases["seconds_rollout"] - phases["seconds_scoring"], "peak_mib_learning": peak_memory_mib(),
         "tokens_per_second": tokens / total}
 
-def peak_memory_mib() -> float:
-    """Of the GPU's allocator since the last call; where there is no GPU, of the process so far."""
-    if not torch.cuda.is_available() and sys.platform == "linux":  # not ru_maxrss, which begins with what the parent process had
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
-    if not torch.cuda.is_available():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    peak = torch.cuda.max_memory_allocated() / 2**20
-    torch.cuda.reset_peak_memory_stats()
-    return peak
-
 def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> None:
     """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises. Ctrl-C raises after a whole step, the second kills."""
     pressed = []
@@ -1020,10 +953,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable(logging.ERROR)  # what the libraries would say reaches the user as a UserError
     warnings.filterwarnings("ignore", module="torch.distributed")
     try:
-        if "RANK" in os.environ and RANKS > 1 and not distributed.is_initialized():
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            distributed.init_process_group(timeout=timedelta(hours=1))  # for a slow judge; that a rank has died, torchrun sees at once
+        join_ranks()
         config = resolve_config(sys.argv[1:] if argv is None else argv)
         plan.dry_run(config, sys.modules[__name__]) if config.dry_run else run(config)
     except UserError as error:

@@ -11,7 +11,7 @@ from transformers import LlamaModel
 
 import repo
 from kernels.bench import peak_memory
-from tiny_configs import plan
+from tiny_configs import plan, ranks
 
 SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
            "vocab_size": 32001, "rms_norm_eps": 1e-6, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "model_type": "llama", "torch_dtype": "bfloat16"}
@@ -63,8 +63,8 @@ def test_what_does_not_fit_is_refused_with_the_largest_term_and_what_to_do(dry_r
 
 def test_eight_cards_of_80_gib_are_enough_for_full_fine_tuning(dry_run, monkeypatch):
     """By hand, 8 ranks, 6,738,423,808 parameters, 16 bytes for each of a trained model, 2 for each of a frozen one, and the whole policy while it samples."""
-    monkeypatch.setattr(repo, "RANKS", 8)
-    monkeypatch.setattr(plan, "RANKS", 8)
+    for module in (repo, plan, ranks):
+        monkeypatch.setattr(module, "RANKS", 8)
     code, out, printed = dry_run("--lora_rank", 0)
     assert code == 0 and not out.exists() and "each of the 8 ranks holds 1/8" in printed and "shares" not in printed
     rows = {name: float(gib) for name, gib in re.findall(r"^(\S.*?) {2,}([\d.]+) ", printed, re.M)}

@@ -77,6 +77,62 @@ def test_responses_end_at_eos_or_at_their_own_limit(policy):
     assert repo.generate(policy, tokenizer, PROMPTS, config) == [[7, 8], [5, 5], [5, 5]]
 
 
+def drawn(policy, tokenizer, config, prompts=("How do I paint a boat?", "How do I steal a lamp?", "Hi") * 4, key=0):
+    return repo.generate(policy, tokenizer, repo.encode_prompts(list(prompts), tokenizer), config, key)
+
+
+def test_greedy_decoding_gives_the_tokens_of_the_plain_path(family):
+    """At a temperature near zero the draw is the argmax: each prompt's tokens are those that the library finds for it alone."""
+    config = repo.Config(**family, device="cpu", dtype="float32", temperature=1e-6, max_response_length=24)
+    policy, tokenizer = repo.load_policy(config)
+    prompts = repo.load_prompts(config.dataset)[:40]
+    for prompt, response in zip(prompts, drawn(policy, tokenizer, config, prompts)):
+        ids = torch.tensor(repo.encode_prompts([prompt], tokenizer))
+        plain = policy.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=tokenizer.eos_token_id, pad_token_id=2)
+        assert response == plain[0, ids.shape[1]:].tolist()
+
+
+def test_a_response_depends_on_its_prompt_key_and_place_alone(policy):
+    policy, tokenizer, config = policy
+    config.max_length = 40
+    prompts = ["How do I paint a boat?", "How do I steal a very large lamp?", "Hi"]
+    first = drawn(policy, tokenizer, config, prompts)
+    torch.manual_seed(5)  # no other random state has a part in it
+    assert drawn(policy, tokenizer, config, prompts) == first != drawn(policy, tokenizer, config, prompts, 1)
+    assert drawn(policy, tokenizer, config, [*prompts, "Hi"])[:3] == first  # other rows neither
+    assert len({tuple(row) for row in drawn(policy, tokenizer, config, ["Hi"] * 50)}) == 50
+
+
+def test_draws_have_the_softmaxs_frequencies_at_the_temperature():
+    logits, count = torch.tensor([[0.0, 1.0, -torch.inf, 3.0, -2.0]]), 20_000
+    uniform = 1 - torch.rand(count, 1, generator=repo.random_numbers("draws"), dtype=torch.float64)
+    draw = repo.Draw(uniform, 7, temperature=2.0)
+    tokens = draw(torch.zeros(count, 7, dtype=torch.long), logits.expand(count, -1)).argmax(-1)
+    weights = torch.tensor([1.0, 2.718281828 ** 0.5, 0.0, 2.718281828 ** 1.5, 2.718281828 ** -1])
+    shares = torch.bincount(tokens, minlength=5) / count
+    assert shares[2] == 0 and torch.allclose(shares, weights / weights.sum(), atol=0.012)  # 3.5 standard deviations at the most
+    smallest, largest = repo.Draw(torch.tensor([[2.0 ** -53], [1.0]], dtype=torch.float64), 0, 1.0)(torch.zeros(2, 0), torch.tensor([[-torch.inf, 0, 0, -torch.inf]] * 2)).argmax(-1)
+    assert (smallest, largest) == (1, 2)  # never a token of probability 0
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_librarys_compiled_steps_give_the_same_tokens(family, rank):
+    """What generate() asks for on a GPU, a static cache and compiled steps, on this CPU."""
+    from transformers import CompileConfig, GenerationConfig
+    config = repo.Config(**family, device="cpu", dtype="float32", lora_rank=rank, max_response_length=12)
+    policy, tokenizer = repo.load_policy(config)
+    policy = repo.make_trainable(policy, config)
+    plain, generate = drawn(policy, tokenizer, config), policy.generate
+    compiled = CompileConfig()
+    compiled._compile_all_devices = True
+
+    def as_on_a_gpu(generation_config: GenerationConfig, **inputs):
+        generation_config.cache_implementation, generation_config.compile_config = "static", compiled
+        return generate(generation_config=generation_config, **inputs)
+    policy.generate = as_on_a_gpu
+    assert drawn(policy, tokenizer, config) == plain
+
+
 def test_micro_batches_change_memory_not_results(tmp_path, tokenizer, family):
     config = repo.Config(**{**family, "ptx_dataset": None}, device="cpu", dtype="float32", steps=1, max_response_length=12)
     prompts, results = repo.load_prompts(config.dataset)[:10], []

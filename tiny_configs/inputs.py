@@ -1,5 +1,4 @@
 """What users bring, prompts, pairs and functions of their own, and the one sentence they get when something is wrong with it."""
-import os
 import re
 import runpy
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import datasets
 from tqdm import tqdm
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun tells each process which it is, of how many
+from tiny_configs.ranks import RANK
 
 
 class UserError(Exception):

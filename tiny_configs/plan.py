@@ -8,6 +8,8 @@ import copy
 import math
 import os
 import re
+import resource
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels import reference
-from tiny_configs.inputs import RANKS, READERS, UserError, load_function, require, say
+from tiny_configs.inputs import READERS, UserError, load_function, require, say
+from tiny_configs.ranks import RANKS
 
 GIB = 2 ** 30
 RESERVE = 1.5 * GIB  # what the CUDA context, the libraries' workspaces and gaps between tensors take
@@ -123,6 +126,17 @@ def memory_available(config, repo):
 
 def memory_of_this_computer():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_mib() -> float:
+    """Of the GPU's allocator since the last call; where there is no GPU, of the process so far."""
+    if not torch.cuda.is_available() and sys.platform == "linux":  # not ru_maxrss, which begins with what the parent process had
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**10
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def what_it_reads(scorer, prompt, tokenizer, repo):
