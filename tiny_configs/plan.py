@@ -174,8 +174,9 @@ def memory_terms(state, config, device, repo, longest, checkpointing):
     head_dim = getattr(policy, "head_dim", None) or policy.hidden_size // policy.num_attention_heads
     is_mixed = size == 2 and not config.lora_rank  # autocast keeps a bf16 copy of each fp32 weight until the backward is over
     counts = [sum(p.numel() for p in some) for some in trained]
-    peak, kept = max(activations(getattr(state, name), config, length, is_mixed, checkpointing, repo) for name in state.TRAINED)
-    chunk = loss_chunk(config.micro_batch_size * (length - prompt), policy.vocab_size, policy.hidden_size, device, size, not config.lora_rank)
+    rows = min(config.micro_batch_size, width)
+    peak, kept = max(activations(getattr(state, name), rows, length, is_mixed, checkpointing, repo) for name in state.TRAINED)
+    chunk = loss_chunk(rows * (length - prompt), policy.vocab_size, policy.hidden_size, device, size, not config.lora_rank)
     weights = [p for model in models.values() for p in model.parameters()]
     return {
         "weights": sum((p.nbytes for p in weights) if RANKS > 1 else {id(p): p.nbytes for p in weights}.values()) / RANKS,
@@ -213,14 +214,14 @@ def loss_chunk(tokens, vocab, hidden, device, size, head_is_trained):
     return 4 * 4 * min(reference.LOGITS_PER_CHUNK, tokens * vocab) + 2 * tokens * hidden * 4 + head_is_trained * vocab * hidden * 4
 
 
-def activations(model, config, length, is_mixed, checkpointing, repo):
+def activations(model, rows, length, is_mixed, checkpointing, repo):
     """One micro-batch through a model's backbone: bytes alive at the worst moment of forward and backward, and those kept between the two, beyond
     weights and gradients."""
     body = copy.deepcopy(model.base_model)
     body = body.to(torch.bfloat16) if is_mixed else body
     body.set_attn_implementation("plan")
     repo.set_checkpointing(body, checkpointing)
-    ids, trained = torch.zeros(config.micro_batch_size, length, dtype=torch.long, device="meta"), [p for p in body.parameters() if p.requires_grad]
+    ids, trained = torch.zeros(rows, length, dtype=torch.long, device="meta"), [p for p in body.parameters() if p.requires_grad]
     for parameter in trained:  # all gradients together have a term of their own
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     with Alive(body.parameters()) as alive, repo.recomputing([body]):
