@@ -12,7 +12,7 @@ Where it differs from the paper and its published code, and why:
      into every return: the same gradient, and it still rewards the rare safe response when the split has nothing left to compare.
   2. A response may fill what its own prompt leaves of --max_length, not what the batch's longest prompt leaves.
   3. There is no dropout anywhere, so the probability ratio of an unchanged policy is 1, up to rounding.
-  4. The 3B and 7B presets train low-rank adapters, so that six models fit on one GPU; --lora_rank 0 is the paper's full fine-tuning.
+  4. On one GPU the 3B and 7B presets train low-rank adapters, so that six models fit; under torchrun they are fine-tuned in full, as in the paper.
 """
 import copy
 import hashlib
@@ -121,7 +121,8 @@ class Config:
 
 PUBLISHED = {"reward_model": "PKU-Alignment/beaver-7b-v1.0-reward", "cost_model": "PKU-Alignment/beaver-7b-v1.0-cost",
              "dataset": "PKU-Alignment/PKU-SafeRLHF:train", "eval_dataset": "PKU-Alignment/PKU-SafeRLHF:test",
-             "ptx_dataset": "tatsu-lab/alpaca", "ptx_coeff": 16.0, "save_every": 200, "lora_rank": 64 if RANKS == 1 else 0}
+             "ptx_dataset": "tatsu-lab/alpaca", "ptx_coeff": 16.0, "save_every": 200,
+             "batch_size": 16 * RANKS, "lora_rank": 64 if RANKS == 1 else 0}
 PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models and data built by tiny_configs/world.py
            "alpaca-7b": PUBLISHED | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
            "llama-3.2-3b": PUBLISHED | {"policy": "meta-llama/Llama-3.2-3B-Instruct"}}
