@@ -325,10 +325,10 @@ class Scorer:
         return whole(self.model, type(self.model).score, batch.input_ids, batch.attention_mask).tolist()
 
 def load_policy(config: Config):
-    """(policy, its tokenizer). What one process trains is fp32, all else in the compute dtype, until make_trainable. Raises UserError."""
+    """(policy, its tokenizer). Weights that are trained are fp32, those under adapters in the compute dtype. Raises UserError."""
     flag = "--model" if config.policy == config.model else "--policy"
     load = partial(shape_of, AutoModelForCausalLM) if config.dry_run else AutoModelForCausalLM.from_pretrained
-    policy = fetch(load, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank or RANKS > 1 else torch.float32)
+    policy = fetch(load, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank else torch.float32)
     policy.eval()
     tokenizer, rows = fetch(AutoTokenizer.from_pretrained, config.policy, flag, config), policy.get_input_embeddings().num_embeddings
     require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
@@ -771,8 +771,8 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
         "seconds_learning": total - phases["seconds_rollout"] - phases["seconds_scoring"], "peak_mib_learning": peak_memory_mib(),
         "tokens_per_second": tokens / total}
 
-def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> None:
-    """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises. Ctrl-C raises after a whole step, the second kills."""
+def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> bool:
+    """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises. True if Ctrl-C has stopped it, after a whole step; the second kills."""
     pressed = []
     signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=RANK > 0) as bar:
@@ -788,8 +788,7 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
             bar.set_postfix_str(f"reward {metrics['reward']:.2f}, cost {metrics['cost']:.2f}, unsafe {metrics['unsafe_rate']:.0%}, lambda {metrics['lambda']:.2f}")
             bar.update()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if stopped:
-        raise KeyboardInterrupt
+    return bool(stopped)
 
 # ==== 8  Evaluation =======================================================================================================================
 def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[dict]:
@@ -835,7 +834,8 @@ def save_checkpoint(state: State, out: Path, config: Config) -> Path:
     """Writes checkpoints/step-N, each rank its shares of the tensors as safetensors, and drops all but the newest --keep_checkpoints."""
     folder = out / "checkpoints" / f"step-{state.step}"
     with renamed_when_complete(folder) as temporary:
-        dcp.save(tensors_of(state), storage_writer=dcp.HuggingFaceStorageWriter(temporary, save_distributed=True), no_dist=RANKS == 1)
+        with blame(f"{temporary}: cannot be written"):
+            dcp.save(tensors_of(state), storage_writer=dcp.HuggingFaceStorageWriter(temporary, save_distributed=True), no_dist=RANKS == 1)
         if RANK == 0:
             numbers = {name: getattr(state, name) for name in State.NUMBERS} | {"schedule": state.schedule.state_dict()}
             (temporary / "state.json").write_text(json.dumps({"state": numbers, "config": vars(config)}))
@@ -848,9 +848,10 @@ def save_actor(state: State, out: Path, config: Config) -> None:
     weights = get_model_state_dict(state.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     with renamed_when_complete(out / "final" / "actor") as folder:
         if RANK == 0:
-            weights = {name: weight.to(getattr(torch, config.dtype)) for name, weight in merged(weights).items()}
             with torch.device("meta"):
                 plain = AutoModelForCausalLM.from_config(state.policy.config, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code)
+            rounded, tied = dict(plain.named_parameters(remove_duplicate=False)), plain.all_tied_weights_keys
+            weights = {name: weight.to(getattr(torch, config.dtype)) if name in rounded else weight for name, weight in merged(weights).items() if name not in tied}
             plain.generation_config = state.policy.published_generation_config
             plain.save_pretrained(folder, state_dict=weights)
             state.tokenizer.save_pretrained(folder)
@@ -863,7 +864,7 @@ def resume(state: State, config: Config) -> Path:
     with blame(f"--resume {checkpoint}: not a checkpoint, runs/.../checkpoints/step-N"):
         saved = json.loads((checkpoint / "state.json").read_text())
         reader = dcp.HuggingFaceStorageReader(checkpoint)
-        names = reader.read_metadata().state_dict_metadata.keys()
+        metadata = reader.read_metadata().state_dict_metadata
     branch = checkpoint.resolve().parent.parent != out.resolve()
     last = branch or checkpoint.name == own[-1].name and not (out / "summary.json").exists()
     require(last, f"--resume {checkpoint}: the run in {out} has gone on since, or is finished; to branch off, give another --output_dir")
@@ -871,7 +872,10 @@ def resume(state: State, config: Config) -> Path:
         require(name in FREE_ON_RESUME or saved["config"].get(name) == value,
                 f"--resume {checkpoint}: was saved with --{name} {saved['config'].get(name)}, not {value}; use the same settings, or start a new run")
     tensors = tensors_of(state)
-    require(names == tensors.keys(), f"--resume {checkpoint}: holds other weights than this run trains, such as {min(names ^ tensors.keys(), default='')}")
+    whole_here = {name for name, saved_as in metadata.items() if name in tensors and saved_as.size == tensors[name].shape
+                  and sum(math.prod(chunk.sizes) for chunk in saved_as.chunks) == tensors[name].numel()}
+    wrong = min((metadata.keys() | tensors.keys()) - whole_here, default=None)
+    require(not wrong, f"--resume {checkpoint}: a file of it is missing, or it holds other weights than this run trains: {wrong}")
     with blame(f"--resume {checkpoint}: cannot be read"):
         dcp.load(tensors, storage_reader=reader, no_dist=RANKS == 1)  # in place
     vars(state).update({name: saved["state"][name] for name in State.NUMBERS})
@@ -925,12 +929,16 @@ def run(config: Config) -> None:
         out = claim_output_dir(config)
     if RANK == 0:
         write_config(out, config)
+    stopped = False
     try:
-        if not config.eval_only:
-            train(state, prompts, ptx_pairs, out, config)
+        stopped = not config.eval_only and train(state, prompts, ptx_pairs, out, config)
+        if stopped:
+            raise KeyboardInterrupt
+        if RANKS > 1 and not config.eval_only:  # what fails from here on need not fail on all ranks, which save only together
+            save_checkpoint(state, out, config)
         rows = evaluate(state, held_out, judge, config) if state.step or config.resume else rows
-    except (KeyboardInterrupt, UserError) as error:
-        if RANKS == 1 or isinstance(error, KeyboardInterrupt):  # the other ranks need not have this rank's error
+    except (KeyboardInterrupt, UserError):
+        if RANKS == 1 or stopped:
             say(f"interrupted; {save_checkpoint(state, out, config)} is saved, --resume continues from there")
         raise
     if not config.eval_only:

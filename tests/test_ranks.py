@@ -111,13 +111,17 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(tmp_path, family, fla
     whole = tmp_path / "whole"
     printed = finished(start(2, *FEW, *flags, "--save_every", 2, "--output_dir", whole))
     assert printed.count("4 steps of repo in") == 1 and printed.count("policy ") == 1 and "Traceback" not in printed  # one rank speaks
-    assert len(list((whole / "checkpoints" / "step-2").glob("*.safetensors"))) == 2 and not list(whole.rglob(".*"))
+    shards = list((whole / "checkpoints" / "step-2").glob("*.safetensors"))
+    assert len(shards) == 2 and not list(whole.rglob(".*"))
     resumed = {ranks: tmp_path / str(ranks) for ranks in numbers}
     for process in [start(ranks, *FEW, *flags, "--output_dir", out, "--resume", whole / "checkpoints" / "step-2") for ranks, out in resumed.items()]:
         assert "continuing from" in finished(process)
     assert_same_metrics(whole, list(resumed.values()))
     actors = [AutoModelForCausalLM.from_pretrained(out / "final" / "actor").state_dict() for out in (whole, *resumed.values())]
     assert all(torch.allclose(actors[0][key], other[key], atol=1e-5) for other in actors[1:] for key in actors[0])
+    shards[0].unlink()
+    printed = finished(start(1, *FEW, *flags, "--output_dir", tmp_path / "holes", "--resume", whole / "checkpoints" / "step-2"), 2)
+    assert "a file of it is missing" in printed and not (tmp_path / "holes").exists()
     assert all((out / "eval.jsonl").is_file() and json.loads((out / "config.json").read_text())["environment"]["ranks"] == ranks for ranks, out in resumed.items())
 
 

@@ -58,6 +58,16 @@ def test_the_saved_policy_is_the_policy_in_memory_in_the_compute_dtype(run, monk
     assert greedy[0] == greedy[1]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tied_head_is_saved_once_and_comes_back_trained(run, tmp_path, tokenizer, dtype):
+    from safetensors.torch import load_file
+    code, out, _ = run(*FEW, "--policy", write_policy(tmp_path / "tied", tokenizer, tie_word_embeddings=True), "--dtype", dtype, "--save_every", 4)
+    assert code == 0 and "lm_head.weight" not in load_file(out / "final" / "actor" / "model.safetensors")
+    trained = read_checkpoint(out / "checkpoints" / "step-4")[0]["policy.model.embed_tokens.weight"]
+    saved = AutoModelForCausalLM.from_pretrained(out / "final" / "actor", dtype="auto")
+    assert torch.equal(saved.lm_head.weight, trained.to(saved.dtype)) and saved.lm_head.weight is saved.model.embed_tokens.weight
+
+
 def test_resume_is_exact(run, tmp_path):
     flags = (*FEW, "--steps", 6, "--save_every", 2, "--keep_checkpoints", 9, "--sample_every", 3, "--minibatch_size", 4, "--ptx_coeff", 0.1, "--algo", "ppo_lag")
     assert run(*flags, out="whole")[0] == 0
@@ -92,7 +102,7 @@ def test_resume_refuses_what_it_cannot_continue_and_branches_off_elsewhere(run, 
     assert code == 0 and stable(read_jsonl(branch / "metrics.jsonl")) == stable(read_jsonl(a / "metrics.jsonl"))
     shutil.copytree(a / "checkpoints" / "step-4", a / "checkpoints" / "step-5")
     for file in (a / "checkpoints" / "step-5").glob("*.safetensors"):
-        file.write_bytes(b"half")
+        file.write_bytes(file.read_bytes()[:-1000])
     assert run(*flags, "--resume", out="a")[0] == 2
 
 

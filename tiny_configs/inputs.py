@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from tiny_configs.ranks import RANK
@@ -25,7 +26,7 @@ def blame(what: str):
     """Turns whatever a library or a user's code raises inside into one sentence."""
     try:
         yield
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{what} ({type(error).__name__}: {str(error.__cause__ or error).strip().partition(chr(10))[0]})") from None

@@ -77,8 +77,10 @@ def gathered(model: nn.Module):
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    yield
-    barrier()  # whoever has ended early waits here
-    for unit in units:
-        unit.set_reshard_after_forward(True, recurse=False)
-        unit.reshard()
+    try:
+        yield
+        barrier()  # whoever has ended early waits here
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
