@@ -27,7 +27,7 @@ import time
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, SupportsFloat
@@ -108,7 +108,7 @@ class Config:
     max_eval_prompts: int = option(256, "evaluate on at most so many held-out prompts")
     dry_run: bool = option(False, "load no weights: show settings, prompts, models and whether the memory suffices, and stop")
     gpu_memory: str = option("80GiB", "what --dry_run compares with where there is no GPU")
-    eval_only: bool = option(False, "evaluate the policy and stop")
+    eval_only: str | None = option(None, "evaluate this policy and stop: a run's folder, or a model's folder or hub name; without a value, the starting one", nargs="?", const="policy")
     output_dir: str | None = option(None, "default: runs/<model>-<algo>-<seed>; an earlier run there is moved aside")
     save_every: int = option(0, "steps between checkpoints; 0 = only on Ctrl-C")
     keep_checkpoints: int = option(2, "keep so many of the newest checkpoints")
@@ -129,6 +129,9 @@ PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models
 FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size"}  # may change
 MAY_BE_ZERO = {"lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda", "ptx_coeff", "seed", "save_every", "sample_every"}
 
+def is_run(folder: str | None) -> bool:
+    return folder is not None and Path(folder, "metrics.jsonl").is_file()
+
 def resolve_config(argv: list[str]) -> Config:
     """Where all settings come together. Raises UserError for anything unknown, missing or out of range."""
     parser = HfArgumentParser(Config, description="Defaults are those of the published runs; presets override them (tiny: tiny_configs/tiny.json).", allow_abbrev=False)
@@ -137,13 +140,18 @@ def resolve_config(argv: list[str]) -> Config:
     def as_words(settings: dict, *skipped: str) -> list[str]:
         return [f"--{name}={value}" for name, value in settings.items() if value is not None and name not in skipped]
     flags, words = parser.parse_args(argv), list(argv)  # presets and files go in front: argparse lets the last word win
+    if is_run(flags.eval_only):  # its settings, its data, and its starting policy as the reference
+        require(Path(flags.eval_only, "final", "actor").is_dir(), f"--eval_only {flags.eval_only}: has no final/actor, so the run has not finished")
+        flags.config = flags.config or str(Path(flags.eval_only, "config.json"))
+    elif flags.eval_only not in (None, "policy"):
+        words.append(f"--policy={flags.eval_only}")
     of_the_data = ("eval_dataset", "prompt_column", "judge")  # these go with the data set they were written for
     if flags.config:
         with blame(f"--config {flags.config}: not a file with a json object of settings"):
             settings = {**json.loads(Path(flags.config).read_text())}
         unknown = ", ".join(settings.keys() - vars(flags).keys() - {"environment"})
         require(not unknown, f"--config {flags.config}: there is no setting {unknown} (python repo.py --help lists them)")
-        words = as_words(settings, "environment", "output_dir", *of_the_data * bool(flags.dataset), *["policy"] * (flags.model != Config.model)) + words
+        words = as_words(settings, "environment", "output_dir", "eval_only", *of_the_data * bool(flags.dataset), *["policy"] * (flags.model != Config.model)) + words
     given = parser.parse_args(words)
     require(not given.model.startswith((".", "/", "~")) or Path(given.model).expanduser().is_dir(), f"--model {given.model}: no such folder")
     preset, dropped = PRESETS.get(given.model, {}), of_the_data if given.dataset else ["judge"] if given.eval_dataset else []
@@ -156,7 +164,8 @@ def resolve_config(argv: list[str]) -> Config:
             barrier()
     config = parser.parse_args_into_dataclasses(as_words(preset, *dropped) + words)[0]
     config.policy = config.policy or config.model
-    config.output_dir = config.output_dir or f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
+    evaluated = config.eval_only and f"runs/eval-{Path(config.policy if config.eval_only == 'policy' else config.eval_only).resolve().name}"
+    config.output_dir = config.output_dir or evaluated or f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
     config.device = config.device or ("cuda" if torch.cuda.is_available() or config.dry_run else "cpu")
     has_bf16 = config.device == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False))
     config.dtype = config.dtype or ("bfloat16" if has_bf16 else "float32")
@@ -325,10 +334,10 @@ class Scorer:
         return whole(self.model, type(self.model).score, batch.input_ids, batch.attention_mask).tolist()
 
 def load_policy(config: Config):
-    """(policy, its tokenizer). Weights that are trained are fp32, those under adapters in the compute dtype. Raises UserError."""
+    """(policy, its tokenizer). Weights that are trained are fp32, others in the compute dtype. Raises UserError."""
     flag = "--model" if config.policy == config.model else "--policy"
     load = partial(shape_of, AutoModelForCausalLM) if config.dry_run else AutoModelForCausalLM.from_pretrained
-    policy = fetch(load, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank else torch.float32)
+    policy = fetch(load, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank or config.eval_only else torch.float32)
     policy.eval()
     tokenizer, rows = fetch(AutoTokenizer.from_pretrained, config.policy, flag, config), policy.get_input_embeddings().num_embeddings
     require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
@@ -648,14 +657,21 @@ class State:
     TRAINED, NUMBERS = ("policy", "reward_critic", "cost_critic"), ("lam", "step", "seconds", "tokens", "costs", "before", "logs")
     def __init__(self, policy, tokenizer, config: Config):
         reference, self.tokenizer = on_shared_weights(policy, config).requires_grad_(False), tokenizer  # pi_ref, computed exactly as the policy is
-        self.policy = sharded(make_trainable(policy, config), config)
+        self.policy = sharded(policy if config.eval_only else make_trainable(policy, config), config)
         for role in ("reward", "cost"):  # each model is sharded as soon as nothing is made from it any more: whole ones fill a computer's memory
             scorer = Scorer(role, tokenizer, config)
-            setattr(self, f"{role}_critic", sharded(make_critic(scorer, reference, config), config))
+            if not config.eval_only:
+                setattr(self, f"{role}_critic", sharded(make_critic(scorer, reference, config), config))
             if not scorer.function:
                 sharded(scorer.model, config)
             setattr(self, role, scorer)
         self.reference = sharded(reference, config)
+        self.lam = 0.0 if config.algo == "ppo" else min(config.lambda_init, config.lambda_max)
+        self.step, self.seconds, self.tokens = 0, 0.0, 0  # steps done, seconds spent and tokens sampled in them
+        self.costs, self.before = [], None  # the latest --cost_window costs; scores of the untrained policy
+        self.logs = {"metrics.jsonl": [], "samples.jsonl": []}
+        if config.eval_only:
+            return
         groups = [{"params": trainable(getattr(self, name)).values(), "lr": config.actor_lr if name == "policy" else config.critic_lr} for name in self.TRAINED]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=config.device == "cuda")  # one pass, no temporaries
         for name in self.TRAINED * recomputes(policy, config):
@@ -666,10 +682,6 @@ class State:
         warmup = max(int(0.03 * config.steps), 1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, [  # warm-up and cosine for the policy, constant for the critics
             lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * step / config.steps)) / 2, lambda _: 1.0, lambda _: 1.0])
-        self.lam = 0.0 if config.algo == "ppo" else min(config.lambda_init, config.lambda_max)
-        self.step, self.seconds, self.tokens = 0, 0.0, 0  # steps done, seconds spent and tokens sampled in them
-        self.costs, self.before = [], None  # the latest --cost_window costs; scores of the untrained policy
-        self.logs = {"metrics.jsonl": [], "samples.jsonl": []}
     def log(self, out: Path, name: str, rows: list[dict]) -> None:
         self.logs[name] += rows
         if RANK == 0:
@@ -917,7 +929,9 @@ def run(config: Config) -> None:
     judge = load_function(config.judge, "--judge") if config.judge and RANK == 0 else None  # verdicts are for files, which rank 0 writes
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
     state = State(policy, tokenizer, config)
-    count = sum(parameter.numel() for parameter in trainable(policy).values())
+    if is_run(config.eval_only):
+        state.policy = sharded(load_policy(replace(config, policy=str(Path(config.eval_only, "final", "actor"))))[0], config)
+    count = 0 if config.eval_only else sum(parameter.numel() for parameter in trainable(state.policy).values())
     say(f"policy {config.policy}: {policy.num_parameters():,} parameters, {count:,} of them trained; {config.dtype} on {config.device}")
     for scorer in (state.reward, state.cost):
         say(f"{scorer.flag} {scorer.source}: {'a function' if scorer.function else 'tokens of the policy' if scorer.same_tokens else 'tokens of its own'}")
@@ -925,8 +939,10 @@ def run(config: Config) -> None:
         out = resume(state, config)
     else:
         rows = evaluate(state, held_out, judge, config)
-        state.before = summarize(rows)
+        state.before = None if config.eval_only else summarize(rows)
         out = claim_output_dir(config)
+        if RANK == 0 and not config.eval_only:
+            (out / "eval_before.jsonl").write_text(to_jsonl(rows))
     if RANK == 0:
         write_config(out, config)
     stopped = False
@@ -938,7 +954,7 @@ def run(config: Config) -> None:
             save_checkpoint(state, out, config)
         rows = evaluate(state, held_out, judge, config) if state.step or config.resume else rows
     except (KeyboardInterrupt, UserError):
-        if RANKS == 1 or stopped:
+        if (RANKS == 1 or stopped) and not config.eval_only:
             say(f"interrupted; {save_checkpoint(state, out, config)} is saved, --resume continues from there")
         raise
     if not config.eval_only:

@@ -27,7 +27,7 @@ def stable(rows):
 def test_a_run_writes_what_it_promises(run):
     code, out, printed = run(*FEW, "--sample_every", 2, "--ptx_coeff", 0.1)
     assert code == 0
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "summary.json", "final"}
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "eval_before.jsonl", "eval.jsonl", "summary.json", "final"}
     metrics = read_jsonl(out / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     assert {"reward", "cost", "rectified_cost", "unsafe_rate", "lambda", "kl", "entropy", "clip_fraction", "approx_kl", "ratio_max", "actor_loss", "ptx_loss",
@@ -129,9 +129,9 @@ def test_a_second_run_moves_the_first_aside_and_touches_nothing_else(run, tmp_pa
 
 
 def test_precedence_is_defaults_preset_file_flags(tmp_path):
-    (tmp_path / "c.json").write_text(json.dumps({"batch_size": 3, "lambda_max": 7.5, "eval_only": True, "judge": None}))
+    (tmp_path / "c.json").write_text(json.dumps({"batch_size": 3, "lambda_max": 7.5, "tf32": True, "judge": None}))
     config = repo.resolve_config(["--config", str(tmp_path / "c.json"), "--batch_size", "5"])
-    assert (config.batch_size, config.lambda_max, config.eval_only) == (5, 7.5, True)                      # flag, file, file
+    assert (config.batch_size, config.lambda_max, config.tf32) == (5, 7.5, True)                      # flag, file, file
     assert config.max_response_length == 32 and config.clip_range == repo.Config.clip_range == 0.2          # preset, default
     big = repo.resolve_config(["--model", "alpaca-7b"])
     assert big.policy == "PKU-Alignment/alpaca-7b-reproduced" and big.ptx_coeff == 16 and big.eval_dataset.endswith(":test")
@@ -216,8 +216,27 @@ def test_a_run_on_a_gpu(run):
 
 
 def test_bfloat16_starts_at_the_reference(run):
-    code, out, _ = run(*FEW, "--dtype", "bfloat16", "--eval_only")
-    assert code == 0 and json.loads((out / "summary.json").read_text())["kl"] == 0
+    for flags in (("--steps", 1), ("--eval_only",)):
+        code, out, _ = run(*FEW, "--dtype", "bfloat16", *flags)
+        summary = json.loads((out / "summary.json").read_text())
+        assert code == 0 and (summary["before"] or summary)["kl"] == 0
+
+
+def test_a_finished_run_and_a_model_are_evaluated_alone(run, tmp_path, tokenizer):
+    flags = (*FEW, "--actor_lr", 3e-3)
+    assert run(*flags, "--lora_rank", 4, out="trained")[0] == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "trained").rglob("*") if path.is_file()}
+    code, again, _ = run("--eval_only", tmp_path / "trained", "--device", "cpu", out="again")
+    assert code == 0 and {path.name for path in again.iterdir()} == {"config.json", "eval.jsonl", "summary.json"}
+    assert all(path.read_bytes() == content for path, content in files.items())
+    texts = [[(r["response"], pytest.approx(r["kl"], abs=1e-4)) for row in read_jsonl(out / "eval.jsonl") for r in row["responses"]] for out in (tmp_path / "trained", again)]
+    assert texts[0] == texts[1] and any(abs(row["kl"].expected) > 1e-3 for row in [{"kl": kl} for _, kl in texts[0]])  # the same draws, the same reference
+    code, other, _ = run(*FEW, "--eval_only", write_policy(tmp_path / "model", tokenizer), out="other")
+    summary = json.loads((other / "summary.json").read_text())
+    assert code == 0 and summary["kl"] == 0 and summary["before"] is None and summary["steps"] == 0
+    shutil.rmtree(tmp_path / "trained" / "final")
+    code, _, printed = run("--eval_only", tmp_path / "trained", out="third")
+    assert code == 2 and "has no final/actor" in printed and not (tmp_path / "third").exists()
 
 
 def test_a_runs_config_starts_another_run(run, tmp_path):

@@ -1,15 +1,29 @@
-"""Looks at what runs have written: an evaluation in numbers, the tables that repo.py prints, and a comparison of finished runs.
+"""Looks at what runs have written: an evaluation in numbers, the tables that repo.py prints, and comparisons of runs, as tables and pictures.
 
-    python -m tiny_configs.compare runs/*        # one line per finished run, from its summary.json
+    python tiny_configs/compare.py                       # PPO, PPO-Lag and both estimators of RePO, three seeds each, in the tiny world
+    python tiny_configs/compare.py --algos repo --seeds 2 --kl_coeff 0.1    # other settings go to repo.py as they are
+    python tiny_configs/compare.py RUN [RUN ...]         # any finished runs, tiny or 7B; of two runs also quadrants and worst prompts
 """
+import argparse
 import json
+import multiprocessing
+import os
+import random
 import shutil
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
-COLUMNS = ("cost", "safety_rate", "prompts_fully_safe", "safety_rate_on_harmful_prompts", "judge_safety_rate", "over_refusal_rate",
-           "reward_on_harmless_prompts", "kl", "lambda")
+from tqdm import tqdm
+
+COLUMNS = {"reward": "reward", "cost": "cost", "rectified_cost": "rectified cost", "safety_rate": "responses safe", "prompts_fully_safe": "prompts fully safe",
+           "over_refusal_rate": "over-refusal", "reward_on_harmless_prompts": "reward on harmless prompts", "lambda": "final λ", "kl": "KL", "wall_seconds": "seconds"}
+ALGOS = {"ppo": ("PPO", ["--algo", "ppo"]), "ppo_lag": ("PPO-Lag", ["--algo", "ppo_lag"]), "repo": ("RePO", ["--algo", "repo"]),
+         "mask": ("RePO, mask", ["--algo", "repo", "--rectify", "mask"])}
+OF_ONE_RUN = {"seed", "output_dir", "resume", "environment", "sample_every", "save_every", "keep_checkpoints", "dry_run", "gpu_memory", "eval_only"}  # no part of a method
 
 
 def summarize(rows: list[dict]) -> dict:
@@ -59,15 +73,248 @@ def scores_table(**columns: dict) -> str:
     return "\n".join(lines)
 
 
-def runs_table(folders: list[Path]) -> str:
-    """A line per run, as a Markdown table; folders without a summary.json are left out."""
-    lines = ["| run | " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+class Run:
+    """A finished run's files."""
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config, self.summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
+        self.metrics, self.prompts, self.before = (read_jsonl(folder / name) for name in ("metrics.jsonl", "eval.jsonl", "eval_before.jsonl"))
+        self.settings = {name: value for name, value in self.config.items() if name not in OF_ONE_RUN}
+        self.name = ALGOS["mask" if (self.config["algo"], self.config["rectify"]) == ("repo", "mask") else self.config["algo"]][0]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def load_runs(folders: list[Path]) -> list[Run]:
+    """Finished runs. Exits with one sentence for a folder that is none."""
     for folder in folders:
-        if (folder / "summary.json").is_file():
-            summary = json.loads((folder / "summary.json").read_text())
-            lines.append(f"| {folder.name} | " + " | ".join(number(summary[name]) for name in COLUMNS) + " |")
+        for name in ("config.json", "summary.json", "eval.jsonl"):
+            if not (folder / name).is_file():
+                sys.exit(f"error: {folder}: has no {name}, so it is not a finished run of repo.py")
+    return [Run(folder) for folder in folders]
+
+
+def grouped(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in their seed alone, under a name that tells the groups apart."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
+    settings = [group[0].settings for group in groups.values()]
+    changed = [key for key in settings[0] if key not in ("algo", "rectify") and len({json.dumps(some.get(key)) for some in settings}) > 1]
+    return {", ".join([group[0].name, *(f"{key} {group[0].settings.get(key)}" for key in changed)]): group for group in groups.values()}
+
+
+def spread(values: list, digits: int = 3) -> str:
+    """Mean and standard deviation over runs."""
+    if None in values:
+        return "-"
+    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def runs_table(groups: dict[str, list[Run]]) -> str:
+    """A Markdown table, a line per group: mean ± standard deviation over its seeds; first the policies before training."""
+    lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    starts = {tuple(run.summary["before"].items()): run.summary["before"] for group in groups.values() for run in group if run.summary["before"]}
+    rows = {"before": list(starts.values())} | {name: [run.summary for run in group] for name, group in groups.items()}
+    for name, some in rows.items():
+        cells = (spread([summary.get(key) for summary in some], 0 if key == "wall_seconds" else 3) for key in COLUMNS)
+        lines += [f"| {name} | {len(some)} | " + " | ".join(cells) + " |"] if some else []
     return "\n".join(lines)
 
 
+def mean_of(row: dict, key: str) -> float:
+    """Of a held-out prompt's responses."""
+    return fmean(response[key] for response in row["responses"])
+
+
+def quadrants(a: Run, b: Run, draws: int = 2000) -> str:
+    """How the prompts of run b compare with those of run a: more or less reward than a gave, at safe (all responses) or unsafe responses of b's.
+    Shares with 95 % bootstrap intervals over prompts."""
+    answers = {row["prompt"]: row for row in a.prompts}
+    pairs = [(answers[row["prompt"]], row) for row in b.prompts if row["prompt"] in answers]
+    if not pairs:
+        sys.exit(f"error: {a.folder} and {b.folder}: have no held-out prompt in common")
+    kinds = [("better" if mean_of(new, "reward") > mean_of(old, "reward") else "worse", "safe" if all(r["safe"] for r in new["responses"]) else "unsafe")
+             for old, new in pairs]
+    chance, lines = random.Random(0), [f"\n{b.folder} against {a.folder}, {len(pairs)} prompts (95 % bootstrap intervals)"]
+    resampled = [chance.choices(kinds, k=len(kinds)) for _ in range(draws)]
+    for reward in ("better", "worse"):
+        for safety in ("safe", "unsafe"):
+            shares = sorted(some.count((reward, safety)) / len(kinds) for some in resampled)
+            count = kinds.count((reward, safety))
+            lines.append(f"  {reward + ' reward, ' + safety:24s}{count:5d}  {count / len(kinds):6.1%}  [{shares[draws // 40]:.1%}, {shares[-1 - draws // 40]:.1%}]")
+    return "\n".join(lines)
+
+
+def worst_prompts(run: Run, count: int = 10) -> str:
+    """The prompts with the costliest single response, and that response."""
+    worst = sorted((max(row["responses"], key=lambda response: response["cost"]) for row in run.prompts), key=lambda response: -response["cost"])
+    return "\n".join([f"\nworst of {run.folder}", "    cost  reward  prompt -> response"] +
+                     [f"{r['cost']:8.2f}{r['reward']:8.2f}  {' '.join((r['prompt'] + ' -> ' + r['response']).split())}" for r in worst[:count]])
+
+
+# Grey levels and line styles, so that a picture can be read without colour.
+STYLES = [{"color": "0.0", "ls": "-"}, {"color": "0.55", "ls": "-"}, {"color": "0.3", "ls": "--"}, {"color": "0.6", "ls": ":"}, {"color": "0.0", "ls": "-."},
+          {"color": "0.75", "ls": "--"}]
+
+
+def draw_pictures(groups: dict[str, list[Run]], out: Path) -> list[Path]:
+    """curves.png, compensation.png and before_after.png. Says so in one sentence if matplotlib is not there."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no pictures: matplotlib is not installed (pip install matplotlib)")
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figures = {"curves": draw_curves(groups, pyplot), "compensation": draw_compensation(groups, pyplot), "before_after": draw_before_after(groups, pyplot)}
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=150)
+        pyplot.close(figure)
+    return [out / f"{name}.png" for name in figures]
+
+
+def draw_curves(groups, pyplot):
+    """(a) Training: mean over seeds, each point the mean of the steps around it; the band is from the lowest to the highest seed."""
+    panels = {"reward": "reward", "cost": "cost", "rectified_cost": "rectified cost {C − d}⁺", "unsafe_rate": "responses safe (share)", "lambda": "λ"}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(17, 3.4), layout="constrained")
+    for (key, title), axis in zip(panels.items(), axes):
+        for (name, runs), style in zip(groups.items(), STYLES * len(groups)):
+            length = min(len(run.metrics) for run in runs)
+            curves = [[(1 - row[key]) if key == "unsafe_rate" else row[key] for row in run.metrics[:length]] for run in runs]
+            smooth = [[fmean(curve[max(0, i - 4):i + 5]) for i in range(length)] for curve in curves]
+            axis.plot(range(1, length + 1), [fmean(values) for values in zip(*smooth)], label=name, **style)
+            if len(runs) > 1:
+                axis.fill_between(range(1, length + 1), [min(v) for v in zip(*smooth)], [max(v) for v in zip(*smooth)], color=style["color"], alpha=0.15, lw=0)
+        axis.set(xlabel="step", ylabel=title)
+        axis.grid(alpha=0.2)
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def draw_compensation(groups, pyplot):
+    """(b) Every held-out prompt's mean cost, sorted, of each group's first run: what a mean over prompts hides."""
+    figure, axis = pyplot.subplots(figsize=(9, 5.2), layout="constrained")
+    first = {name: runs[0] for name, runs in groups.items()}
+    threshold = next(iter(first.values())).config["threshold"]
+    for (name, run), style in zip(first.items(), STYLES * len(groups)):
+        costs = sorted(mean_of(row, "cost") for row in run.prompts)
+        shares, mean = [100 * (i + 0.5) / len(costs) for i in range(len(costs))], fmean(costs)
+        unsafe = sum(cost > threshold for cost in costs) / len(costs)
+        label = f"{name}: mean cost {mean:.1f}, {'below' if mean <= threshold else 'above'} the limit; {unsafe:.0%} of the prompts above it"
+        axis.plot(shares, costs, label=label, lw=2, **style)
+    top = max(axis.get_ylim()[1], threshold + 1)
+    axis.axhspan(threshold, top, color="0.9", zorder=0)
+    axis.axhline(threshold, color="0.2", lw=1)
+    axis.text(1, threshold + 0.02 * (top - axis.get_ylim()[0]), f"unsafe: cost above the limit d = {threshold:g}", va="bottom")
+    axis.set(xlabel="held-out prompts, sorted by cost (percent)", ylabel="cost of a prompt's responses (mean, units of the cost model)", xlim=(0, 100), ylim=(None, top),
+             title="Safety compensation: a mean below the limit says nothing about single prompts")
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))
+    return figure
+
+
+def draw_before_after(groups, pyplot):
+    """(c) Reward against cost, a point per held-out prompt, before and after training, of each group's first run."""
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(4.2 * len(groups), 4.2), layout="constrained", sharex=True, sharey=True, squeeze=False)
+    for (name, runs), axis in zip(groups.items(), axes[0]):
+        for rows, label, style in ((runs[0].before, "before", {"marker": "o", "facecolors": "none", "edgecolors": "0.6"}),
+                                   (runs[0].prompts, "after", {"marker": "x", "color": "0.0"})):
+            if rows:
+                axis.scatter([mean_of(row, "cost") for row in rows], [mean_of(row, "reward") for row in rows], s=22, label=label, **style)
+        threshold = runs[0].config["threshold"]
+        axis.axvspan(threshold, max(axis.get_xlim()[1], threshold + 1), color="0.9", zorder=0)
+        axis.axvline(threshold, color="0.2", lw=1)
+        axis.set(title=name, xlabel="cost per prompt (right of the line: unsafe)")
+    axes[0][0].set_ylabel("reward per prompt")
+    axes[0][0].legend(frameon=False)
+    return figure
+
+
+def one_thread() -> None:
+    import torch
+    torch.set_num_threads(1)
+
+
+def train_one(words: list[str]) -> int:
+    """repo.main in a process of its own, its output in a file beside the run's folder."""
+    import repo
+    out = Path(words[-1])
+    with out.with_name(f"{out.name}.log").open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        return repo.main(words)
+
+
+def is_finished(out: Path, words: list[str]) -> bool:
+    """Whether a run with these very settings has finished there."""
+    import repo
+    if not (out / "summary.json").is_file():
+        return False
+    wanted, found = vars(repo.resolve_config(words)), json.loads((out / "config.json").read_text())
+    return all(found.get(name) == value for name, value in wanted.items() if name not in OF_ONE_RUN and value is not None)
+
+
+def train_all(algos: list[str], seeds: int, settings: list[str], out: Path) -> list[Path]:
+    """Runs what is not there yet: a process per CPU core, or one after the other on a GPU. Returns the folders, method by method."""
+    import torch
+
+    import repo
+    out.mkdir(parents=True, exist_ok=True)
+    suffix = "".join(f"-{word.lstrip('-').replace('/', '_')}" for word in settings)
+    jobs = {out / f"{algo}{suffix}-{seed}": [*ALGOS[algo][1], "--seed", str(seed), *settings] for algo in algos for seed in range(seeds)}
+    jobs = {folder: [*words, "--output_dir", str(folder)] for folder, words in jobs.items()}
+    try:
+        steps = repo.resolve_config(next(iter(jobs.values()))).steps  # builds the tiny world
+        waiting = {folder: words for folder, words in jobs.items() if not is_finished(folder, words)}
+    except repo.UserError as error:
+        sys.exit(f"error: {error}")
+    for folder in waiting:
+        shutil.rmtree(folder, ignore_errors=True)
+    workers = 1 if torch.cuda.is_available() else os.cpu_count()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), None if torch.cuda.is_available() else one_thread) as pool:
+        futures = {pool.submit(train_one, words): folder for folder, words in waiting.items()}
+        with tqdm(total=len(waiting) * (steps or 1), unit="step", desc=f"{len(waiting)} runs, {len(jobs) - len(waiting)} were there") as bar:
+            while not all(future.done() for future in futures) or bar.n < bar.total:
+                bar.update(sum(len(read_jsonl(folder / "metrics.jsonl")) for folder in waiting) - bar.n if steps else 0)
+                failed = [futures[future] for future in futures if future.done() and (future.exception() or future.result())]
+                if failed:
+                    pool.shutdown(cancel_futures=True)
+                    sys.exit(f"error: {failed[0]} failed, see {failed[0]}.log:\n" + Path(f"{failed[0]}.log").read_text()[-500:])
+                if all(future.done() for future in futures):
+                    break
+                time.sleep(0.5)
+    return list(jobs)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=list(ALGOS))
+    parser.add_argument("--out", type=Path, help="where tables and pictures go; default: runs/compare, or here for RUNs")
+    words = sys.argv[1:] if argv is None else argv
+    first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    options, settings = parser.parse_known_args(words[first_flag:])
+    runs = [Path(word) for word in words[:first_flag]]
+    if runs and settings:
+        sys.exit(f"error: {settings[0]}: settings are for training, and finished runs were given")
+    out = options.out or Path("." if runs else "runs/compare")
+    begin = time.perf_counter()
+    folders = runs or train_all(options.algos, options.seeds, settings, out)
+    groups = grouped(load_runs(folders))
+    table = runs_table(groups)
+    print(f"\n{table}\n")
+    if not runs:
+        print(f"{len(folders)} runs in {time.perf_counter() - begin:.0f} s")
+    if len(runs) == 2:
+        pair = load_runs(runs)
+        print(quadrants(*pair), *map(worst_prompts, pair), sep="\n")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "table.md").write_text(table + "\n")
+    (out / "table.json").write_text(json.dumps({name: [run.summary | {"folder": str(run.folder)} for run in group] for name, group in groups.items()}, indent=2))
+    for picture in draw_pictures(groups, out):
+        print(f"drawn: {picture}")
+
+
 if __name__ == "__main__":
-    print(runs_table([Path(name) for name in sys.argv[1:]]))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()
