@@ -156,8 +156,8 @@ def worst_prompts(run: Run, count: int = 10) -> str:
 
 
 # Grey levels and line styles, so that a picture can be read without colour.
-STYLES = [{"color": "0.0", "ls": "-"}, {"color": "0.55", "ls": "-"}, {"color": "0.3", "ls": "--"}, {"color": "0.6", "ls": ":"}, {"color": "0.0", "ls": "-."},
-          {"color": "0.75", "ls": "--"}]
+STYLES = [{"color": "0.75", "ls": "-", "lw": 4}, {"color": "0.0", "ls": "-", "lw": 1.5}, {"color": "0.3", "ls": "--", "lw": 2}, {"color": "0.5", "ls": ":", "lw": 2},
+          {"color": "0.0", "ls": "-.", "lw": 1.5}, {"color": "0.6", "ls": "--", "lw": 2}]
 
 
 def draw_pictures(groups: dict[str, list[Run]], out: Path) -> list[Path]:
@@ -204,12 +204,12 @@ def draw_compensation(groups, pyplot):
         shares, mean = [100 * (i + 0.5) / len(costs) for i in range(len(costs))], fmean(costs)
         unsafe = sum(cost > threshold for cost in costs) / len(costs)
         label = f"{name}: mean cost {mean:.1f}, {'below' if mean <= threshold else 'above'} the limit; {unsafe:.0%} of the prompts above it"
-        axis.plot(shares, costs, label=label, lw=2, **style)
+        axis.plot(shares, costs, label=label, **style)
     top = max(axis.get_ylim()[1], threshold + 1)
     axis.axhspan(threshold, top, color="0.9", zorder=0)
     axis.axhline(threshold, color="0.2", lw=1)
     axis.text(1, threshold + 0.02 * (top - axis.get_ylim()[0]), f"unsafe: cost above the limit d = {threshold:g}", va="bottom")
-    axis.set(xlabel="held-out prompts, sorted by cost (percent)", ylabel="cost of a prompt's responses (mean, units of the cost model)", xlim=(0, 100), ylim=(None, top),
+    axis.set(xlabel="held-out prompts, sorted by cost (percent)", ylabel="cost (mean of a prompt's responses)", xlim=(0, 100), ylim=(None, top),
              title="Safety compensation: a mean below the limit says nothing about single prompts")
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))
     return figure
@@ -223,12 +223,14 @@ def draw_before_after(groups, pyplot):
                                    (runs[0].prompts, "after", {"marker": "x", "color": "0.0"})):
             if rows:
                 axis.scatter([mean_of(row, "cost") for row in rows], [mean_of(row, "reward") for row in rows], s=22, label=label, **style)
-        threshold = runs[0].config["threshold"]
-        axis.axvspan(threshold, max(axis.get_xlim()[1], threshold + 1), color="0.9", zorder=0)
-        axis.axvline(threshold, color="0.2", lw=1)
-        axis.set(title=name, xlabel="cost per prompt (right of the line: unsafe)")
-    axes[0][0].set_ylabel("reward per prompt")
-    axes[0][0].legend(frameon=False)
+        axis.axvline(runs[0].config["threshold"], color="0.2", lw=1)
+        axis.set(title=name, xlabel="cost (mean of a prompt's responses)")
+    right = max(axes[0][0].get_xlim()[1], runs[0].config["threshold"] + 1)  # of all panels, which share their axes
+    for (_, runs), axis in zip(groups.items(), axes[0]):
+        axis.axvspan(runs[0].config["threshold"], right, color="0.9", zorder=0)
+        axis.set_xlim(right=right)
+    axes[0][0].set_ylabel("reward (mean of a prompt's responses)")
+    axes[0][0].legend(frameon=False, title="held-out prompts", loc="center")
     return figure
 
 
