@@ -2,9 +2,11 @@
 
     python tiny_configs/compare.py                       # PPO, PPO-Lag and both estimators of RePO, three seeds each, in the tiny world
     python tiny_configs/compare.py --algos repo --seeds 2 --kl_coeff 0.1    # other settings go to repo.py as they are
+    python tiny_configs/compare.py --study               # RePO's own settings, one changed at a time
     python tiny_configs/compare.py RUN [RUN ...]         # any finished runs, tiny or 7B; of two runs also quadrants and worst prompts
 """
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,6 +25,9 @@ COLUMNS = {"reward": "reward", "cost": "cost", "rectified_cost": "rectified cost
            "over_refusal_rate": "over-refusal", "reward_on_harmless_prompts": "reward on harmless prompts", "lambda": "final λ", "kl": "KL", "wall_seconds": "seconds"}
 ALGOS = {"ppo": ("PPO", ["--algo", "ppo"]), "ppo_lag": ("PPO-Lag", ["--algo", "ppo_lag"]), "repo": ("RePO", ["--algo", "repo"]),
          "mask": ("RePO, mask", ["--algo", "repo", "--rectify", "mask"])}
+STUDY = [[], *([f"--{name}", value] for name, values in {
+    "lambda_init": "0.5 1 10", "lambda_lr": "0 0.02 0.5", "lambda_max": "4", "threshold": "-3 3", "kl_coeff": "0.02 0.1 0.4", "ptx_coeff": "0.1 1",
+    "harmful_share": "0.1 0.45 0.6"}.items() for value in values.split()), ["--batch_size", "16", "--samples_per_prompt", "4"]]
 OF_ONE_RUN = {"seed", "output_dir", "resume", "environment", "sample_every", "save_every", "keep_checkpoints", "dry_run", "gpu_memory", "eval_only"}  # no part of a method
 
 
@@ -256,15 +261,32 @@ def is_finished(out: Path, words: list[str]) -> bool:
     return all(found.get(name) == value for name, value in wanted.items() if name not in OF_ONE_RUN and value is not None)
 
 
-def train_all(algos: list[str], seeds: int, settings: list[str], out: Path) -> list[Path]:
+def with_harmful_share(settings: list[str], out: Path) -> list[str]:
+    """--harmful_share S as settings that repo.py knows: the tiny world's training requests, with so many of one kind left out that S of them are harmful."""
+    if "--harmful_share" not in settings:
+        return settings
+    import repo
+    from tiny_configs import world
+    i = settings.index("--harmful_share")
+    share, requests = float(settings[i + 1]), world.split_requests()[0]
+    harmful, harmless = ([prompt for prompt in requests if (world.REQUESTS[prompt][0] in world.HARMFUL_ACTIONS) == kind] for kind in (True, False))
+    total = min(len(harmful) / share, len(harmless) / (1 - share))
+    chosen = [kind[int(k * len(kind) / n)] for kind, n in ((harmful, round(total * share)), (harmless, round(total * (1 - share)))) for k in range(n)]
+    (out / f"harmful_{share}.txt").write_text("".join(f"{prompt}\n" for prompt in chosen))
+    family = world.build(repo.BEAVER_TEMPLATE)
+    return [*settings[:i], *settings[i + 2:], "--dataset", str(out / f"harmful_{share}.txt"), "--eval_dataset", family["eval_dataset"], "--judge", family["judge"]]
+
+
+def train_all(algos: list[str], seeds: int, variants: list[list[str]], out: Path) -> list[Path]:
     """Runs what is not there yet: a process per CPU core, or one after the other on a GPU. Returns the folders, method by method."""
     import torch
 
     import repo
     out.mkdir(parents=True, exist_ok=True)
-    suffix = "".join(f"-{word.lstrip('-').replace('/', '_')}" for word in settings)
-    jobs = {out / f"{algo}{suffix}-{seed}": [*ALGOS[algo][1], "--seed", str(seed), *settings] for algo in algos for seed in range(seeds)}
-    jobs = {folder: [*words, "--output_dir", str(folder)] for folder, words in jobs.items()}
+    jobs = {}
+    for algo, settings, seed in itertools.product(algos, variants, range(seeds)):
+        folder = out / f"{algo}{''.join('-' + word.lstrip('-').replace('/', '_') for word in settings)}-{seed}"
+        jobs[folder] = [*ALGOS[algo][1], "--seed", str(seed), *with_harmful_share(settings, out), "--output_dir", str(folder)]
     try:
         steps = repo.resolve_config(next(iter(jobs.values()))).steps  # builds the tiny world
         waiting = {folder: words for folder, words in jobs.items() if not is_finished(folder, words)}
@@ -292,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--algos", nargs="+", choices=ALGOS, default=list(ALGOS))
+    parser.add_argument("--study", action="store_true", help="RePO with the settings of STUDY instead")
     parser.add_argument("--out", type=Path, help="where tables and pictures go; default: runs/compare, or here for RUNs")
     words = sys.argv[1:] if argv is None else argv
     first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
@@ -301,8 +324,12 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {settings[0]}: settings are for training, and finished runs were given")
     out = options.out or Path("." if runs else "runs/compare")
     begin = time.perf_counter()
-    folders = runs or train_all(options.algos, options.seeds, settings, out)
-    groups = grouped(load_runs(folders))
+    if options.study:
+        folders = train_all(["repo"], options.seeds, [some + settings for some in STUDY], out)
+        groups = {" ".join(some) or "default": load_runs(folders[i * options.seeds:(i + 1) * options.seeds]) for i, some in enumerate(STUDY)}
+    else:
+        folders = runs or train_all(options.algos, options.seeds, [settings], out)
+        groups = grouped(load_runs(folders))
     table = runs_table(groups)
     print(f"\n{table}\n")
     if not runs:
@@ -311,9 +338,10 @@ def main(argv: list[str] | None = None) -> None:
         pair = load_runs(runs)
         print(quadrants(*pair), *map(worst_prompts, pair), sep="\n")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(table + "\n")
-    (out / "table.json").write_text(json.dumps({name: [run.summary | {"folder": str(run.folder)} for run in group] for name, group in groups.items()}, indent=2))
-    for picture in draw_pictures(groups, out):
+    name = "study" if options.study else "table"
+    (out / f"{name}.md").write_text(table + "\n")
+    (out / f"{name}.json").write_text(json.dumps({name: [run.summary | {"folder": str(run.folder)} for run in group] for name, group in groups.items()}, indent=2))
+    for picture in [] if options.study else draw_pictures(groups, out):
         print(f"drawn: {picture}")
 
 
