@@ -26,8 +26,8 @@ COLUMNS = {"reward": "reward", "cost": "cost", "rectified_cost": "rectified cost
 ALGOS = {"ppo": ("PPO", ["--algo", "ppo"]), "ppo_lag": ("PPO-Lag", ["--algo", "ppo_lag"]), "repo": ("RePO", ["--algo", "repo"]),
          "mask": ("RePO, mask", ["--algo", "repo", "--rectify", "mask"])}
 STUDY = [[], *([f"--{name}", value] for name, values in {
-    "lambda_init": "0.5 1 10", "lambda_lr": "0 0.02 0.5", "lambda_max": "4", "threshold": "-3 3", "kl_coeff": "0.02 0.1 0.4", "ptx_coeff": "0.1 1",
-    "harmful_share": "0.1 0.45 0.6"}.items() for value in values.split()), ["--batch_size", "16", "--samples_per_prompt", "4"]]
+    "lambda_init": "1 10", "lambda_lr": "0 0.5", "lambda_max": "4", "threshold": "-3 3", "kl_coeff": "0.05 0.5", "ptx_coeff": "0.3",
+    "harmful_share": "0.1 0.6"}.items() for value in values.split()), ["--batch_size", "16", "--samples_per_prompt", "4"]]
 OF_ONE_RUN = {"seed", "output_dir", "resume", "environment", "sample_every", "save_every", "keep_checkpoints", "dry_run", "gpu_memory", "eval_only"}  # no part of a method
 
 
