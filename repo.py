@@ -21,7 +21,6 @@ import logging
 import math
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -46,12 +45,10 @@ from transformers import HfArgumentParser, LogitsProcessor, LogitsProcessorList,
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss
 from tiny_configs import plan
 from tiny_configs.compare import samples_table, scores_table, summarize
+from tiny_configs.folder import checkpoints_in, claim_output_dir, is_run, renamed_when_complete, to_jsonl, write_config
 from tiny_configs.inputs import UserError, blame, load_function, load_pairs, require, say, to_messages
 from tiny_configs.plan import peak_memory_mib
 from tiny_configs.ranks import RANK, RANKS, barrier, from_all_ranks, gathered, join_ranks, over_ranks, sharded, shares, whole
-
-def to_jsonl(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 def random_numbers(*key) -> torch.Generator:
     """A generator that is a function of its key alone, so that neither a resumed run nor another number of ranks draws anything else."""
@@ -128,9 +125,6 @@ PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models
            "llama-3.2-3b": PUBLISHED | {"policy": "meta-llama/Llama-3.2-3B-Instruct"}}
 FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size"}  # may change
 MAY_BE_ZERO = {"lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda", "ptx_coeff", "seed", "save_every", "sample_every"}
-
-def is_run(folder: str | None) -> bool:
-    return folder is not None and Path(folder, "metrics.jsonl").is_file()
 
 def resolve_config(argv: list[str]) -> Config:
     """Where all settings come together. Raises UserError for anything unknown, missing or out of range."""
@@ -817,25 +811,6 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
     return [{"prompt": group[0]["prompt"], "responses": group} for group in groups]
 
 # ==== 9  Checkpoints ======================================================================================================================
-@contextmanager
-def renamed_when_complete(folder: Path):
-    """A folder to write into that gets its name only when all ranks have written everything."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    yield temporary
-    barrier()
-    if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
-    barrier()
-
-def checkpoints_in(out) -> list[Path]:
-    """The complete ones, oldest first."""
-    return sorted((f for f in Path(out, "checkpoints").glob("step-*") if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
-
 def tensors_of(state: State) -> dict[str, Tensor]:
     """All tensors that training changes, by name: what is trained, and AdamW's state. On several ranks each tensor is its share of the whole one."""
     weights = {f"{name}.{key}": weight for name in State.TRAINED for key, weight in trainable(getattr(state, name)).items()}
@@ -899,21 +874,6 @@ def resume(state: State, config: Config) -> Path:
     for name, rows in state.logs.items() if RANK == 0 else ():  # rows later than the checkpoint go, and come again
         (out / name).write_text(to_jsonl(rows))
     say(f"continuing from {checkpoint}")
-    return out
-
-def write_config(out: Path, config: Config) -> None:
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    (out / "config.json").write_text(json.dumps(vars(config) | {"resume": None, "environment": {
-        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__,
-        "ranks": RANKS, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": git.stdout.strip() or None}}, indent=2))
-
-def claim_output_dir(config: Config) -> Path:
-    """The run's folder, empty: an earlier run there is moved aside."""
-    out = Path(config.output_dir)
-    if RANK == 0 and (out / "config.json").exists():
-        aside = next(aside for n in range(1, sys.maxsize) if not (aside := out.with_name(f"{out.name}.{n}")).exists())
-        say(f"the earlier run in {out} is now {out.rename(aside)}")
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 # ==== 10  Main ============================================================================================================================
