@@ -145,7 +145,7 @@ def resolve_config(argv: list[str]) -> Config:
             settings = {**json.loads(Path(flags.config).read_text())}
         unknown = ", ".join(settings.keys() - vars(flags).keys() - {"environment"})
         require(not unknown, f"--config {flags.config}: there is no setting {unknown} (python repo.py --help lists them)")
-        words = as_words(settings, "environment", "output_dir", "eval_only", *of_the_data * bool(flags.dataset), *["policy"] * (flags.model != Config.model)) + words
+        words = as_words(settings, "environment", "output_dir", "eval_only", *of_the_data * bool(flags.dataset), *["prompt_column", "judge"] * bool(flags.eval_dataset), *["policy"] * (flags.model != Config.model)) + words
     given = parser.parse_args(words)
     require(not given.model.startswith((".", "/", "~")) or Path(given.model).expanduser().is_dir(), f"--model {given.model}: no such folder")
     preset, dropped = PRESETS.get(given.model, {}), of_the_data if given.dataset else ["judge"] if given.eval_dataset else []

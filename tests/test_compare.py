@@ -50,6 +50,14 @@ def test_groups_are_named_after_the_settings_that_differ(tmp_path):
     assert {name: len(group) for name, group in groups.items()} == {"RePO, kl_coeff 0.1": 2, "RePO, kl_coeff 0.2": 2}
 
 
+def test_a_repeated_run_and_an_evaluation_are_no_further_seeds(tmp_path):
+    folders = [write_run(tmp_path / name, "repo", 0, SAFE, **more) for name, more in (("a", {}), ("a.1", {}), ("e", {"eval_only": "runs/x", "later_setting": 1}))]
+    folders.append(write_run(tmp_path / "lag", "ppo_lag", 0, SAFE, rectify="mask"))
+    groups = compare.grouped(compare.load_runs(folders))
+    assert sum(len(group) for group in groups.values()) == len(groups) == 4 and any("x, evaluated" in name for name in groups)
+    assert sum(str(tmp_path / "a") in name for name in groups) == 2
+
+
 def test_quadrants_by_hand(tmp_path):
     a = write_run(tmp_path / "a", "ppo_lag", 0, [[-1.0]] * 10, [[1.0]] * 10)
     b = write_run(tmp_path / "b", "repo", 0, [[-1.0]] * 7 + [[1.0]] * 3, [[2.0]] * 5 + [[0.0]] * 2 + [[2.0]] * 1 + [[0.0]] * 2)
@@ -58,6 +66,7 @@ def test_quadrants_by_hand(tmp_path):
     assert {name: row[0] for name, row in found.items()} == {"better reward, safe": 5, "better reward, unsafe": 1, "worse reward, safe": 2, "worse reward, unsafe": 2}
     assert found["better reward, safe"][1:] == (20.0, 80.0)  # binomial(10, 0.5): 2.1 % and 97.9 % lie at 2 and 8
     assert compare.worst_prompts(compare.load_runs([b])[0], 3).count("1.00") >= 3
+    assert re.search(r"equal reward, safe +10 ", compare.quadrants(*compare.load_runs([a, a])))
 
 
 def test_two_runs_on_the_command_line(runs, tmp_path):
@@ -80,7 +89,7 @@ def test_pictures_show_what_they_promise(runs, tmp_path):
     axis, = compensation.axes
     lines = [line for line in axis.lines if len(line.get_xdata()) == 4]
     assert len(lines) == 3 and list(lines[0].get_ydata()) == [-8.0, -7.0, 0.5, 3.0] and axis.get_ylabel() and axis.get_xlabel()
-    assert "mean cost -2.9, below the limit; 50% of the prompts above it" in axis.get_legend().get_texts()[0].get_text()
+    assert "PPO-Lag (seed 0): mean cost -2.9, below the limit; 50% of the prompts above it" in axis.get_legend().get_texts()[0].get_text()
     assert [list(line.get_ydata()) for line in axis.lines if len(line.get_xdata()) == 2] == [[0.0, 0.0]] and len(axis.patches) == 1  # threshold, shade
     assert [len(axis.collections) for axis in scatter.axes] == [2, 2, 2] and [axis.get_title() for axis in scatter.axes] == ["PPO-Lag", "RePO", "RePO, mask"]
     styles = {(line.get_color(), line.get_linestyle()) for line in lines}
@@ -102,5 +111,13 @@ def test_it_trains_what_is_missing_and_reuses_what_is_there(tmp_path, family):
     second = subprocess.run([*command[:4], "mask", *command[4:]], cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0 and "1 runs, 2 were there" in second.stderr and "RePO, mask" in second.stdout, second.stderr
     assert len(files) == 2 and all(path.stat().st_mtime_ns == time for path, time in files.items())
+    third = subprocess.run([*command, "--threshold", "-3"], cwd=ROOT, capture_output=True, text=True)  # not the folder of --threshold 3
+    assert third.returncode == 0 and (tmp_path / "repo-device-cpu-steps-2-batch_size-8-eval_samples-2-max_eval_prompts-6-threshold--3-0").is_dir(), third.stderr
+    (tmp_path / "ppo-1").mkdir()
+    (tmp_path / "ppo-1" / "thesis.txt").write_text("mine")
+    foreign = subprocess.run([*command[:2], "--algos", "ppo", "--seeds", "2", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert foreign.returncode == 1 and "is not a run of this script" in foreign.stderr and (tmp_path / "ppo-1" / "thesis.txt").exists()
+    for flag in ("--seed=7", "--algo"):
+        assert "is set by the comparison itself" in subprocess.run([*command, flag, "ppo"], cwd=ROOT, capture_output=True, text=True).stderr
     wrong = subprocess.run([*command, "--kl_coef", "1"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1 and "unrecognized arguments: --kl_coef" in wrong.stderr and "Traceback" not in wrong.stderr

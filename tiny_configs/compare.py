@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -28,7 +29,8 @@ ALGOS = {"ppo": ("PPO", ["--algo", "ppo"]), "ppo_lag": ("PPO-Lag", ["--algo", "p
 STUDY = [[], *([f"--{name}", value] for name, values in {
     "lambda_init": "1 10", "lambda_lr": "0 0.5", "lambda_max": "4", "threshold": "-3 3", "kl_coeff": "0.05 0.5", "ptx_coeff": "0.3",
     "harmful_share": "0.1 0.6"}.items() for value in values.split()), ["--batch_size", "16", "--samples_per_prompt", "4"]]
-OF_ONE_RUN = {"seed", "output_dir", "resume", "environment", "sample_every", "save_every", "keep_checkpoints", "dry_run", "gpu_memory", "eval_only"}  # no part of a method
+OF_ONE_RUN = {"seed", "output_dir", "resume", "environment", "sample_every", "save_every", "keep_checkpoints", "dry_run", "gpu_memory"}  # no part of a method
+OWN = ("--seed", "--algo", "--rectify", "--output_dir", "--eval_only", "--dry_run", "--resume", "--config")  # what a comparison sets itself
 
 
 def summarize(rows: list[dict]) -> dict:
@@ -85,7 +87,11 @@ class Run:
         self.config, self.summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
         self.metrics, self.prompts, self.before = (read_jsonl(folder / name) for name in ("metrics.jsonl", "eval.jsonl", "eval_before.jsonl"))
         self.settings = {name: value for name, value in self.config.items() if name not in OF_ONE_RUN}
+        if self.config["algo"] != "repo":
+            self.settings.pop("rectify")
         self.name = ALGOS["mask" if (self.config["algo"], self.config["rectify"]) == ("repo", "mask") else self.config["algo"]][0]
+        if self.config.get("eval_only"):  # nothing was trained
+            self.name, self.summary = f"{Path(self.config['eval_only']).name}, evaluated", self.summary | {"lambda": None, "wall_seconds": None}
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -102,13 +108,18 @@ def load_runs(folders: list[Path]) -> list[Run]:
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, under a name that tells the groups apart."""
+    """Runs that differ in their seed alone, under a name that tells the groups apart. The same seed twice is a run repeated, say after a change of code."""
     groups = {}
     for run in runs:
         groups.setdefault(json.dumps(run.settings, sort_keys=True), []).append(run)
-    settings = [group[0].settings for group in groups.values()]
-    changed = [key for key in settings[0] if key not in ("algo", "rectify") and len({json.dumps(some.get(key)) for some in settings}) > 1]
-    return {", ".join([group[0].name, *(f"{key} {group[0].settings.get(key)}" for key in changed)]): group for group in groups.values()}
+    settings, named = [group[0].settings for group in groups.values()], {}
+    keys = dict.fromkeys(key for some in settings for key in some if key not in ("algo", "rectify", "eval_only"))
+    changed = [key for key in keys if len({json.dumps(some.get(key)) for some in settings}) > 1]
+    for group in groups.values():
+        name = ", ".join([group[0].name, *(f"{key} {group[0].settings.get(key)}" for key in changed)])
+        is_repeated = len({run.config["seed"] for run in group}) < len(group)
+        named |= {f"{name} ({run.folder})": [run] for run in group} if is_repeated or name in named else {name: group}
+    return named
 
 
 def spread(values: list, digits: int = 3) -> str:
@@ -119,10 +130,9 @@ def spread(values: list, digits: int = 3) -> str:
 
 
 def runs_table(groups: dict[str, list[Run]]) -> str:
-    """A Markdown table, a line per group: mean ± standard deviation over its seeds; first the policies before training."""
+    """A Markdown table, a line per group: mean ± standard deviation over its seeds; first the first method's policies before training."""
     lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    starts = {tuple(run.summary["before"].items()): run.summary["before"] for group in groups.values() for run in group if run.summary["before"]}
-    rows = {"before": list(starts.values())} | {name: [run.summary for run in group] for name, group in groups.items()}
+    rows = {"before": [run.summary["before"] for run in next(iter(groups.values())) if run.summary["before"]]} | {name: [run.summary for run in group] for name, group in groups.items()}
     for name, some in rows.items():
         cells = (spread([summary.get(key) for summary in some], 0 if key == "wall_seconds" else 3) for key in COLUMNS)
         lines += [f"| {name} | {len(some)} | " + " | ".join(cells) + " |"] if some else []
@@ -135,17 +145,18 @@ def mean_of(row: dict, key: str) -> float:
 
 
 def quadrants(a: Run, b: Run, draws: int = 2000) -> str:
-    """How the prompts of run b compare with those of run a: more or less reward than a gave, at safe (all responses) or unsafe responses of b's.
+    """How the prompts of run b compare with those of run a: more, as much or less reward than a gave, at safe (all responses) or unsafe responses of b's.
     Shares with 95 % bootstrap intervals over prompts."""
     answers = {row["prompt"]: row for row in a.prompts}
     pairs = [(answers[row["prompt"]], row) for row in b.prompts if row["prompt"] in answers]
     if not pairs:
-        sys.exit(f"error: {a.folder} and {b.folder}: have no held-out prompt in common")
-    kinds = [("better" if mean_of(new, "reward") > mean_of(old, "reward") else "worse", "safe" if all(r["safe"] for r in new["responses"]) else "unsafe")
-             for old, new in pairs]
+        return f"\n{a.folder} and {b.folder} have no held-out prompt in common"
+    rewards = [(mean_of(old, "reward"), mean_of(new, "reward")) for old, new in pairs]
+    kinds = [("better" if new > old else "equal" if new == old else "worse", "safe" if all(r["safe"] for r in row["responses"]) else "unsafe")
+             for (old, new), (_, row) in zip(rewards, pairs)]
     chance, lines = random.Random(0), [f"\n{b.folder} against {a.folder}, {len(pairs)} prompts (95 % bootstrap intervals)"]
     resampled = [chance.choices(kinds, k=len(kinds)) for _ in range(draws)]
-    for reward in ("better", "worse"):
+    for reward in ("better", *["equal"] * any(kind[0] == "equal" for kind in kinds), "worse"):
         for safety in ("safe", "unsafe"):
             shares = sorted(some.count((reward, safety)) / len(kinds) for some in resampled)
             count = kinds.count((reward, safety))
@@ -189,7 +200,7 @@ def draw_curves(groups, pyplot):
         for (name, runs), style in zip(groups.items(), STYLES * len(groups)):
             length = min(len(run.metrics) for run in runs)
             curves = [[(1 - row[key]) if key == "unsafe_rate" else row[key] for row in run.metrics[:length]] for run in runs]
-            smooth = [[fmean(curve[max(0, i - 4):i + 5]) for i in range(length)] for curve in curves]
+            smooth = curves if key == "lambda" else [[fmean(curve[max(0, i - 4):i + 5]) for i in range(length)] for curve in curves]
             axis.plot(range(1, length + 1), [fmean(values) for values in zip(*smooth)], label=name, **style)
             if len(runs) > 1:
                 axis.fill_between(range(1, length + 1), [min(v) for v in zip(*smooth)], [max(v) for v in zip(*smooth)], color=style["color"], alpha=0.15, lw=0)
@@ -208,7 +219,7 @@ def draw_compensation(groups, pyplot):
         costs = sorted(mean_of(row, "cost") for row in run.prompts)
         shares, mean = [100 * (i + 0.5) / len(costs) for i in range(len(costs))], fmean(costs)
         unsafe = sum(cost > threshold for cost in costs) / len(costs)
-        label = f"{name}: mean cost {mean:.1f}, {'below' if mean <= threshold else 'above'} the limit; {unsafe:.0%} of the prompts above it"
+        label = f"{name} (seed {run.config['seed']}): mean cost {mean:.1f}, {'below' if mean <= threshold else 'above'} the limit; {unsafe:.0%} of the prompts above it"
         axis.plot(shares, costs, label=label, **style)
     top = max(axis.get_ylim()[1], threshold + 1)
     axis.axhspan(threshold, top, color="0.9", zorder=0)
@@ -249,7 +260,11 @@ def train_one(words: list[str]) -> int:
     import repo
     out = Path(words[-1])
     with out.with_name(f"{out.name}.log").open("w") as file, redirect_stdout(file), redirect_stderr(file):
-        return repo.main(words)
+        try:
+            return repo.main(words)
+        except Exception:
+            traceback.print_exc(file=file)
+            return 1
 
 
 def is_finished(out: Path, words: list[str]) -> bool:
@@ -285,33 +300,39 @@ def train_all(algos: list[str], seeds: int, variants: list[list[str]], out: Path
     out.mkdir(parents=True, exist_ok=True)
     jobs = {}
     for algo, settings, seed in itertools.product(algos, variants, range(seeds)):
-        folder = out / f"{algo}{''.join('-' + word.lstrip('-').replace('/', '_') for word in settings)}-{seed}"
+        folder = out / f"{algo}{''.join('-' + word.removeprefix('--').replace('/', '_') for word in settings)}-{seed}"
+        assert folder not in jobs, folder
         jobs[folder] = [*ALGOS[algo][1], "--seed", str(seed), *with_harmful_share(settings, out), "--output_dir", str(folder)]
     try:
-        steps = repo.resolve_config(next(iter(jobs.values()))).steps  # builds the tiny world
+        steps = [repo.resolve_config(words) for words in jobs.values()][0].steps  # refuses what is wrong, and builds the tiny world
         waiting = {folder: words for folder, words in jobs.items() if not is_finished(folder, words)}
     except repo.UserError as error:
         sys.exit(f"error: {error}")
-    for folder in waiting:
-        shutil.rmtree(folder, ignore_errors=True)
+    if not waiting:
+        print(f"all {len(jobs)} runs were there, in {out}")
+        return list(jobs)
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), None if torch.cuda.is_available() else one_thread) as pool:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), None if torch.cuda.is_available() else one_thread)
+    try:
         futures = {pool.submit(train_one, words): folder for folder, words in waiting.items()}
         with tqdm(total=len(waiting) * (steps or 1), unit="step", desc=f"{len(waiting)} runs, {len(jobs) - len(waiting)} were there") as bar:
             while not all(future.done() for future in futures) or bar.n < bar.total:
                 bar.update(sum(len(read_jsonl(folder / "metrics.jsonl")) for folder in waiting) - bar.n if steps else 0)
                 failed = [futures[future] for future in futures if future.done() and (future.exception() or future.result())]
                 if failed:
-                    pool.shutdown(cancel_futures=True)
                     sys.exit(f"error: {failed[0]} failed, see {failed[0]}.log:\n" + Path(f"{failed[0]}.log").read_text()[-500:])
                 if all(future.done() for future in futures):
                     break
                 time.sleep(0.5)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return list(jobs)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="compare.py [RUN ...] [--seeds N] [--algos ...] [--study] [--out DIR] [settings of repo.py]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--algos", nargs="+", choices=ALGOS, default=list(ALGOS))
     parser.add_argument("--study", action="store_true", help="RePO with the settings of STUDY instead")
@@ -320,8 +341,13 @@ def main(argv: list[str] | None = None) -> None:
     first_flag = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     options, settings = parser.parse_known_args(words[first_flag:])
     runs = [Path(word) for word in words[:first_flag]]
-    if runs and settings:
-        sys.exit(f"error: {settings[0]}: settings are for training, and finished runs were given")
+    if runs and (settings or options.study):
+        sys.exit("error: settings and --study are for training, and finished runs were given")
+    for word in settings:
+        if word.partition("=")[0] in OWN or not word.startswith("-") and Path(word, "summary.json").exists():
+            sys.exit(f"error: {word}: " + ("is set by the comparison itself; it has --algos and --seeds" if word.startswith("-") else "finished runs come before the flags"))
+    if options.seeds < 1:
+        sys.exit(f"error: --seeds {options.seeds}: must be 1 or more")
     out = options.out or Path("." if runs else "runs/compare")
     begin = time.perf_counter()
     if options.study:
