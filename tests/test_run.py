@@ -252,7 +252,7 @@ def test_a_runs_config_starts_another_run(run, tmp_path):
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, family):
     """The default run, its baselines, and the run with adapters, as a user would start them; side by side, on a core each."""
-    flags = {"repo": (), "ppo_lag": ("--algo", "ppo_lag"), "ppo": ("--algo", "ppo"), "adapters": ("--lora_rank", "8")}
+    flags = {"repo": (), "ppo_lag": ("--algo", "ppo_lag"), "ppo": ("--algo", "ppo"), "adapters": ("--lora_rank", "8", "--minibatch_size", "32", "--actor_lr", "9e-4", "--critic_lr", "2e-3")}
     folder, environment = tmp_path_factory.mktemp("runs"), {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = {name: subprocess.Popen([sys.executable, "repo.py", "--device", "cpu", *flags[name], "--output_dir", str(folder / name)], cwd=ROOT, env=environment,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for name in flags}
