@@ -25,5 +25,5 @@ def test_every_setting_it_names_exists():
     settings = set(repo.Config.__dataclass_fields__) | {"config", "help"}
     bench = r"kernels\.bench([^`\n]*)"
     torchruns = r"torchrun --.*? repo\.py"  # the flags between are torchrun's own
-    assert set(re.findall(r"--([a-z_0-9]+)", re.sub(f"{bench}|{torchruns}", "", README))) <= settings | {"algos", "seeds", "study", "out"}  # compare.py's
+    assert set(re.findall(r"--([a-z_0-9]+)", re.sub(f"{bench}|{torchruns}", "", README))) <= settings | {"algos", "seeds", "study", "out", "harmful_share"}  # compare.py's
     assert set(re.findall(r"--([a-z_0-9]+)", " ".join(re.findall(bench, README)))) <= {option.lstrip("-") for option in bench_parser("cpu")._option_string_actions}
