@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import math
-import shutil
+import re
 import signal
 import sys
 import time
@@ -45,8 +45,10 @@ from transformers import HfArgumentParser, LogitsProcessor, LogitsProcessorList,
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss
 from tiny_configs import plan
 from tiny_configs.compare import samples_table, scores_table, summarize
-from tiny_configs.folder import checkpoints_in, claim_output_dir, is_run, renamed_when_complete, to_jsonl, write_config
-from tiny_configs.inputs import UserError, blame, load_function, load_pairs, require, say, to_messages
+from tiny_configs.folder import append, checkpoints_in, claim_output_dir, find_checkpoint, held, is_run, remove, remove_temporaries, renamed_when_complete, room_for
+from tiny_configs.folder import to_jsonl, write_config, write_manifest, write_whole
+from tiny_configs.checks import BadNumbers, bad_batch, check_policy, check_scorer, collapse, has_plain_head, not_finite
+from tiny_configs.inputs import UserError, blame, did_you_mean, load_function, load_pairs, printable, require, say, to_messages
 from tiny_configs.plan import peak_memory_mib
 from tiny_configs.ranks import RANK, RANKS, barrier, from_all_ranks, gathered, join_ranks, over_ranks, sharded, shares, whole
 
@@ -70,7 +72,8 @@ class Config:
     prompt_column: str | None = option(None, "where --dataset and --eval_dataset hold the prompt, if that is not recognised")
     ptx_dataset: str | None = option(None, "supervised prompt-answer pairs for the PTX loss")
     judge: str | None = option(None, "FILE.py:function(prompts, responses) -> dicts of bools: safe, refused, harmful_prompt")
-    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
+    scorer_timeout: float = option(600.0, "seconds that a call of a score function or judge may take")
+    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code; for the command line only, no --config turns it on")
     algo: Literal["repo", "ppo_lag", "ppo"] = option("repo", "bound the rectified cost, the mean cost (Safe RLHF), or nothing")
     rectify: Literal["return", "mask"] = option("return", "repo's estimator: rectified cost in all returns, or a penalty on unsafe responses only")
     threshold: float = option(0.0, "d: a response is unsafe if its cost is above it")
@@ -110,8 +113,11 @@ class Config:
     save_every: int = option(0, "steps between checkpoints; 0 = only on Ctrl-C")
     keep_checkpoints: int = option(2, "keep so many of the newest checkpoints")
     resume: str | None = option(None, "continue from this checkpoint; without a value, from the newest in --output_dir", nargs="?", const="newest")
+    max_bad_steps: int = option(3, "stop after so many steps in a row with scores, log-probs, losses or gradients that are not finite")
     sample_every: int = option(50, "steps between samples in terminal and samples.jsonl; 0 = never")
 
+    def policy_flag(self) -> str:
+        return "--model" if self.policy == self.model else "--policy"
     def autocast(self):
         """Trained models keep fp32 weights and compute in --dtype."""
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
@@ -123,14 +129,15 @@ PUBLISHED = {"reward_model": "PKU-Alignment/beaver-7b-v1.0-reward", "cost_model"
 PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models and data built by tiny_configs/world.py
            "alpaca-7b": PUBLISHED | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
            "llama-3.2-3b": PUBLISHED | {"policy": "meta-llama/Llama-3.2-3B-Instruct"}}
-FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size"}  # may change
+FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size", "scorer_timeout", "max_bad_steps"}  # may change
 MAY_BE_ZERO = {"lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda", "ptx_coeff", "seed", "save_every", "sample_every"}
 
 def resolve_config(argv: list[str]) -> Config:
     """Where all settings come together. Raises UserError for anything unknown, missing or out of range."""
     parser = HfArgumentParser(Config, description="Defaults are those of the published runs; presets override them (tiny: tiny_configs/tiny.json).", allow_abbrev=False)
     parser.add_argument("--config", help="a json file of settings; a run's own config.json will do")
-    parser.error = lambda message: require(False, f"{message} (python repo.py --help lists the settings)")
+    known = [*Config.__dataclass_fields__, "config"]
+    parser.error = lambda message: require(False, f"{message}{did_you_mean(re.findall('--[^ ]+', message), known)}; python repo.py --help lists the settings")
     def as_words(settings: dict, *skipped: str) -> list[str]:
         return [f"--{name}={value}" for name, value in settings.items() if value is not None and name not in skipped]
     flags, words = parser.parse_args(argv), list(argv)  # presets and files go in front: argparse lets the last word win
@@ -143,9 +150,9 @@ def resolve_config(argv: list[str]) -> Config:
     if flags.config:
         with blame(f"--config {flags.config}: not a file with a json object of settings"):
             settings = {**json.loads(Path(flags.config).read_text())}
-        unknown = ", ".join(settings.keys() - vars(flags).keys() - {"environment"})
-        require(not unknown, f"--config {flags.config}: there is no setting {unknown} (python repo.py --help lists them)")
-        words = as_words(settings, "environment", "output_dir", "eval_only", *of_the_data * bool(flags.dataset), *["prompt_column", "judge"] * bool(flags.eval_dataset), *["policy"] * (flags.model != Config.model)) + words
+        unknown = sorted(settings.keys() - vars(flags).keys() - {"environment"})
+        require(not unknown, f"--config {flags.config}: there is no setting {', '.join(unknown)}{did_you_mean(unknown, known)}; python repo.py --help lists them")
+        words = as_words(settings, "environment", "trust_remote_code", "output_dir", "eval_only", *of_the_data * bool(flags.dataset), *["prompt_column", "judge"] * bool(flags.eval_dataset), *["policy"] * (flags.model != Config.model)) + words
     given = parser.parse_args(words)
     require(not given.model.startswith((".", "/", "~")) or Path(given.model).expanduser().is_dir(), f"--model {given.model}: no such folder")
     preset, dropped = PRESETS.get(given.model, {}), of_the_data if given.dataset else ["judge"] if given.eval_dataset else []
@@ -170,9 +177,12 @@ def resolve_config(argv: list[str]) -> Config:
         require(value is not None or name not in ("reward_model", "cost_model", "dataset"),
                 f"--{name} is missing; only the presets ({', '.join(PRESETS)}) bring one, and --model {config.model} is none of them")
     require(config.ptx_dataset or not config.ptx_coeff, f"--ptx_coeff {config.ptx_coeff} needs --ptx_dataset; --ptx_coeff 0 turns the PTX loss off")
+    responses = config.batch_size * config.samples_per_prompt
+    require(responses % min(config.minibatch_size or responses, responses) == 0,
+            f"--minibatch_size {config.minibatch_size}: does not divide the {responses} responses of a step (--batch_size times --samples_per_prompt)")
     require(config.max_length > config.max_prompt_length, f"--max_length {config.max_length}: must be above --max_prompt_length {config.max_prompt_length}")
     out = Path(config.output_dir)
-    empty = not out.exists() or out.is_dir() and not any(out.iterdir())
+    empty = not out.exists() or out.is_dir() and not any(out.glob("[!.]*"))
     require(empty or (out / "config.json").exists(), f"--output_dir {out}: exists and is not a run of this script; choose another")
     require(RANKS == 1 or config.dry_run or distributed.is_initialized(), "WORLD_SIZE is set, so there should be several ranks; start them with torchrun")
     require(config.device == "cpu" or config.dry_run or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
@@ -182,11 +192,15 @@ def resolve_config(argv: list[str]) -> Config:
 def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--dataset", tokenizer=None, max_length: int = sys.maxsize) -> list[str]:
     """The distinct prompts of a file or hub data set, in order, of at most max_length tokens. Raises UserError; says what it drops."""
     pairs = load_pairs(source, prompt_column, flag)
-    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+    distinct = dict.fromkeys(prompt for prompt, _ in pairs)
+    special = tokenizer.all_special_tokens if tokenizer else ()  # in a prompt they would end a turn, or begin one
+    prompts = [prompt for prompt in distinct if not any(token in prompt for token in special)]
+    require(prompts, f"{flag} {source}: every prompt contains one of the tokenizer's special tokens, {', '.join(special)}")
     lengths = [len(row) for row in encode_prompts(prompts, tokenizer)] if tokenizer else [0] * len(prompts)
     kept = [prompt for prompt, length in zip(prompts, lengths) if length <= max_length]
     require(kept, f"{flag} {source}: every prompt is longer than --max_prompt_length {max_length}; the shortest has {min(lengths)} tokens")
-    say(f"{flag}: {len(pairs) - len(prompts):,} duplicates and {len(prompts) - len(kept):,} prompts longer than --max_prompt_length dropped, {len(kept):,} left")
+    steering = f", {count:,} prompts that spell special tokens" if (count := len(distinct) - len(prompts)) else ""
+    say(f"{flag}: {len(pairs) - len(distinct):,} duplicates{steering} and {len(prompts) - len(kept):,} prompts longer than --max_prompt_length dropped, {len(kept):,} left")
     return kept
 
 BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # no space at the end: the answer follows directly, then EOS
@@ -295,19 +309,20 @@ class Scorer:
     """Where rewards or costs come from: a model with its tokenizer, or a Python function."""
     def __init__(self, role: str, policy_tokenizer, config: Config):
         self.flag, self.source, self.config = f"--{role}_model", getattr(config, f"{role}_model"), config
-        self.function = load_function(self.source, self.flag) if ".py:" in self.source else None
+        self.function = load_function(self.source, self.flag, config.scorer_timeout) if ".py:" in self.source else None
         self.same_tokens = False
         if self.function is None:
             self.model = fetch(ScoreModel.from_pretrained, self.source, self.flag, config, role=role, dtype=getattr(torch, config.dtype), dry_run=config.dry_run)
             self.model.requires_grad_(False)
             own = self.tokenizer = fetch(AutoTokenizer.from_pretrained, self.source, self.flag, config)
+            check_scorer(self.model, own, role, f"{self.flag} {self.source}")
             own.pad_token = own.pad_token or own.eos_token  # masks tell where padding is
             trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{own.eos_token}"
             self.same_tokens = own.get_vocab() == policy_tokenizer.get_vocab() and own(trial).input_ids == policy_tokenizer(trial).input_ids
             if isinstance(self.model, SequenceClassifier):  # which finds the last token by the pad id of its config
                 own.pad_token_id = ids.pad_token_id = own.pad_token_id if (ids := self.model[0].config).pad_token_id is None else ids.pad_token_id
     def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str], finished: list[bool]) -> Tensor:
-        """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError unless all are finite numbers."""
+        """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError unless all are numbers."""
         scores = torch.zeros(len(prompts), device=self.config.device)                                                 # [B]
         if not self.function and not self.same_tokens:  # re-encoded, in its own template; EOS only where the response really ended
             rows = [row + [self.tokenizer.eos_token_id] * (ended and self.tokenizer.eos_token is not None)
@@ -318,8 +333,7 @@ class Scorer:
             else:
                 values = self.of_tokens([rows[i] for i in some or [0]])
             for i, value in zip(some, values):
-                require(isinstance(value, SupportsFloat) and math.isfinite(float(value)),
-                        f"{self.flag} {self.source}: gave {value!r}, not a finite number, to the response {responses[i][:60]!r}")
+                require(isinstance(value, SupportsFloat), f"{self.flag} {self.source}: gave {value!r}, not a number, to the response {responses[i][:60]!r}")
                 scores[i] = float(value)
         return over_ranks(scores)
     @torch.no_grad()
@@ -327,18 +341,22 @@ class Scorer:
         batch = lay_out([[]] * len(rows), rows, self.tokenizer.pad_token_id, self.config.device)                      # [b, L]
         return whole(self.model, type(self.model).score, batch.input_ids, batch.attention_mask).tolist()
 
+def load_tokenizer(config: Config):
+    """The policy's tokenizer. Raises UserError if it cannot end a response."""
+    tokenizer = fetch(AutoTokenizer.from_pretrained, config.policy, flag := config.policy_flag(), config)
+    require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks tell where padding is
+    unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    require(not unknown & {*encode_prompts(["a"], tokenizer)[0]}, f"{flag} {config.policy}: its tokenizer cannot encode {render_prompt('a', tokenizer)!r}")
+    return tokenizer
+
 def load_policy(config: Config):
     """(policy, its tokenizer). Weights that are trained are fp32, others in the compute dtype. Raises UserError."""
-    flag = "--model" if config.policy == config.model else "--policy"
+    flag, tokenizer = config.policy_flag(), load_tokenizer(config)
     load = partial(shape_of, AutoModelForCausalLM) if config.dry_run else AutoModelForCausalLM.from_pretrained
     policy = fetch(load, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank or config.eval_only else torch.float32)
     policy.eval()
-    tokenizer, rows = fetch(AutoTokenizer.from_pretrained, config.policy, flag, config), policy.get_input_embeddings().num_embeddings
-    require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks tell where padding is
-    require(len(tokenizer) <= rows, f"{flag} {config.policy}: its tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings")
-    unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    require(not unknown & {*encode_prompts(["a"], tokenizer)[0]}, f"{flag} {config.policy}: its tokenizer cannot encode {render_prompt('a', tokenizer)!r}")
+    check_policy(policy, tokenizer, f"{flag} {config.policy}")
     policy.stop_token_ids = {tokenizer.eos_token_id}
     with suppress(OSError):  # chat models list more end-of-turn tokens in this file, most other models have none
         listed = GenerationConfig.from_pretrained(str(Path(config.policy).expanduser())).eos_token_id
@@ -349,21 +367,6 @@ def load_policy(config: Config):
     if not policy.has_plain_head:
         say(f"{flag} {config.policy}: its logits are more than hidden states times a matrix (bias, cap or scale), so they are made whole: more memory")
     return policy, tokenizer
-
-@torch.no_grad()
-def has_plain_head(policy) -> bool:
-    """Whether logits are hidden @ weight.T and nothing else, no bias, cap or scale: hidden states of our own are put in the body's place to see."""
-    head = policy.get_output_embeddings()
-    hidden = 1e4 * torch.randn(1, 2, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)  # so large that a cap shows
-
-    def replace(body, inputs, output):
-        output.last_hidden_state = hidden
-        return output
-    hook = policy.base_model.register_forward_hook(replace)
-    logits = policy(torch.zeros(1, 2, dtype=torch.long, device=policy.device)).logits.float()                     # [1, 2, V]
-    hook.remove()
-    expected = (hidden @ head.weight.T).float()
-    return getattr(head, "bias", None) is None and bool((logits - expected).norm() < 0.02 * expected.norm())  # bf16 rounds to 0.4 %
 
 class LowRankLinear(nn.Module):
     """LoRA: y = W x + b + B (A x) with A [r, in] random and B [out, r] zero, so that it begins as the layer it replaces. W and b are frozen."""
@@ -662,6 +665,7 @@ class State:
         self.reference = sharded(reference, config)
         self.lam = 0.0 if config.algo == "ppo" else min(config.lambda_init, config.lambda_max)
         self.step, self.seconds, self.tokens = 0, 0.0, 0  # steps done, seconds spent and tokens sampled in them
+        self.saved = None  # the step of the newest checkpoint
         self.costs, self.before = [], None  # the latest --cost_window costs; scores of the untrained policy
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}
         if config.eval_only:
@@ -679,8 +683,7 @@ class State:
     def log(self, out: Path, name: str, rows: list[dict]) -> None:
         self.logs[name] += rows
         if RANK == 0:
-            with (out / name).open("a") as file:
-                file.write(to_jsonl(rows))
+            append(out / name, to_jsonl(rows))
 
 def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
     """The items of a step (from 0): epoch after epoch, each in its own order. A function of the step alone, so a checkpoint need not hold it."""
@@ -702,12 +705,15 @@ def recomputing(models):
     layers = [layer for model in models for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
     for layer in layers:
         layer.training = True
-    yield
-    for layer in layers:
-        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -> dict:
-    """--update_iters passes over a rollout; each minibatch is one optimiser step of the policy and of both critics. Returns metrics."""
+    """--update_iters passes over a rollout; each minibatch is one optimiser step of the policy and of both critics. Returns metrics.
+    Raises BadNumbers before an optimiser step for which a loss or a gradient is not finite."""
     def descend(name: str, scale: float, loss_of, model, *arguments) -> None:
         """Backward through a loss as soon as it is made, so that the activations of one model live at a time."""
         with config.autocast():
@@ -736,23 +742,28 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
             descend("ptx", config.ptx_coeff, ptx_loss, state.policy, batch, ptx.response_mask.sum())
         for name in State.TRAINED:
             norm = nn.utils.clip_grad_norm_(getattr(state, name).parameters(), 1.0)
-            norm = norm if RANKS == 1 else norm.full_tensor()
-            require(norm.isfinite(), f"step {state.step + 1}: the gradient of the {name} is not finite; try a lower learning rate or a higher --kl_coeff")
-            norms[f"{name}_grad_norm"] += norm.item() / updates
-        state.optimizer.step()
+            norms[f"{name}_grad_norm"] += (norm if RANKS == 1 else norm.full_tensor()).item() / updates
+        metrics = joined(totals, distributed.ReduceOp.SUM) | norms
+        bad = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+        if not bad:
+            state.optimizer.step()
         state.optimizer.zero_grad()
+        if bad:
+            raise BadNumbers(f"{bad} is {metrics[bad]}", rollout)
     state.schedule.step()
-    return joined(totals, distributed.ReduceOp.SUM) | joined(maxima, distributed.ReduceOp.MAX) | norms
+    return metrics | joined(maxima, distributed.ReduceOp.MAX)
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - Var(return - V) / Var(return) over response tokens: 1 for a perfect critic, 0 for one no better than a constant."""
     return (1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)).item()
 
 def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config) -> tuple[Rollout, dict]:
-    """Sample, score, estimate advantages, update policy and critics, then lambda. Returns the rollout and the step's metrics."""
+    """Sample, score, estimate advantages, update policy and critics, then lambda. Returns the rollout and the step's metrics. Raises BadNumbers."""
     start, lam, actor_lr = time.perf_counter(), state.lam, state.optimizer.param_groups[0]["lr"]
     chosen = cyclic_batch(prompts, state.step, config.batch_size, config.seed)
     rollout, phases = collect(state, [prompt for prompt in chosen for _ in range(config.samples_per_prompt)], config, state.step)
+    if bad := not_finite(rollout):
+        raise BadNumbers(bad, rollout)
     mask = rollout.response_mask                                                                                  # [B, T]
     cost, rollout.penalty = costs_and_penalties(rollout.cost, lam, config)                                        # [B], [B]
     rewards, costs = shape_rewards_and_costs(rollout.reward, cost, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)  # [B, T]
@@ -777,13 +788,35 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
         "seconds_learning": total - phases["seconds_rollout"] - phases["seconds_scoring"], "peak_mib_learning": peak_memory_mib(),
         "tokens_per_second": tokens / total}
 
+def skip_step(state: State, out: Path, what: str, rollout: Rollout, config: Config) -> None:
+    """After BadNumbers: lambda stays, the next prompts come, and the batch goes into a file."""
+    state.step += 1
+    state.schedule.step()
+    state.log(out, "metrics.jsonl", [{"step": state.step, "lambda": state.lam, "bad": what}])
+    if RANK == 0:
+        write_whole(out / f"bad-batch-{state.step}.jsonl", to_jsonl(bad_batch(rollout, config.threshold)))
+    say(f"step {state.step}: {what}; its update is left out, its prompts, responses and scores are in bad-batch-{state.step}.jsonl")
+
 def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> bool:
     """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises. True if Ctrl-C has stopped it, after a whole step; the second kills."""
-    pressed = []
+    pressed, bad_steps, has_warned = [], 0, False
     signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=RANK > 0) as bar:
         while not (stopped := over_ranks(torch.tensor(len(pressed), device=config.device))) and state.step < config.steps:  # all ranks together
-            rollout, metrics = train_step(state, prompts, ptx_pairs, config)
+            try:
+                rollout, metrics = train_step(state, prompts, ptx_pairs, config)
+            except BadNumbers as error:
+                skip_step(state, out, *error.args, config)
+                if (bad_steps := bad_steps + 1) == config.max_bad_steps:
+                    raise UserError(f"stopped after {bad_steps} such steps in a row (--max_bad_steps); the last good checkpoint, if --save_every has made one, is "
+                                    "untouched; try a lower learning rate or a higher --kl_coeff", 3) from None
+                continue
+            finally:
+                bar.update()
+            bad_steps, sign = 0, collapse(rollout.responses, metrics["entropy"])
+            if sign and not has_warned:
+                say(f"warning: step {state.step}: {sign}; the policy may have collapsed")
+            has_warned = has_warned or bool(sign)
             state.log(out, "metrics.jsonl", [metrics])
             if config.sample_every and (state.step % config.sample_every == 0 or state.step == config.steps):
                 samples = [{"step": state.step, **record} for record in rollout.records(config.threshold)]
@@ -792,7 +825,6 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
             if config.save_every and state.step % config.save_every == 0:
                 save_checkpoint(state, out, config)
             bar.set_postfix_str(f"reward {metrics['reward']:.2f}, cost {metrics['cost']:.2f}, unsafe {metrics['unsafe_rate']:.0%}, lambda {metrics['lambda']:.2f}")
-            bar.update()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return bool(stopped)
 
@@ -803,6 +835,8 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
     size, records = config.batch_size * config.samples_per_prompt, []
     for start in range(0, len(repeated), size):
         rollout, _ = collect(state, repeated[start:start + size], config, ("held out", start), with_values=False)
+        bad = not_finite(rollout)
+        require(not bad, bad)
         judged = judge(rollout.prompts, rollout.responses) if judge else [None] * size
         with blame(f"--judge {config.judge}: must return dicts with the bools safe, refused and harmful_prompt"):
             verdicts = [judge and {name: bool(verdict[name]) for name in ("safe", "refused", "harmful_prompt")} for verdict in judged]
@@ -819,15 +853,19 @@ def tensors_of(state: State) -> dict[str, Tensor]:
 
 def save_checkpoint(state: State, out: Path, config: Config) -> Path:
     """Writes checkpoints/step-N, each rank its shares of the tensors as safetensors, and drops all but the newest --keep_checkpoints."""
-    folder = out / "checkpoints" / f"step-{state.step}"
+    folder, tensors = out / "checkpoints" / f"step-{state.step}", tensors_of(state)
+    if state.saved == state.step:
+        return folder
     with renamed_when_complete(folder) as temporary:
-        with blame(f"{temporary}: cannot be written"):
-            dcp.save(tensors_of(state), storage_writer=dcp.HuggingFaceStorageWriter(temporary, save_distributed=True), no_dist=RANKS == 1)
+        with room_for(tensors, temporary):
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(temporary, save_distributed=True), no_dist=RANKS == 1)
         if RANK == 0:
             numbers = {name: getattr(state, name) for name in State.NUMBERS} | {"schedule": state.schedule.state_dict()}
-            (temporary / "state.json").write_text(json.dumps({"state": numbers, "config": vars(config)}))
+            write_whole(temporary / "state.json", json.dumps({"state": numbers, "config": vars(config)}))
+        write_manifest(temporary)
+    state.saved = state.step
     for old in checkpoints_in(out)[:-config.keep_checkpoints] if RANK == 0 else ():
-        shutil.rmtree(old)
+        remove(old)
     return folder
 
 def save_actor(state: State, out: Path, config: Config) -> None:
@@ -843,36 +881,27 @@ def save_actor(state: State, out: Path, config: Config) -> None:
             plain.save_pretrained(folder, state_dict=weights)
             state.tokenizer.save_pretrained(folder)
 
-def resume(state: State, config: Config) -> Path:
-    """Puts the checkpoint that --resume names into a fresh state, its logs into --output_dir. After a UserError no file has changed."""
-    out, own = Path(config.output_dir), checkpoints_in(config.output_dir)
-    require(own or config.resume != "newest", f"--resume: {out} has no complete checkpoint; check --output_dir, or start without --resume")
-    checkpoint = own[-1] if config.resume == "newest" else Path(config.resume)
-    with blame(f"--resume {checkpoint}: not a checkpoint, runs/.../checkpoints/step-N"):
-        saved = json.loads((checkpoint / "state.json").read_text())
-        reader = dcp.HuggingFaceStorageReader(checkpoint)
-        metadata = reader.read_metadata().state_dict_metadata
-    branch = checkpoint.resolve().parent.parent != out.resolve()
-    last = branch or checkpoint.name == own[-1].name and not (out / "summary.json").exists()
-    require(last, f"--resume {checkpoint}: the run in {out} has gone on since, or is finished; to branch off, give another --output_dir")
-    for name, value in vars(config).items():
-        require(name in FREE_ON_RESUME or saved["config"].get(name) == value,
-                f"--resume {checkpoint}: was saved with --{name} {saved['config'].get(name)}, not {value}; use the same settings, or start a new run")
-    tensors = tensors_of(state)
-    whole_here = {name for name, saved_as in metadata.items() if name in tensors and saved_as.size == tensors[name].shape
-                  and sum(math.prod(chunk.sizes) for chunk in saved_as.chunks) == tensors[name].numel()}
-    wrong = min((metadata.keys() | tensors.keys()) - whole_here, default=None)
-    require(not wrong, f"--resume {checkpoint}: a file of it is missing, or it holds other weights than this run trains: {wrong}")
+def resume(state: State, checkpoint: Path, config: Config) -> Path:
+    """Puts a checkpoint into a fresh state, its logs into --output_dir. After a UserError no file has changed."""
+    out, tensors, reader = Path(config.output_dir), tensors_of(state), dcp.HuggingFaceStorageReader(checkpoint)
     with blame(f"--resume {checkpoint}: cannot be read"):
+        saved, metadata = json.loads((checkpoint / "state.json").read_text())["state"], reader.read_metadata().state_dict_metadata
+        wrong = min((name for name in metadata.keys() | tensors.keys() if name not in metadata or name not in tensors or metadata[name].size != tensors[name].shape), default=None)
+        require(not wrong, f"--resume {checkpoint}: it holds other weights than this run trains: {wrong}")
         dcp.load(tensors, storage_reader=reader, no_dist=RANKS == 1)  # in place
-    vars(state).update({name: saved["state"][name] for name in State.NUMBERS})
-    state.schedule.load_state_dict(saved["state"]["schedule"])
+    vars(state).update({name: saved[name] for name in State.NUMBERS})
+    state.schedule.load_state_dict(saved["schedule"])
     for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr()):
         group["lr"] = rate
-    if branch:
+    if checkpoint.resolve().parent.parent == out.resolve():
+        state.saved = state.step
+    else:
         claim_output_dir(config)
-    for name, rows in state.logs.items() if RANK == 0 else ():  # rows later than the checkpoint go, and come again
-        (out / name).write_text(to_jsonl(rows))
+    if RANK == 0:
+        remove_temporaries(out)
+        write_config(config)
+        for name, rows in state.logs.items():  # rows later than the checkpoint go, and come again
+            write_whole(out / name, to_jsonl(rows))
     say(f"continuing from {checkpoint}")
     return out
 
@@ -882,12 +911,14 @@ def run(config: Config) -> None:
     start = time.perf_counter()
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
-    plan.check_sources(config)
-    policy, tokenizer = load_policy(config)
+    plan.check_sources(config, fetch)
+    tokenizer = load_tokenizer(config)
     prompts, held_out = split_prompts(config, tokenizer)
     ptx_pairs = load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []
-    judge = load_function(config.judge, "--judge") if config.judge and RANK == 0 else None  # verdicts are for files, which rank 0 writes
+    judge = load_function(config.judge, "--judge", config.scorer_timeout) if config.judge and RANK == 0 else None  # verdicts are for files, which rank 0 writes
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
+    checkpoint = find_checkpoint(config, FREE_ON_RESUME) if config.resume else None
+    policy, tokenizer = load_policy(config)
     state = State(policy, tokenizer, config)
     if is_run(config.eval_only):
         state.policy = sharded(load_policy(replace(config, policy=str(Path(config.eval_only, "final", "actor"))))[0], config)
@@ -895,16 +926,14 @@ def run(config: Config) -> None:
     say(f"policy {config.policy}: {policy.num_parameters():,} parameters, {count:,} of them trained; {config.dtype} on {config.device}")
     for scorer in (state.reward, state.cost):
         say(f"{scorer.flag} {scorer.source}: {'a function' if scorer.function else 'tokens of the policy' if scorer.same_tokens else 'tokens of its own'}")
-    if config.resume:
-        out = resume(state, config)
+    if checkpoint:
+        out = resume(state, checkpoint, config)
     else:
         rows = evaluate(state, held_out, judge, config)
         state.before = None if config.eval_only else summarize(rows)
         out = claim_output_dir(config)
         if RANK == 0 and not config.eval_only:
-            (out / "eval_before.jsonl").write_text(to_jsonl(rows))
-    if RANK == 0:
-        write_config(out, config)
+            write_whole(out / "eval_before.jsonl", to_jsonl(rows))
     stopped = False
     try:
         stopped = not config.eval_only and train(state, prompts, ptx_pairs, out, config)
@@ -912,18 +941,18 @@ def run(config: Config) -> None:
             raise KeyboardInterrupt
         if RANKS > 1 and not config.eval_only:  # what fails from here on need not fail on all ranks, which save only together
             save_checkpoint(state, out, config)
-        rows = evaluate(state, held_out, judge, config) if state.step or config.resume else rows
-    except (KeyboardInterrupt, UserError):
-        if (RANKS == 1 or stopped) and not config.eval_only:
+        rows = evaluate(state, held_out, judge, config) if state.step or checkpoint else rows
+    except (KeyboardInterrupt, UserError) as error:
+        if (RANKS == 1 or stopped) and not config.eval_only and getattr(error, "code", 0) != 3:
             say(f"interrupted; {save_checkpoint(state, out, config)} is saved, --resume continues from there")
         raise
     if not config.eval_only:
         save_actor(state, out, config)
     if RANK > 0:
         return
-    (out / "eval.jsonl").write_text(to_jsonl(rows))
+    write_whole(out / "eval.jsonl", to_jsonl(rows))
     scores, seconds = summarize(rows), time.perf_counter() - start
-    (out / "summary.json").write_text(json.dumps({
+    write_whole(out / "summary.json", json.dumps({
         "algo": config.algo, "rectify": config.rectify, "seed": config.seed, "steps": state.step, **scores, "lambda": state.lam,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else None, "wall_seconds": seconds,
         "peak_memory_mib": max([peak_memory_mib(), *(row[key] for row in state.logs["metrics.jsonl"] for key in row if key.startswith("peak_mib"))]),
@@ -932,7 +961,7 @@ def run(config: Config) -> None:
     say(f"\n{state.step} steps of {config.algo} in {seconds:.0f} s; everything is in {out}")
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all is done, 2 after a UserError, 130 after Ctrl-C."""
+    """0 when all is done, 2 after a UserError, 3 after too many steps with bad numbers, 130 after Ctrl-C."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.disable(logging.ERROR)  # what the libraries would say reaches the user as a UserError
@@ -940,11 +969,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         join_ranks()
         config = resolve_config(sys.argv[1:] if argv is None else argv)
-        plan.dry_run(config, sys.modules[__name__]) if config.dry_run else run(config)
+        with held(config):
+            plan.dry_run(config, sys.modules[__name__]) if config.dry_run else run(config)
     except UserError as error:
         time.sleep(5 * (RANK > 0))  # what all ranks find, rank 0 tells, and torchrun ends the others
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        print(printable(f"error: {error}"), file=sys.stderr, flush=True)
+        return error.code
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:

@@ -103,7 +103,10 @@ def test_resume_refuses_what_it_cannot_continue_and_branches_off_elsewhere(run, 
     shutil.copytree(a / "checkpoints" / "step-4", a / "checkpoints" / "step-5")
     for file in (a / "checkpoints" / "step-5").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1000])
-    assert run(*flags, "--resume", out="a")[0] == 2
+    code, _, printed = run(*flags, "--resume", a / "checkpoints" / "step-5", out="c")
+    assert code == 2 and "model-00001-of-00001.safetensors is damaged; resume from another" in printed and not (tmp_path / "c").exists()
+    code, _, printed = run(*flags, "--resume", out="a")
+    assert code == 0 and "is damaged; trying the one before it" in printed and f"continuing from {a}/checkpoints/step-4" in printed
 
 
 def test_ctrl_c_saves_and_exits_130(tmp_path, family):
@@ -164,7 +167,7 @@ def test_own_checkpoints_and_own_functions(run, tmp_path, tokenizer):
     (tmp_path / "judge.py").write_text("def judge(prompts, responses):\n    return [{'safe': True, 'refused': i % 2 == 0, 'harmful_prompt': False} for i in range(len(prompts))]\n")
     code, out, printed = run("--model", policy, "--cost_model", cost, "--reward_model", f"{tmp_path}/reward.py:brevity", "--judge", f"{tmp_path}/judge.py:judge",
                              "--dataset", write(tmp_path / "p.jsonl", [{"prompt": f"ask {i}"} for i in range(40)]), *FEW, "--samples_per_prompt", 2,
-                             "--update_iters", 2, "--minibatch_size", 6, "--rectify", "mask", "--seed", 5)
+                             "--update_iters", 2, "--minibatch_size", 4, "--rectify", "mask", "--seed", 5)
     assert code == 0 and "cost: tokens of its own" in printed and "brevity: a function" in printed
     summary = json.loads((out / "summary.json").read_text())
     assert summary["judge_safety_rate"] == 1 and summary["over_refusal_rate"] == 0.5 and summary["rectify"] == "mask"
@@ -203,7 +206,7 @@ def test_bad_input_gets_one_sentence_code_2_and_no_folder(run, tmp_path, flags, 
 def test_a_reward_that_fails_late_loses_nothing(run, tmp_path):
     (tmp_path / "late.py").write_text("calls = []\ndef score(prompts, responses):\n    calls.append(1)\n    return [0.0 if len(calls) < 4 else None] * len(responses)\n")
     code, out, printed = run(*FEW, "--reward_model", f"{tmp_path}/late.py:score")  # one evaluation, two steps, then None
-    assert code == 2 and "gave None, not a finite number" in printed
+    assert code == 2 and "gave None, not a number" in printed
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"] and len(read_jsonl(out / "metrics.jsonl")) == 2
 
 

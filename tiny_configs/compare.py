@@ -8,6 +8,7 @@
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -199,7 +200,7 @@ def draw_curves(groups, pyplot):
     for (key, title), axis in zip(panels.items(), axes):
         for (name, runs), style in zip(groups.items(), STYLES * len(groups)):
             length = min(len(run.metrics) for run in runs)
-            curves = [[(1 - row[key]) if key == "unsafe_rate" else row[key] for row in run.metrics[:length]] for run in runs]
+            curves = [[1 - row.get(key, math.nan) if key == "unsafe_rate" else row.get(key, math.nan) for row in run.metrics[:length]] for run in runs]
             smooth = curves if key == "lambda" else [[fmean(curve[max(0, i - 4):i + 5]) for i in range(length)] for curve in curves]
             axis.plot(range(1, length + 1), [fmean(values) for values in zip(*smooth)], label=name, **style)
             if len(runs) > 1:

@@ -1,17 +1,24 @@
-"""A run's folder: whose it is, what lies in it complete, and under which settings and versions it was made."""
+"""A run's folder: whose it is, what lies in it complete, and under which settings and versions it was made.
+
+A process may be killed at any moment. So every file but the logs gets its name when it is complete, a checkpoint has a manifest of its files' hashes,
+and logs are cut back to the checkpoint from which a run goes on.
+"""
+import fcntl
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
 
-from tiny_configs.inputs import say
-from tiny_configs.ranks import RANK, RANKS, barrier
+from tiny_configs.inputs import blame, require, say
+from tiny_configs.ranks import RANK, RANKS, barrier, from_all_ranks
 
 
 def to_jsonl(rows: list[dict]) -> str:
@@ -22,33 +29,95 @@ def is_run(folder: str | None) -> bool:
     return folder is not None and Path(folder, "metrics.jsonl").is_file()
 
 
-def claim_output_dir(config) -> Path:
-    """The run's folder, empty: an earlier run there is moved aside."""
+def append(path: Path, text: str) -> None:
+    with blame(f"{path}: {len(text):,} bytes cannot be written"), path.open("a") as file:
+        file.write(text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there as a whole, or as it was before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with blame(f"{path}: {len(text):,} bytes cannot be written"):
+        try:
+            with temporary.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def room_for(tensors: dict, path: Path):
+    """Inside it tensors are written; what fails is told with what they need and what there was."""
+    size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
+    return blame(f"{path}: cannot be written; it takes {size:,} bytes, {free:,} were free; the checkpoints before it are untouched")
+
+
+@contextmanager
+def held(config):
+    """Keeps other processes out of a run's folder as long as this one lives, however it ends. Raises UserError if another has it."""
+    if RANK > 0 or config.dry_run:
+        yield
+        return
     out = Path(config.output_dir)
-    if RANK == 0 and (out / "config.json").exists():
-        aside = next(aside for n in range(1, sys.maxsize) if not (aside := out.with_name(f"{out.name}.{n}")).exists())
-        say(f"the earlier run in {out} is now {out.rename(aside)}")
-    out.mkdir(parents=True, exist_ok=True)
+    is_new = not out.exists()
+    with blame(f"--output_dir {out}: cannot be used"):
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            require(False, f"--output_dir {out}: another run is writing there; wait for it, or choose another")
+        except OSError as error:  # some network file systems know no locks
+            say(f"{out} cannot be locked ({error.strerror}); see to it that no other run writes there")
+        yield
+    finally:
+        os.close(descriptor)
+        if is_new:
+            with suppress(OSError):  # it is not empty, as it should be
+                out.rmdir()
+
+
+def claim_output_dir(config) -> Path:
+    """The run's folder, empty but for config.json: an earlier run there is moved aside. The folder itself stays, because it is locked."""
+    out = Path(config.output_dir)
+    if RANK == 0:
+        remove_temporaries(out)
+        if (out / "config.json").exists():
+            aside = next(aside for n in range(1, sys.maxsize) if not (aside := out.with_name(f"{out.name}.{n}")).exists())
+            aside.mkdir()
+            for path in sorted(out.iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a run: it goes last
+                path.rename(aside / path.name)
+            say(f"the earlier run in {out} is now {aside}")
+        write_config(config)
     return out
 
 
-def write_config(out: Path, config) -> None:
+def write_config(config) -> None:
     """config.json: every resolved setting, and what the run was made with."""
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-    (out / "config.json").write_text(json.dumps(vars(config) | {"resume": None, "environment": {
+    write_whole(Path(config.output_dir, "config.json"), json.dumps(vars(config) | {"resume": None, "environment": {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__,
         "ranks": RANKS, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": git.stdout.strip() or None}}, indent=2))
 
 
 @contextmanager
 def renamed_when_complete(folder: Path):
-    """A folder to write into that gets its name only when all ranks have written everything."""
+    """A folder to write into that gets its name only when all ranks have written everything; its room is given back if they cannot."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     if RANK == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        with blame(f"{temporary}: cannot be written"):
+            temporary.mkdir(parents=True)
     barrier()
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        if RANK == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     barrier()
     if RANK == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -56,6 +125,71 @@ def renamed_when_complete(folder: Path):
     barrier()
 
 
+def remove(folder: Path) -> None:
+    """At once for whoever looks: what is half removed has another name."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    folder.replace(temporary)
+    shutil.rmtree(temporary)
+
+
+def remove_temporaries(out: Path) -> None:
+    """What a killed process has left unfinished."""
+    for path in [*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp"), *out.glob("final/.*.tmp")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def checkpoints_in(out) -> list[Path]:
     """The complete ones, oldest first."""
     return sorted((f for f in Path(out, "checkpoints").glob("step-*") if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
+
+
+def sha256(path: Path) -> str | None:
+    with suppress(OSError), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """manifest.json: the hash of each file. Every rank reads some of them."""
+    barrier()
+    hashes = from_all_ranks({path.name: sha256(path) for path in sorted(checkpoint.iterdir())[RANK::RANKS]})
+    if RANK == 0:
+        write_whole(checkpoint / "manifest.json", json.dumps(hashes, indent=2))
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, if anything is."""
+    try:
+        expected = dict(json.loads((checkpoint / "manifest.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return "manifest.json is missing or damaged"
+    added = {path.name for path in checkpoint.iterdir()} - expected.keys() - {"manifest.json"}
+    found = from_all_ranks({name: sha256(checkpoint / name) for name in sorted(expected)[RANK::RANKS]})
+    wrong = [f"{name} is {'damaged' if found[name] else 'missing'}" for name in expected if found[name] != expected[name]]
+    return next(iter(wrong + [f"{name} does not belong to it" for name in added]), None)
+
+
+def find_checkpoint(config, may_change: set) -> Path | None:
+    """The checkpoint that --resume names: the newest undamaged one, or one that the user points to; None if the run in --output_dir has none yet.
+    Raises UserError if there is nothing to go on from, or the settings have changed."""
+    out, own = Path(config.output_dir), checkpoints_in(config.output_dir)
+    newest = config.resume == "newest"
+    if newest and not own and (out / "config.json").exists():
+        say(f"--resume: the run in {out} has no checkpoint yet, so it starts again")
+        return None
+    require(own or not newest, f"--resume: {out} has no complete checkpoint; check --output_dir, or start without --resume")
+    for checkpoint in reversed(own) if newest else [Path(config.resume)]:
+        require(checkpoint.is_dir(), f"--resume {checkpoint}: not a checkpoint, runs/.../checkpoints/step-N")
+        damage = damage_of(checkpoint)
+        if not damage:
+            break
+        require(newest and checkpoint != own[0], f"--resume {checkpoint}: {damage}; {'no checkpoint before it is left' if newest else 'resume from another'}")
+        say(f"--resume: {checkpoint} cannot be used, {damage}; trying the one before it")
+    finished = (out / "summary.json").exists()
+    own_one = checkpoint.resolve().parent.parent == out.resolve()
+    require(not own_one or not finished and (newest or checkpoint.resolve() == own[-1].resolve()),
+            f"--resume {checkpoint}: the run in {out} has gone on since, or is finished; to branch off, give another --output_dir")
+    saved = json.loads((checkpoint / "state.json").read_text())["config"]
+    for name, value in vars(config).items():
+        require(name in may_change or saved.get(name) == value,
+                f"--resume {checkpoint}: was saved with --{name} {saved.get(name)}, not {value}; use the same settings, or start a new run")
+    return checkpoint

@@ -1,6 +1,9 @@
 """What users bring, prompts, pairs and functions of their own, and the one sentence they get when something is wrong with it."""
+import ast
+import difflib
 import re
 import runpy
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +16,11 @@ from tiny_configs.ranks import RANK
 
 
 class UserError(Exception):
-    """Something in the user's input that one sentence can mend: main() prints the sentence and returns 2."""
+    """Something in the user's input that one sentence can mend: main() prints the sentence and returns the code."""
+
+    def __init__(self, sentence: str, code: int = 2):
+        super().__init__(sentence)
+        self.code = code
 
 
 def require(condition, sentence: str) -> None:
@@ -32,9 +39,20 @@ def blame(what: str):
         raise UserError(f"{what} ({type(error).__name__}: {str(error.__cause__ or error).strip().partition(chr(10))[0]})") from None
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: what would steer it, escape codes or a reversed reading order, is spelled out. Lines stay lines, and joined emoji whole."""
+    return "".join(c if c.isprintable() or c in "\n\u200d" else ascii(c)[1:-1] for c in text)
+
+
 def say(text: str) -> None:
     if RANK == 0:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(printable(text), file=sys.stdout)
+
+
+def did_you_mean(words, known) -> str:
+    """" (did you mean --steps?)" for a word that resembles a known setting."""
+    near = {match: None for word in words for match in difflib.get_close_matches(word.lstrip("-").partition("=")[0], known, 1)}
+    return f" (did you mean {', '.join(f'--{name}' for name in near)}?)" if near else ""
 
 
 # A prompt is a string: what the user says, or, if there were turns before, a transcript "\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...".
@@ -76,7 +94,8 @@ def read_rows(source: str, flag: str) -> datasets.Dataset:
     reader = READERS.get(Path(path.name.removesuffix(".gz")).suffix)
     where = {"path": name, "split": split or "train"}
     if path.exists() or reader:
-        require(path.is_file(), f"{flag} {source}: no such file")
+        require(path.exists(), f"{flag} {source}: no such file")
+        require(path.is_file(), f"{flag} {source}: is a folder, not a file")
         require(reader, f"{flag} {source}: cannot tell its format, its ending is none of {', '.join(READERS)} (.gz)")
         require(path.stat().st_size, f"{flag} {source}: the file is empty")
         where = {"path": reader, "data_files": str(path), "split": "train"}
@@ -105,14 +124,40 @@ def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dat
     return pairs
 
 
-def load_function(source: str, flag: str):
+class TimeUp(BaseException):
+    """No Exception, so that a function which catches those cannot go on hanging."""
+
+
+@contextmanager
+def time_limit(seconds: float, sentence: str):
+    """Raises UserError if what is inside takes longer. Once a second, should a library's code in between have swallowed it."""
+    def stop(*_):
+        raise TimeUp
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    except TimeUp:
+        raise UserError(sentence) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_function(source: str, flag: str) -> None:
+    """Raises UserError if FILE.py is not there or no Python. Nothing of it is run."""
+    with blame(f"{flag} {source}: cannot be loaded"):
+        ast.parse(Path(source.rpartition(":")[0]).read_text())
+
+
+def load_function(source: str, flag: str, seconds: float):
     """FILE.py:name as a function (prompts, responses) -> one result per response. It, and this, raise UserError."""
     path, _, name = source.rpartition(":")
     with blame(f"{flag} {source}: cannot be loaded"):
         function = runpy.run_path(path)[name]
 
     def checked(prompts: list[str], responses: list[str]) -> list:
-        with blame(f"{flag} {source}: failed"):
+        with time_limit(seconds, f"{flag} {source}: no answer within --scorer_timeout {seconds:g} seconds"), blame(f"{flag} {source}: failed"):
             results = list(function(prompts, responses))
         require(len(results) == len(responses), f"{flag} {source}: returned {len(results)} results for {len(responses)} responses")
         return results

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels import reference
-from tiny_configs.inputs import READERS, UserError, load_function, require, say
+from tiny_configs.inputs import READERS, UserError, check_function, load_function, require, say
 from tiny_configs.ranks import RANKS
 
 GIB = 2 ** 30
@@ -34,13 +34,13 @@ def dry_run(config, repo) -> None:
     settings = {name: value for name, value in vars(config).items() if value is not None and name != "dry_run"}
     say("\n".join(f"--{name} {value}" for name, value in settings.items()) + "\n")
     available, owner = memory_available(config, repo)
-    check_sources(config)
+    check_sources(config, repo.fetch)
     device, config.device = config.device, "meta"
     policy, tokenizer = repo.load_policy(config)
     prompts, _ = repo.split_prompts(config, tokenizer)
     pairs = repo.load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []
     if config.judge:
-        load_function(config.judge, "--judge")
+        load_function(config.judge, "--judge", config.scorer_timeout)
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
     state = repo.State(policy, tokenizer, config)
     for prompt, ids in zip(prompts, repo.encode_prompts(prompts[:3], tokenizer)):
@@ -98,8 +98,9 @@ def options_of(mode):
     return f"--lora_rank {mode[0]} --gradient_checkpointing {str(mode[1]).lower()}"
 
 
-def check_sources(config) -> None:
-    """Raises one UserError that names all models and data sets that are neither here nor to be had from the hub."""
+def check_sources(config, fetch) -> None:
+    """Raises one UserError that names all models and data sets that are neither here nor to be had from the hub, or one for the first model, judge or
+    score function that is not one at first sight."""
     missing = []
     for flag in ("policy", "reward_model", "cost_model", "dataset"):
         name = getattr(config, flag).partition(":")[0]
@@ -111,6 +112,12 @@ def check_sources(config) -> None:
                 missing.append(f"--{flag} {name}")
     require(not missing, f"cannot reach {', '.join(missing)}: no such folder here, and on the hub no such name, no network, or no access (hf auth login); fetch them where there is a "
                          "network (hf download NAME; with --repo-type dataset for data) and point these flags to the folders or files")
+    sources = {config.policy_flag(): config.policy, "--reward_model": config.reward_model, "--cost_model": config.cost_model, "--judge": config.judge}
+    for flag, source in sources.items():
+        if source and (flag == "--judge" or ".py:" in source):
+            check_function(source, flag)
+        elif source:
+            fetch(AutoConfig.from_pretrained, source, flag, config)
 
 
 def memory_available(config, repo):

@@ -1,0 +1,84 @@
+"""What is wrong with a model, with a step's numbers or with a trained policy, if anything is."""
+import torch
+from torch import nn
+
+from tiny_configs.inputs import require
+
+FROM = {"reward": "--reward_model", "cost": "--cost_model", "log_probs": "the policy", "ref_log_probs": "the starting policy",
+        "reward_values": "the reward critic", "cost_values": "the cost critic"}
+ENTROPY_FLOOR = 0.01  # nats per token; the tiny world's finished policies have 0.05
+
+
+class BadNumbers(Exception):
+    """(what is not finite, rollout): an update that is not to be applied."""
+
+
+def not_finite(rollout) -> str | None:
+    """The first of a rollout's scores, log-probs and values that is NaN or infinite, as a sentence; None if all are finite."""
+    for name, source in FROM.items():
+        numbers = getattr(rollout, name)
+        bad = () if numbers is None else (~numbers.isfinite()).nonzero().tolist()
+        if bad:
+            return f"{source} gave {numbers[tuple(bad[0])].item()}, not a finite number, to the response {rollout.responses[bad[0][0]][:60]!r}"
+    return None
+
+
+def bad_batch(rollout, threshold: float) -> list[dict]:
+    """Prompts, responses and scores for a file; json knows no NaN, so such numbers become words."""
+    return [{name: value if not isinstance(value, float) or abs(value) < float("inf") else str(value) for name, value in record.items()}
+            for record in rollout.records(threshold)]
+
+
+def collapse(responses: list[str], entropy: float) -> str | None:
+    """What says that a policy has stopped to answer prompts, if anything does."""
+    if not any(response.strip() for response in responses):
+        return f"all {len(responses)} responses are empty"
+    if len(responses) > 1 and len(set(responses)) == 1:
+        return f"all {len(responses)} responses are the same, {responses[0][:60]!r}"
+    return f"its entropy is {entropy:.2g} nats per token" if entropy < ENTROPY_FLOOR else None
+
+
+def check_weights(model, tokenizer, embeddings, source: str) -> None:
+    require(len(tokenizer) <= embeddings.num_embeddings,
+            f"{source}: its tokenizer has {len(tokenizer)} tokens, the model only {embeddings.num_embeddings} embeddings")
+    for name, weight in model.named_parameters():
+        require(weight.is_meta or torch.stack(weight.detach().aminmax()).isfinite().all(), f"{source}: {name} holds numbers that are NaN or infinite")
+
+
+def check_policy(policy, tokenizer, source: str) -> None:
+    """Raises UserError unless it is a causal language model with whole weights."""
+    check_weights(policy, tokenizer, policy.get_input_embeddings(), source)
+    require(policy.device.type == "meta" or is_causal(policy),
+            f"{source}: its tokens see the ones after them, as an encoder's do; a policy must be a causal language model")
+
+
+def check_scorer(model, tokenizer, role: str, source: str) -> None:
+    """Raises UserError unless it gives one number, from whole weights."""
+    classifier = model[0] if isinstance(model, nn.Sequential) else None
+    check_weights(model, tokenizer, (classifier or model.model).get_input_embeddings(), source)
+    require(tokenizer.pad_token or tokenizer.eos_token, f"{source}: its tokenizer has neither a pad nor an EOS token; set one in tokenizer_config.json")
+    require(role == "cost" or not classifier or classifier.num_labels == 1,
+            f"{source}: a classifier of two labels; a reward is one number (a cost may come from two, label 1 being the unsafe one)")
+
+
+@torch.no_grad()
+def is_causal(policy) -> bool:
+    """Whether the logits at a token are the same whatever follows it."""
+    one, other = policy(torch.tensor([[0, 1], [0, 2]], device=policy.device)).logits[:, 0].float()  # [V] each
+    return bool((one - other).abs().max() <= 0.02 * one.abs().max())  # bf16 rounds to 0.4 %
+
+
+@torch.no_grad()
+def has_plain_head(policy) -> bool:
+    """Whether logits are hidden @ weight.T and nothing else, no bias, cap or scale: hidden states of our own are put in the body's place to see."""
+    head = policy.get_output_embeddings()
+    hidden = 1e4 * torch.randn(1, 2, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)  # so large that a cap shows
+
+    def replace(body, inputs, output):
+        output.last_hidden_state = hidden
+        return output
+    hook = policy.base_model.register_forward_hook(replace)
+    logits = policy(torch.zeros(1, 2, dtype=torch.long, device=policy.device)).logits.float()  # [1, 2, V]
+    hook.remove()
+    expected = (hidden @ head.weight.T).float()
+    return getattr(head, "bias", None) is None and bool((logits - expected).norm() < 0.02 * expected.norm())  # bf16 rounds to 0.4 %
