@@ -36,6 +36,8 @@ def blame(what: str):
     except (Exception, CheckpointException) as error:
         if isinstance(error, UserError):
             raise
+        if isinstance(error, CheckpointException):  # which says no more than on which rank
+            error, _ = next(iter(error.failures.values()))
         raise UserError(f"{what} ({type(error).__name__}: {str(error.__cause__ or error).strip().partition(chr(10))[0]})") from None
 
 
