@@ -47,7 +47,7 @@ from tiny_configs import plan
 from tiny_configs.compare import samples_table, scores_table, summarize
 from tiny_configs.folder import append, checkpoints_in, claim_output_dir, find_checkpoint, held, is_run, remove, remove_temporaries, renamed_when_complete, room_for
 from tiny_configs.folder import to_jsonl, write_config, write_manifest, write_whole
-from tiny_configs.checks import BadNumbers, bad_batch, check_policy, check_scorer, collapse, has_plain_head, not_finite
+from tiny_configs.checks import BadNumbers, bad_batch, check_loaded, check_policy, check_scorer, collapse, has_plain_head, not_finite
 from tiny_configs.inputs import UserError, blame, did_you_mean, load_function, load_pairs, printable, require, say, to_messages
 from tiny_configs.plan import peak_memory_mib
 from tiny_configs.ranks import RANK, RANKS, barrier, from_all_ranks, gathered, join_ranks, over_ranks, sharded, shares, whole
@@ -239,7 +239,8 @@ def split_prompts(config: Config, tokenizer) -> tuple[list[str], list[str]]:
 def fetch(from_pretrained, source: str, flag: str, config: Config, **options):
     """from_pretrained(source). Raises UserError for whatever is wrong with a folder or a hub name."""
     path = Path(source).expanduser()
-    problem = "cannot be loaded" if path.exists() else f"is none of {', '.join(PRESETS)}, no folder here, and not to be had from the hub"
+    part = "its tokenizer " if from_pretrained == AutoTokenizer.from_pretrained else ""
+    problem = f"{part}cannot be loaded" if path.exists() else f"is none of {', '.join(PRESETS)}, no folder here, and not to be had from the hub"
     with blame(f"{flag} {source}: {problem}"):
         return from_pretrained(str(path) if path.exists() else source, trust_remote_code=config.trust_remote_code, **options)
 
@@ -274,9 +275,8 @@ class ScoreModel(PreTrainedModel):
             with torch.device("meta"):
                 return cls(config).to(dtype)
         load = AutoModelForSequenceClassification.from_pretrained if is_classifier else super().from_pretrained
-        model, report = load(path, config=config, dtype=dtype, output_loading_info=True, **options)
-        missing = sorted(set(report["missing_keys"]) - {"score_head.bias"})
-        require(not missing, f"--{role}_model {path}: has no {', '.join(missing[:3])}; a score model must bring its trained head and all other weights")
+        model, report = load(path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        check_loaded(report, f"--{role}_model {path}", "a score model must bring its trained head, of one output, and all other weights", {"score_head.bias"})
         if is_classifier:
             require(model.config.num_labels <= 2, f"--{role}_model {path}: a classifier of {model.config.num_labels} labels; a score needs one or two")
             return SequenceClassifier(model.eval())
@@ -353,8 +353,12 @@ def load_tokenizer(config: Config):
 def load_policy(config: Config):
     """(policy, its tokenizer). Weights that are trained are fp32, others in the compute dtype. Raises UserError."""
     flag, tokenizer = config.policy_flag(), load_tokenizer(config)
-    load = partial(shape_of, AutoModelForCausalLM) if config.dry_run else AutoModelForCausalLM.from_pretrained
-    policy = fetch(load, config.policy, flag, config, dtype=getattr(torch, config.dtype) if config.lora_rank or config.eval_only else torch.float32)
+    dtype = getattr(torch, config.dtype) if config.lora_rank or config.eval_only else torch.float32
+    if config.dry_run:
+        policy = fetch(partial(shape_of, AutoModelForCausalLM), config.policy, flag, config, dtype=dtype)
+    else:
+        policy, report = fetch(AutoModelForCausalLM.from_pretrained, config.policy, flag, config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        check_loaded(report, f"{flag} {config.policy}", "a policy must bring all its weights, in its config's shapes")
     policy.eval()
     check_policy(policy, tokenizer, f"{flag} {config.policy}")
     policy.stop_token_ids = {tokenizer.eos_token_id}
@@ -791,7 +795,8 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
 def skip_step(state: State, out: Path, what: str, rollout: Rollout, config: Config) -> None:
     """After BadNumbers: lambda stays, the next prompts come, and the batch goes into a file."""
     state.step += 1
-    state.schedule.step()
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # in the first step torch misses the optimiser's
+        state.schedule.step()
     state.log(out, "metrics.jsonl", [{"step": state.step, "lambda": state.lam, "bad": what}])
     if RANK == 0:
         write_whole(out / f"bad-batch-{state.step}.jsonl", to_jsonl(bad_batch(rollout, config.threshold)))

@@ -121,7 +121,7 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(tmp_path, family, fla
     assert all(torch.allclose(actors[0][key], other[key], atol=1e-5) for other in actors[1:] for key in actors[0])
     shards[0].unlink()
     printed = finished(start(1, *FEW, *flags, "--output_dir", tmp_path / "holes", "--resume", whole / "checkpoints" / "step-2"), 2)
-    assert "a file of it is missing" in printed and not (tmp_path / "holes").exists()
+    assert "safetensors is missing; resume from another" in printed and not (tmp_path / "holes").exists()
     assert all((out / "eval.jsonl").is_file() and json.loads((out / "config.json").read_text())["environment"]["ranks"] == ranks for ranks, out in resumed.items())
 
 
@@ -180,3 +180,16 @@ def test_an_error_of_one_rank_ends_all_with_its_sentence(tmp_path, family):
     printed = finished(process, None)
     assert process.returncode != 0 and time.monotonic() - begin < 60
     assert printed.count("error: --reward_model") == 1 and "no licence" in printed and not (tmp_path / "out").exists()
+
+
+def test_bad_numbers_on_one_rank_leave_out_the_update_on_all(tmp_path, family):
+    (tmp_path / "bad.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport repo\ncollect, policy_loss, steps = repo.collect, repo.policy_loss, []\n"
+        "def remember(state, *arguments, **options):\n    steps.append(state.step)\n    return collect(state, *arguments, **options)\n"
+        "def bad(*arguments):\n    loss, stats = policy_loss(*arguments)\n    return loss * (float('nan') if repo.RANK == 1 and steps[-1] == 1 else 1), stats\n"
+        "repo.collect, repo.policy_loss = remember, bad\nsys.exit(repo.main())\n")
+    (tmp_path / "nan.py").write_text("import os\ncalls = []\ndef score(prompts, responses):\n    calls.append(1)\n"
+                                     "    return [float('nan') if os.environ['RANK'] == '1' and len(calls) == 4 else 0.0] * len(responses)\n")
+    printed = finished(start(2, tmp_path / "bad.py", *FEW[1:], "--reward_model", f"{tmp_path}/nan.py:score", "--output_dir", tmp_path / "out"))
+    rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")  # the reward's first call is the evaluation's
+    assert [row.get("bad", "")[:22] for row in rows] == ["", "actor_loss is nan", "--reward_model gave na", ""] and printed.count("its update is left out") == 2

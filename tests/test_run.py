@@ -173,36 +173,6 @@ def test_own_checkpoints_and_own_functions(run, tmp_path, tokenizer):
     assert summary["judge_safety_rate"] == 1 and summary["over_refusal_rate"] == 0.5 and summary["rectify"] == "mask"
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--dataset", "{}/missing.jsonl"], "missing.jsonl: no such file"),
-    (["--dataset", "{}/empty.jsonl"], "empty.jsonl: the file is empty"),
-    (["--dataset", "{}/good.jsonl", "--prompt_column", "text"], "good.jsonl: has the columns prompt, but not text"),
-    (["--dataset", "{}/good.jsonl", "--max_prompt_length", "3"], "every prompt is longer than --max_prompt_length 3"),
-    (["--model", "{}/nowhere"], "nowhere: no such folder"),
-    (["--model", "nowhere", "--reward_model", "x", "--cost_model", "x", "--dataset", "x"], "nowhere: is none of tiny, alpaca-7b, llama-3.2-3b"),
-    (["--model", "alpaka-7b"], "--reward_model is missing"),
-    (["--model", "alpaca-7b"], "cannot reach --policy PKU-Alignment/alpaca-7b-reproduced, --reward_model PKU"),
-    (["--reward_model", "{}/bad.py:raises"], "ZeroDivisionError"),
-    (["--cost_model", "{}/bad.py:nan"], "nan, not a finite number"),
-    (["--reward_model", "{}/bad.py:few"], "returned 1 results for 8 responses"),
-    (["--judge", "{}/bad.py:nothing"], "cannot be loaded"), (["--judge", "{}/bad.py:nan"], "must return dicts with the bools safe, refused"),
-    (["--ptx_coeff", "1", "--ptx_dataset", "{}/good.jsonl"], "no row has both a prompt and an answer"),
-    (["--steps", "0"], "--steps 0: must be a finite number above 0"), (["--lambda_init", "-1"], "--lambda_init -1.0"), (["--threshold", "nan"], "--threshold nan: must be a finite number"),
-    (["--max_length", "10"], "--max_length 10"), (["--steps", "many"], "invalid int value: 'many'"), (["--stepps", "1"], "unrecognized arguments"),
-    (["--config", "{}/missing.json"], "missing.json: not a file"), (["--config", "{}/odd.json"], "odd.json: there is no setting stepz"),
-    (["--resume"], "no complete checkpoint"),
-])
-def test_bad_input_gets_one_sentence_code_2_and_no_folder(run, tmp_path, flags, says):
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "good.jsonl").write_text("".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(40)))
-    (tmp_path / "odd.json").write_text('{"stepz": 3}')
-    (tmp_path / "bad.py").write_text("def raises(p, r): return 1 / 0\ndef nan(p, r): return [float('nan')] * len(r)\ndef few(p, r): return [0.0]\n")
-    code, out, printed = run(*FEW, *[flag.format(tmp_path) for flag in flags])
-    errors = [line for line in printed.splitlines() if line.startswith("error:")]
-    assert code == 2 and len(errors) == 1 and says in errors[0] and "Traceback" not in printed
-    assert not out.exists()
-
-
 def test_a_reward_that_fails_late_loses_nothing(run, tmp_path):
     (tmp_path / "late.py").write_text("calls = []\ndef score(prompts, responses):\n    calls.append(1)\n    return [0.0 if len(calls) < 4 else None] * len(responses)\n")
     code, out, printed = run(*FEW, "--reward_model", f"{tmp_path}/late.py:score")  # one evaluation, two steps, then None

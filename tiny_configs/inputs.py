@@ -53,7 +53,8 @@ def say(text: str) -> None:
 
 def did_you_mean(words, known) -> str:
     """" (did you mean --steps?)" for a word that resembles a known setting."""
-    near = {match: None for word in words for match in difflib.get_close_matches(word.lstrip("-").partition("=")[0], known, 1)}
+    names = [word.lstrip("-").partition("=")[0].strip(":") for word in words]
+    near = {match: None for name in names for match in difflib.get_close_matches(name, known, 1) if name not in known}
     return f" (did you mean {', '.join(f'--{name}' for name in near)}?)" if near else ""
 
 
@@ -115,6 +116,8 @@ def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dat
     read = next((reader for columns, reader in formats.items() if set(columns) <= set(rows.column_names)), None)
     require(read, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but not {prompt_column or 'those of any known format'}; "
                   "--prompt_column names the one that holds the prompt")
+    with blame(f"{flag} {source}: cannot be read"):  # text is decoded here
+        rows = rows.to_list()
     for number, row in enumerate(rows):
         try:
             prompt, answer = read(row)
@@ -147,9 +150,11 @@ def time_limit(seconds: float, sentence: str):
 
 
 def check_function(source: str, flag: str) -> None:
-    """Raises UserError if FILE.py is not there or no Python. Nothing of it is run."""
+    """Raises UserError if it is not FILE.py:function, or FILE.py is not there or no Python. Nothing of it is run."""
+    path, _, name = source.rpartition(":")
+    require(path and name, f"{flag} {source}: should be FILE.py:function")
     with blame(f"{flag} {source}: cannot be loaded"):
-        ast.parse(Path(source.rpartition(":")[0]).read_text())
+        ast.parse(Path(path).read_text(), path)
 
 
 def load_function(source: str, flag: str, seconds: float):
