@@ -44,11 +44,11 @@ from transformers import HfArgumentParser, LogitsProcessor, LogitsProcessorList,
 
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss
 from tiny_configs import plan
-from tiny_configs.compare import samples_table, scores_table, summarize
+from tiny_configs.compare import printable, samples_table, scores_table, summarize
 from tiny_configs.folder import append, checkpoints_in, claim_output_dir, find_checkpoint, held, is_run, remove, remove_temporaries, renamed_when_complete, room_for
 from tiny_configs.folder import to_jsonl, write_config, write_manifest, write_whole
 from tiny_configs.checks import BadNumbers, bad_batch, check_loaded, check_policy, check_scorer, collapse, has_plain_head, not_finite
-from tiny_configs.inputs import UserError, blame, did_you_mean, load_function, load_pairs, printable, require, say, to_messages
+from tiny_configs.inputs import UserError, blame, did_you_mean, load_function, load_pairs, require, say, to_messages
 from tiny_configs.plan import peak_memory_mib
 from tiny_configs.ranks import RANK, RANKS, barrier, from_all_ranks, gathered, join_ranks, over_ranks, sharded, shares, whole
 

@@ -59,6 +59,11 @@ def summarize(rows: list[dict]) -> dict:
     }
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: what would steer it, escape codes or a reversed reading order, is spelled out. Lines stay lines, and joined emoji whole."""
+    return "".join(c if c.isprintable() or c in "\n\u200d" else ascii(c)[1:-1] for c in text)
+
+
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -363,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(folders)} runs in {time.perf_counter() - begin:.0f} s")
     if len(runs) == 2:
         pair = load_runs(runs)
-        print(quadrants(*pair), *map(worst_prompts, pair), sep="\n")
+        print(printable("\n".join([quadrants(*pair), *map(worst_prompts, pair)])))
     out.mkdir(parents=True, exist_ok=True)
     name = "study" if options.study else "table"
     (out / f"{name}.md").write_text(table + "\n")

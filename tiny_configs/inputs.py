@@ -1,6 +1,7 @@
 """What users bring, prompts, pairs and functions of their own, and the one sentence they get when something is wrong with it."""
 import ast
 import difflib
+import glob
 import re
 import runpy
 import signal
@@ -12,6 +13,7 @@ import datasets
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from tiny_configs.compare import printable
 from tiny_configs.ranks import RANK
 
 
@@ -39,11 +41,6 @@ def blame(what: str):
         if isinstance(error, CheckpointException):  # which says no more than on which rank
             error, _ = next(iter(error.failures.values()))
         raise UserError(f"{what} ({type(error).__name__}: {str(error.__cause__ or error).strip().partition(chr(10))[0]})") from None
-
-
-def printable(text: str) -> str:
-    """Text for a terminal: what would steer it, escape codes or a reversed reading order, is spelled out. Lines stay lines, and joined emoji whole."""
-    return "".join(c if c.isprintable() or c in "\n\u200d" else ascii(c)[1:-1] for c in text)
 
 
 def say(text: str) -> None:
@@ -101,7 +98,7 @@ def read_rows(source: str, flag: str) -> datasets.Dataset:
         require(path.is_file(), f"{flag} {source}: is a folder, not a file")
         require(reader, f"{flag} {source}: cannot tell its format, its ending is none of {', '.join(READERS)} (.gz)")
         require(path.stat().st_size, f"{flag} {source}: the file is empty")
-        where = {"path": reader, "data_files": str(path), "split": "train"}
+        where = {"path": reader, "data_files": glob.escape(str(path)), "split": "train"}
     with blame(f"{flag} {source}: cannot be read"):
         rows = datasets.load_dataset(**where)
     if rows.column_names == ["instructions"]:  # {"instructions": [...]}: one row that holds them all
