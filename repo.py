@@ -44,10 +44,10 @@ from transformers import HfArgumentParser, LogitsProcessor, LogitsProcessorList,
 
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss
 from tiny_configs import plan
+from tiny_configs.checks import BadNumbers, bad_batch, check_loaded, check_policy, check_scorer, collapse, has_plain_head, not_finite
 from tiny_configs.compare import printable, samples_table, scores_table, summarize
 from tiny_configs.folder import append, checkpoints_in, claim_output_dir, find_checkpoint, held, is_run, remove, remove_temporaries, renamed_when_complete, room_for
 from tiny_configs.folder import to_jsonl, write_config, write_manifest, write_whole
-from tiny_configs.checks import BadNumbers, bad_batch, check_loaded, check_policy, check_scorer, collapse, has_plain_head, not_finite
 from tiny_configs.inputs import UserError, blame, did_you_mean, load_function, load_pairs, require, say, to_messages
 from tiny_configs.plan import peak_memory_mib
 from tiny_configs.ranks import RANK, RANKS, barrier, from_all_ranks, gathered, join_ranks, over_ranks, sharded, shares, whole
@@ -129,7 +129,8 @@ PUBLISHED = {"reward_model": "PKU-Alignment/beaver-7b-v1.0-reward", "cost_model"
 PRESETS = {"tiny": {},  # its settings are in tiny_configs/tiny.json, its models and data built by tiny_configs/world.py
            "alpaca-7b": PUBLISHED | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
            "llama-3.2-3b": PUBLISHED | {"policy": "meta-llama/Llama-3.2-3B-Instruct"}}
-FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32", "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size", "scorer_timeout", "max_bad_steps"}  # may change
+FREE_ON_RESUME = {"output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32", "save_every", "keep_checkpoints", "sample_every",
+                  "eval_only", "micro_batch_size", "scorer_timeout", "max_bad_steps"}  # may change
 MAY_BE_ZERO = {"lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda", "ptx_coeff", "seed", "save_every", "sample_every"}
 
 def resolve_config(argv: list[str]) -> Config:
@@ -152,7 +153,8 @@ def resolve_config(argv: list[str]) -> Config:
             settings = {**json.loads(Path(flags.config).read_text())}
         unknown = sorted(settings.keys() - vars(flags).keys() - {"environment"})
         require(not unknown, f"--config {flags.config}: there is no setting {', '.join(unknown)}{did_you_mean(unknown, known)}; python repo.py --help lists them")
-        words = as_words(settings, "environment", "trust_remote_code", "output_dir", "eval_only", *of_the_data * bool(flags.dataset), *["prompt_column", "judge"] * bool(flags.eval_dataset), *["policy"] * (flags.model != Config.model)) + words
+        words = as_words(settings, "environment", "trust_remote_code", "output_dir", "eval_only",
+                         *of_the_data * bool(flags.dataset), *["prompt_column", "judge"] * bool(flags.eval_dataset), *["policy"] * (flags.model != Config.model)) + words
     given = parser.parse_args(words)
     require(not given.model.startswith((".", "/", "~")) or Path(given.model).expanduser().is_dir(), f"--model {given.model}: no such folder")
     preset, dropped = PRESETS.get(given.model, {}), of_the_data if given.dataset else ["judge"] if given.eval_dataset else []
@@ -193,7 +195,7 @@ def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--d
     """The distinct prompts of a file or hub data set, in order, of at most max_length tokens. Raises UserError; says what it drops."""
     pairs = load_pairs(source, prompt_column, flag)
     distinct = dict.fromkeys(prompt for prompt, _ in pairs)
-    special = tokenizer.all_special_tokens if tokenizer else ()  # in a prompt they would end a turn, or begin one
+    special = tokenizer.all_special_tokens if tokenizer else ()  # in a prompt they would end its turn and write the next
     prompts = [prompt for prompt in distinct if not any(token in prompt for token in special)]
     require(prompts, f"{flag} {source}: every prompt contains one of the tokenizer's special tokens, {', '.join(special)}")
     lengths = [len(row) for row in encode_prompts(prompts, tokenizer)] if tokenizer else [0] * len(prompts)
@@ -671,7 +673,7 @@ class State:
         self.step, self.seconds, self.tokens = 0, 0.0, 0  # steps done, seconds spent and tokens sampled in them
         self.saved = None  # the step of the newest checkpoint
         self.costs, self.before = [], None  # the latest --cost_window costs; scores of the untrained policy
-        self.logs = {"metrics.jsonl": [], "samples.jsonl": []}
+        self.logs = {"metrics.jsonl": [], "samples.jsonl": []}  # lines, as the files hold them
         if config.eval_only:
             return
         groups = [{"params": trainable(getattr(self, name)).values(), "lr": config.actor_lr if name == "policy" else config.critic_lr} for name in self.TRAINED]
@@ -685,7 +687,7 @@ class State:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, [  # warm-up and cosine for the policy, constant for the critics
             lambda step: min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * step / config.steps)) / 2, lambda _: 1.0, lambda _: 1.0])
     def log(self, out: Path, name: str, rows: list[dict]) -> None:
-        self.logs[name] += rows
+        self.logs[name] += to_jsonl(rows).splitlines(True)
         if RANK == 0:
             append(out / name, to_jsonl(rows))
 
@@ -891,8 +893,8 @@ def resume(state: State, checkpoint: Path, config: Config) -> Path:
     out, tensors, reader = Path(config.output_dir), tensors_of(state), dcp.HuggingFaceStorageReader(checkpoint)
     with blame(f"--resume {checkpoint}: cannot be read"):
         saved, metadata = json.loads((checkpoint / "state.json").read_text())["state"], reader.read_metadata().state_dict_metadata
-        wrong = min((name for name in metadata.keys() | tensors.keys() if name not in metadata or name not in tensors or metadata[name].size != tensors[name].shape), default=None)
-        require(not wrong, f"--resume {checkpoint}: it holds other weights than this run trains: {wrong}")
+        there, here = {(name, entry.size) for name, entry in metadata.items()}, {(name, tensor.shape) for name, tensor in tensors.items()}
+        require(there == here, f"--resume {checkpoint}: it holds other weights than this run trains: {min(there ^ here, default=None)}")
         dcp.load(tensors, storage_reader=reader, no_dist=RANKS == 1)  # in place
     vars(state).update({name: saved[name] for name in State.NUMBERS})
     state.schedule.load_state_dict(saved["schedule"])
@@ -905,8 +907,8 @@ def resume(state: State, checkpoint: Path, config: Config) -> Path:
     if RANK == 0:
         remove_temporaries(out)
         write_config(config)
-        for name, rows in state.logs.items():  # rows later than the checkpoint go, and come again
-            write_whole(out / name, to_jsonl(rows))
+        for name, lines in state.logs.items():  # those later than the checkpoint go, and come again
+            write_whole(out / name, "".join(lines))
     say(f"continuing from {checkpoint}")
     return out
 
@@ -960,7 +962,7 @@ def run(config: Config) -> None:
     write_whole(out / "summary.json", json.dumps({
         "algo": config.algo, "rectify": config.rectify, "seed": config.seed, "steps": state.step, **scores, "lambda": state.lam,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else None, "wall_seconds": seconds,
-        "peak_memory_mib": max([peak_memory_mib(), *(row[key] for row in state.logs["metrics.jsonl"] for key in row if key.startswith("peak_mib"))]),
+        "peak_memory_mib": max([peak_memory_mib(), *(row[key] for row in map(json.loads, state.logs["metrics.jsonl"]) for key in row if key.startswith("peak_mib"))]),
         "before": state.before}, indent=2))
     say(scores_table(before=state.before, after=scores) if state.step else scores_table(now=scores))
     say(f"\n{state.step} steps of {config.algo} in {seconds:.0f} s; everything is in {out}")

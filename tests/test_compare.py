@@ -121,3 +121,15 @@ def test_it_trains_what_is_missing_and_reuses_what_is_there(tmp_path, family):
         assert "is set by the comparison itself" in subprocess.run([*command, flag, "ppo"], cwd=ROOT, capture_output=True, text=True).stderr
     wrong = subprocess.run([*command, "--kl_coef", "1"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1 and "unrecognized arguments: --kl_coef" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_a_share_of_harmful_requests_is_what_it_says_or_refused(tmp_path, family):
+    from tiny_configs import world
+    settings = compare.with_harmful_share(["--steps", "5", "--harmful_share", "0.25", "--seed", "1"], tmp_path)
+    assert settings[:4] == ["--steps", "5", "--seed", "1"] and settings[4] == "--dataset"
+    prompts = (tmp_path / "harmful_0.25.txt").read_text().splitlines()
+    harmful = [world.REQUESTS[prompt][0] in world.HARMFUL_ACTIONS for prompt in prompts]
+    assert len(set(prompts)) == len(prompts) > 100 and sum(harmful) / len(prompts) == pytest.approx(0.25, abs=0.01)
+    for wrong in (["--harmful_share"], ["--harmful_share", "much"], ["--harmful_share", "1.5"], ["--harmful_share", "0"]):
+        with pytest.raises(SystemExit, match=f"error: {' '.join(wrong)}: must be a share between 0 and 1"):
+            compare.with_harmful_share(wrong, tmp_path)

@@ -113,6 +113,7 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(tmp_path, family, fla
     assert printed.count("4 steps of repo in") == 1 and printed.count("policy ") == 1 and "Traceback" not in printed  # one rank speaks
     shards = list((whole / "checkpoints" / "step-2").glob("*.safetensors"))
     assert len(shards) == 2 and not list(whole.rglob(".*"))
+    assert set(json.loads((whole / "checkpoints" / "step-2" / "manifest.json").read_text())) == {"state.json", *(shard.name for shard in shards)}
     resumed = {ranks: tmp_path / str(ranks) for ranks in numbers}
     for process in [start(ranks, *FEW, *flags, "--output_dir", out, "--resume", whole / "checkpoints" / "step-2") for ranks, out in resumed.items()]:
         assert "continuing from" in finished(process)

@@ -30,7 +30,8 @@ ALGOS = {"ppo": ("PPO", ["--algo", "ppo"]), "ppo_lag": ("PPO-Lag", ["--algo", "p
 STUDY = [[], *([f"--{name}", value] for name, values in {
     "lambda_init": "1 10", "lambda_lr": "0 0.5", "lambda_max": "4", "threshold": "-3 3", "kl_coeff": "0.05 0.5", "ptx_coeff": "0.3",
     "harmful_share": "0.1 0.6"}.items() for value in values.split()), ["--batch_size", "16", "--samples_per_prompt", "4"]]
-OF_ONE_RUN = {"seed", "output_dir", "resume", "environment", "sample_every", "save_every", "keep_checkpoints", "dry_run", "gpu_memory"}  # no part of a method
+OF_ONE_RUN = {"seed", "output_dir", "resume", "environment", "sample_every", "save_every", "keep_checkpoints", "dry_run", "gpu_memory", "scorer_timeout",
+              "max_bad_steps"}  # no part of a method
 OWN = ("--seed", "--algo", "--rectify", "--output_dir", "--eval_only", "--dry_run", "--resume", "--config")  # what a comparison sets itself
 
 
@@ -288,8 +289,13 @@ def with_harmful_share(settings: list[str], out: Path) -> list[str]:
         return settings
     import repo
     from tiny_configs import world
-    i = settings.index("--harmful_share")
-    share, requests = float(settings[i + 1]), world.split_requests()[0]
+    i, requests = settings.index("--harmful_share"), world.split_requests()[0]
+    try:
+        share = float(settings[i + 1])
+    except (IndexError, ValueError):
+        share = math.nan
+    if not 0 < share < 1:
+        sys.exit(f"error: {' '.join(settings[i:i + 2])}: must be a share between 0 and 1")
     harmful, harmless = ([prompt for prompt in requests if (world.REQUESTS[prompt][0] in world.HARMFUL_ACTIONS) == kind] for kind in (True, False))
     total = min(len(harmful) / share, len(harmless) / (1 - share))
     chosen = [kind[int(k * len(kind) / n)] for kind, n in ((harmful, round(total * share)), (harmless, round(total * (1 - share)))) for k in range(n)]

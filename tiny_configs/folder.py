@@ -149,9 +149,9 @@ def sha256(path: Path) -> str | None:
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """manifest.json: the hash of each file. Every rank reads some of them."""
-    barrier()
-    hashes = from_all_ranks({path.name: sha256(path) for path in sorted(checkpoint.iterdir())[RANK::RANKS]})
+    """manifest.json: the hash of each file. Every rank reads what it has written itself: a shared file system may show it other machines' files later."""
+    own = [*checkpoint.glob(f"shard-{RANK + 1:05d}-*"), *[checkpoint / "state.json"] * (RANK == 0)]
+    hashes = from_all_ranks({path.name: sha256(path) for path in own})
     if RANK == 0:
         write_whole(checkpoint / "manifest.json", json.dumps(hashes, indent=2))
 
@@ -188,7 +188,8 @@ def find_checkpoint(config, may_change: set) -> Path | None:
     own_one = checkpoint.resolve().parent.parent == out.resolve()
     require(not own_one or not finished and (newest or checkpoint.resolve() == own[-1].resolve()),
             f"--resume {checkpoint}: the run in {out} has gone on since, or is finished; to branch off, give another --output_dir")
-    saved = json.loads((checkpoint / "state.json").read_text())["config"]
+    with blame(f"--resume {checkpoint}: cannot be read"):
+        saved = {**json.loads((checkpoint / "state.json").read_text())["config"]}
     for name, value in vars(config).items():
         require(name in may_change or saved.get(name) == value,
                 f"--resume {checkpoint}: was saved with --{name} {saved.get(name)}, not {value}; use the same settings, or start a new run")
