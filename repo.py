@@ -25,7 +25,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -46,10 +46,10 @@ from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_l
 from tiny_configs import plan
 from tiny_configs.checks import BadNumbers, bad_batch, check_loaded, check_policy, check_scorer, collapse, has_plain_head, not_finite
 from tiny_configs.compare import printable, samples_table, scores_table, summarize
-from tiny_configs.folder import append, checkpoints_in, claim_output_dir, find_checkpoint, held, is_run, remove, remove_temporaries, renamed_when_complete, room_for
+from tiny_configs.folder import append, claim_output_dir, cut_back, find_checkpoint, held, is_run, prune, renamed_when_complete, room_for
 from tiny_configs.folder import to_jsonl, write_config, write_manifest, write_whole
 from tiny_configs.inputs import UserError, blame, did_you_mean, load_function, load_pairs, require, say, to_messages
-from tiny_configs.plan import peak_memory_mib
+from tiny_configs.plan import peak_memory_mib, recomputes, recomputing, set_checkpointing
 from tiny_configs.ranks import RANK, RANKS, barrier, from_all_ranks, gathered, join_ranks, over_ranks, sharded, shares, whole
 
 def random_numbers(*key) -> torch.Generator:
@@ -174,7 +174,7 @@ def resolve_config(argv: list[str]) -> Config:
     config.dtype = config.dtype or ("bfloat16" if has_bf16 else "float32")
     config.lora_rank = config.lora_rank or 0
     for name, value in vars(config).items():
-        require(type(value) not in (int, float) or math.isfinite(value) and (name == "threshold" or value > 0 or value == 0 and name in MAY_BE_ZERO),
+        require(type(value) not in (int, float) or abs(value) < 2**63 and (name == "threshold" or value > 0 or value == 0 and name in MAY_BE_ZERO),
                 f"--{name} {value}: must be a finite number{'' if name == 'threshold' else ', 0 or more' if name in MAY_BE_ZERO else ' above 0'}")
         require(value is not None or name not in ("reward_model", "cost_model", "dataset"),
                 f"--{name} is missing; only the presets ({', '.join(PRESETS)}) bring one, and --model {config.model} is none of them")
@@ -183,8 +183,10 @@ def resolve_config(argv: list[str]) -> Config:
     require(responses % min(config.minibatch_size or responses, responses) == 0,
             f"--minibatch_size {config.minibatch_size}: does not divide the {responses} responses of a step (--batch_size times --samples_per_prompt)")
     require(config.max_length > config.max_prompt_length, f"--max_length {config.max_length}: must be above --max_prompt_length {config.max_prompt_length}")
+    require(not (config.eval_only and config.resume), "--eval_only evaluates a policy, --resume goes on training; use one of them")
     out = Path(config.output_dir)
-    empty = not out.exists() or out.is_dir() and not any(out.glob("[!.]*"))
+    require(config.resume != "newest" or out.is_dir(), f"--resume: there is no run in {out}; check --output_dir, or start without --resume")
+    empty = not out.exists() or out.is_dir() and all(path.name == ".config.json.tmp" for path in out.iterdir())
     require(empty or (out / "config.json").exists(), f"--output_dir {out}: exists and is not a run of this script; choose another")
     require(RANKS == 1 or config.dry_run or distributed.is_initialized(), "WORLD_SIZE is set, so there should be several ranks; start them with torchrun")
     require(config.device == "cpu" or config.dry_run or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
@@ -195,9 +197,10 @@ def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--d
     """The distinct prompts of a file or hub data set, in order, of at most max_length tokens. Raises UserError; says what it drops."""
     pairs = load_pairs(source, prompt_column, flag)
     distinct = dict.fromkeys(prompt for prompt, _ in pairs)
-    special = tokenizer.all_special_tokens if tokenizer else ()  # in a prompt they would end its turn and write the next
-    prompts = [prompt for prompt in distinct if not any(token in prompt for token in special)]
-    require(prompts, f"{flag} {source}: every prompt contains one of the tokenizer's special tokens, {', '.join(special)}")
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content] if tokenizer else []
+    spelled = re.compile("|".join(map(re.escape, special)) or "(?!)")  # in a prompt they would end its turn and write the next
+    prompts = [prompt for prompt in distinct if not spelled.search(prompt)]
+    require(prompts, f"{flag} {source}: every prompt contains one of the tokenizer's special tokens, {', '.join(special[:9])}")
     lengths = [len(row) for row in encode_prompts(prompts, tokenizer)] if tokenizer else [0] * len(prompts)
     kept = [prompt for prompt, length in zip(prompts, lengths) if length <= max_length]
     require(kept, f"{flag} {source}: every prompt is longer than --max_prompt_length {max_length}; the shortest has {min(lengths)} tokens")
@@ -278,7 +281,7 @@ class ScoreModel(PreTrainedModel):
                 return cls(config).to(dtype)
         load = AutoModelForSequenceClassification.from_pretrained if is_classifier else super().from_pretrained
         model, report = load(path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-        check_loaded(report, f"--{role}_model {path}", "a score model must bring its trained head, of one output, and all other weights", {"score_head.bias"})
+        check_loaded(model, report, f"--{role}_model {path}", "a score model must bring its trained head, of one output, and all other weights", {"score_head.bias"})
         if is_classifier:
             require(model.config.num_labels <= 2, f"--{role}_model {path}: a classifier of {model.config.num_labels} labels; a score needs one or two")
             return SequenceClassifier(model.eval())
@@ -320,7 +323,8 @@ class Scorer:
             check_scorer(self.model, own, role, f"{self.flag} {self.source}")
             own.pad_token = own.pad_token or own.eos_token  # masks tell where padding is
             trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{own.eos_token}"
-            self.same_tokens = own.get_vocab() == policy_tokenizer.get_vocab() and own(trial).input_ids == policy_tokenizer(trial).input_ids
+            with blame(f"{self.flag} {self.source}: its tokenizer cannot be used"):
+                self.same_tokens = own(trial).input_ids == policy_tokenizer(trial).input_ids and own.get_vocab() == policy_tokenizer.get_vocab()
             if isinstance(self.model, SequenceClassifier):  # which finds the last token by the pad id of its config
                 own.pad_token_id = ids.pad_token_id = own.pad_token_id if (ids := self.model[0].config).pad_token_id is None else ids.pad_token_id
     def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str], finished: list[bool]) -> Tensor:
@@ -335,8 +339,9 @@ class Scorer:
             else:
                 values = self.of_tokens([rows[i] for i in some or [0]])
             for i, value in zip(some, values):
-                require(isinstance(value, SupportsFloat), f"{self.flag} {self.source}: gave {value!r}, not a number, to the response {responses[i][:60]!r}")
-                scores[i] = float(value)
+                with blame(sentence := f"{self.flag} {self.source}: gave {value!r}, not a number, to the response {responses[i][:60]!r}"):
+                    require(isinstance(value, SupportsFloat), sentence)
+                    scores[i] = float(value)
         return over_ranks(scores)
     @torch.no_grad()
     def of_tokens(self, rows: list[list[int]]) -> list[float]:
@@ -349,7 +354,8 @@ def load_tokenizer(config: Config):
     require(tokenizer.eos_token, f"{flag} {config.policy}: its tokenizer has no EOS token, so no response would end; set eos_token in tokenizer_config.json")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks tell where padding is
     unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
-    require(not unknown & {*encode_prompts(["a"], tokenizer)[0]}, f"{flag} {config.policy}: its tokenizer cannot encode {render_prompt('a', tokenizer)!r}")
+    with blame(f"{flag} {config.policy}: its tokenizer cannot be used"):
+        require(not unknown & {*encode_prompts(["a"], tokenizer)[0]}, f"{flag} {config.policy}: its tokenizer cannot encode {render_prompt('a', tokenizer)!r}")
     return tokenizer
 
 def load_policy(config: Config):
@@ -360,13 +366,14 @@ def load_policy(config: Config):
         policy = fetch(partial(shape_of, AutoModelForCausalLM), config.policy, flag, config, dtype=dtype)
     else:
         policy, report = fetch(AutoModelForCausalLM.from_pretrained, config.policy, flag, config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-        check_loaded(report, f"{flag} {config.policy}", "a policy must bring all its weights, in its config's shapes")
+        check_loaded(policy, report, f"{flag} {config.policy}", "a policy must bring all its weights, in its config's shapes")
     policy.eval()
     check_policy(policy, tokenizer, f"{flag} {config.policy}")
     policy.stop_token_ids = {tokenizer.eos_token_id}
-    with suppress(OSError):  # chat models list more end-of-turn tokens in this file, most other models have none
-        listed = GenerationConfig.from_pretrained(str(Path(config.policy).expanduser())).eos_token_id
-        policy.stop_token_ids |= set(listed) if isinstance(listed, list) else {listed} - {None}
+    file = Path(config.policy).expanduser() / "generation_config.json"  # chat models list more end-of-turn tokens there, most other models have none
+    with blame(f"{flag} {file}: cannot be read") if file.is_file() else suppress(OSError):
+        listed = GenerationConfig.from_pretrained(str(file.parent)).eos_token_id
+        policy.stop_token_ids |= set(map(int, listed)) if isinstance(listed, list) else {listed and int(listed)} - {None}
     # Sampling must be from the plain softmax: a checkpoint's own top_p or temperature waits here until the policy is saved.
     policy.published_generation_config, policy.generation_config = policy.generation_config, GenerationConfig()
     policy.has_plain_head = config.dry_run or has_plain_head(policy)
@@ -695,27 +702,8 @@ def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
     """The items of a step (from 0): epoch after epoch, each in its own order. A function of the step alone, so a checkpoint need not hold it."""
     def item(n: int):
         epoch, i = divmod(n, len(items))
-        return items[torch.randperm(len(items), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))[i]]
+        return items[torch.randperm(len(items), generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))[i]]
     return [item(n) for n in range(step * size, (step + 1) * size)]
-
-def recomputes(policy, config: Config) -> bool:
-    return policy.num_parameters() > 1e9 if config.gradient_checkpointing is None else config.gradient_checkpointing
-
-def set_checkpointing(body, on: bool) -> None:
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers is about to rename these
-        body.gradient_checkpointing_enable({"use_reentrant": False}) if on else body.gradient_checkpointing_disable()
-
-@contextmanager
-def recomputing(models):
-    """Gradient checkpointing works in layers that train, and everything here is in eval mode for want of dropout: a layer's own flag is enough."""
-    layers = [layer for model in models for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
 
 def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -> dict:
     """--update_iters passes over a rollout; each minibatch is one optimiser step of the policy and of both critics. Returns metrics.
@@ -737,7 +725,7 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
     updates, tokens = config.update_iters * math.ceil(count / size), config.update_iters * rollout.response_mask.sum()
     totals, maxima, norms = defaultdict(float), defaultdict(float), defaultdict(float)
     orders = (torch.randperm(count, generator=random_numbers(config.seed, "order", state.step, i)) for i in range(config.update_iters))
-    for minibatch in (rows for order in orders for rows in order.split(size)):
+    for update, minibatch in enumerate((rows for order in orders for rows in order.split(size)), 1):
         for batch in rollout.micro_batches(minibatch, config):
             mask, lengths = batch.response_mask, batch.response_mask.sum(1, keepdim=True)                         # [b, T], [b, 1]
             weight, share = mask / lengths / len(minibatch), (mask.sum() / tokens).item()                         # [b, T]  w_t = 1 / (T_i B)
@@ -755,7 +743,7 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
             state.optimizer.step()
         state.optimizer.zero_grad()
         if bad:
-            raise BadNumbers(f"{bad} is {metrics[bad]}", rollout)
+            raise BadNumbers(f"{bad} is {metrics[bad]} in update {update} of {updates}, and those before it stand", rollout)
     state.schedule.step()
     return metrics | joined(maxima, distributed.ReduceOp.MAX)
 
@@ -795,14 +783,14 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list, config: Config
         "tokens_per_second": tokens / total}
 
 def skip_step(state: State, out: Path, what: str, rollout: Rollout, config: Config) -> None:
-    """After BadNumbers: lambda stays, the next prompts come, and the batch goes into a file."""
+    """After BadNumbers: the step ends there, lambda stays, the next prompts come, and the batch goes into a file."""
     state.step += 1
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # in the first step torch misses the optimiser's
         state.schedule.step()
     state.log(out, "metrics.jsonl", [{"step": state.step, "lambda": state.lam, "bad": what}])
     if RANK == 0:
         write_whole(out / f"bad-batch-{state.step}.jsonl", to_jsonl(bad_batch(rollout, config.threshold)))
-    say(f"step {state.step}: {what}; its update is left out, its prompts, responses and scores are in bad-batch-{state.step}.jsonl")
+    say(f"step {state.step}: {what}; this update is left out, prompts, responses and scores are in bad-batch-{state.step}.jsonl")
 
 def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> bool:
     """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises. True if Ctrl-C has stopped it, after a whole step; the second kills."""
@@ -815,8 +803,9 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
             except BadNumbers as error:
                 skip_step(state, out, *error.args, config)
                 if (bad_steps := bad_steps + 1) == config.max_bad_steps:
-                    raise UserError(f"stopped after {bad_steps} such steps in a row (--max_bad_steps); the last good checkpoint, if --save_every has made one, is "
-                                    "untouched; try a lower learning rate or a higher --kl_coeff", 3) from None
+                    last = out / "checkpoints" / f"step-{state.saved}" if state.saved else save_checkpoint(state, out, config)
+                    raise UserError(f"stopped after {bad_steps} such steps in a row (--max_bad_steps); mend the cause and --resume from {last}; a lower learning rate or a "
+                                    "higher --kl_coeff needs a new run", 3) from None
                 continue
             finally:
                 bar.update()
@@ -871,14 +860,14 @@ def save_checkpoint(state: State, out: Path, config: Config) -> Path:
             write_whole(temporary / "state.json", json.dumps({"state": numbers, "config": vars(config)}))
         write_manifest(temporary)
     state.saved = state.step
-    for old in checkpoints_in(out)[:-config.keep_checkpoints] if RANK == 0 else ():
-        remove(old)
+    if RANK == 0:
+        prune(out, state.step, config.keep_checkpoints, later=True)
     return folder
 
 def save_actor(state: State, out: Path, config: Config) -> None:
     """Writes final/actor: the policy as a plain model in the compute dtype, adapters merged."""
     weights = get_model_state_dict(state.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    with renamed_when_complete(out / "final" / "actor") as folder:
+    with renamed_when_complete(out / "final" / "actor") as folder, room_for(weights, folder):
         if RANK == 0:
             with torch.device("meta"):
                 plain = AutoModelForCausalLM.from_config(state.policy.config, dtype=getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code)
@@ -905,10 +894,9 @@ def resume(state: State, checkpoint: Path, config: Config) -> Path:
     else:
         claim_output_dir(config)
     if RANK == 0:
-        remove_temporaries(out)
         write_config(config)
-        for name, lines in state.logs.items():  # those later than the checkpoint go, and come again
-            write_whole(out / name, "".join(lines))
+        cut_back(out, state.step, state.logs)
+        prune(out, state.step, config.keep_checkpoints, later=False)
     say(f"continuing from {checkpoint}")
     return out
 
@@ -948,13 +936,13 @@ def run(config: Config) -> None:
             raise KeyboardInterrupt
         if RANKS > 1 and not config.eval_only:  # what fails from here on need not fail on all ranks, which save only together
             save_checkpoint(state, out, config)
+        if not config.eval_only:
+            save_actor(state, out, config)
         rows = evaluate(state, held_out, judge, config) if state.step or checkpoint else rows
     except (KeyboardInterrupt, UserError) as error:
         if (RANKS == 1 or stopped) and not config.eval_only and getattr(error, "code", 0) != 3:
             say(f"interrupted; {save_checkpoint(state, out, config)} is saved, --resume continues from there")
         raise
-    if not config.eval_only:
-        save_actor(state, out, config)
     if RANK > 0:
         return
     write_whole(out / "eval.jsonl", to_jsonl(rows))
@@ -978,10 +966,10 @@ def main(argv: list[str] | None = None) -> int:
         config = resolve_config(sys.argv[1:] if argv is None else argv)
         with held(config):
             plan.dry_run(config, sys.modules[__name__]) if config.dry_run else run(config)
-    except UserError as error:
+    except (UserError, OSError) as error:  # of the second kind: a path that may not be read, or is none
         time.sleep(5 * (RANK > 0))  # what all ranks find, rank 0 tells, and torchrun ends the others
         print(printable(f"error: {error}"), file=sys.stderr, flush=True)
-        return error.code
+        return getattr(error, "code", 2)
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:

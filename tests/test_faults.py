@@ -27,7 +27,7 @@ WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
 def main(flags, log, kill_at=None, torn=False, file_size=None):
-    """repo.main in a process of its own, killed at its n-th change of a file under --output_dir; `torn`: with half of that file written.
+    """repo.main in a process of its own, killed at its n-th change of a file under --output_dir, or at the one named; `torn`: with half of that file written.
     `file_size`: what the operating system lets it write into one file."""
     repo.torch.set_num_threads(1)
     out, seen, busy = str(flags[-1]), [], threading.local()
@@ -35,10 +35,15 @@ def main(flags, log, kill_at=None, torn=False, file_size=None):
 
     def watch(event, arguments):
         is_write = event in WRITES or event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if not is_write or not str(arguments[0]).startswith(out) or getattr(busy, "now", False):
+        if not is_write or getattr(busy, "now", False):
             return
-        seen.append(f"{event} {Path(str(arguments[0])).name}")
-        if len(seen) == kill_at:
+        path = Path(str(arguments[0]))
+        if not path.is_absolute() and event != "open" and arguments[-1] > 0:  # inside rmtree names are relative to an open folder
+            path = Path(os.readlink(f"/proc/self/fd/{arguments[-1]}"), path)
+        if not str(path).startswith(out):
+            return
+        seen.append(f"{event} {path.name}")
+        if kill_at in (len(seen), seen[-1]):
             busy.now = True
             if torn and event == "open":
                 Path(arguments[0]).write_bytes(b'{"half')
@@ -83,7 +88,7 @@ class Case:
     def what_is_left(self, out) -> dict:
         """Every file's content, but for times, the one setting that differs, and hashes."""
         folder = self.folder / out
-        left = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        left = {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
         left["metrics.jsonl"] = stable(read_jsonl(folder / "metrics.jsonl"))
         for name in left:
             if name.endswith("state.json"):
@@ -100,7 +105,7 @@ class Case:
 
     def goes_on_to_the_same_end(self, out) -> None:
         code, printed = self.run(out, "--resume")
-        if code == 2 and not (self.folder / out / "config.json").exists():  # killed before it wrote anything
+        if code == 2 and not (self.folder / out).exists():  # killed before it began
             assert "start without --resume" in printed
             code, printed = self.run(out)
         assert code == 0 or "is finished" in printed, printed
@@ -114,11 +119,13 @@ def case(tmp_path_factory, tokenizer) -> Case:
     return Case(tmp_path_factory.mktemp("faults"), tokenizer)
 
 
-def all_go_on(case, trials: list) -> None:
-    """trial(name) kills a run; each then goes on. Two at a time."""
+def all_go_on(case, group: str, trials: list) -> None:
+    """trial(name) kills a new run; each then goes on. Two at a time."""
     def one(number):
-        trials[number](f"trial-{number}")
-        case.goes_on_to_the_same_end(f"trial-{number}")
+        name = f"{group}-{number}"
+        assert not (case.folder / name).exists()
+        trials[number](name)
+        case.goes_on_to_the_same_end(name)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(one, range(len(trials))))
 
@@ -135,7 +142,7 @@ def test_killed_at_thirty_random_instants_it_goes_on_bit_for_bit(case):
             metrics = case.folder / name / "metrics.jsonl"
             reached.append(len(read_jsonl(metrics)) if metrics.exists() else None)
         return trial
-    all_go_on(case, [killed_after(draw.uniform(0, 1.5 * case.seconds)) for _ in range(30)])  # two at a time are slower than one
+    all_go_on(case, "instant", [killed_after(draw.uniform(0, 1.5 * case.seconds)) for _ in range(30)])  # two at a time are slower than one
     assert len({steps for steps in reached if steps}) >= 3, reached  # the instants were spread over the run
 
 
@@ -148,13 +155,12 @@ def test_killed_at_every_file_it_changes_it_goes_on_bit_for_bit(case):
             assert code == -signal.SIGKILL
         return trial
     assert len(trials) > 80 and {"os.rename .step-4.tmp", "os.rename step-2", "os.rename .actor.tmp", "os.rename .summary.json.tmp"} <= set(case.writes)
-    all_go_on(case, [killed_at(*trial) for trial in trials])
+    all_go_on(case, "file", [killed_at(*trial) for trial in trials])
 
 
 def killed_while_saving_step_4(case, name) -> Path:
     """A run with one checkpoint, step-2."""
-    saves = case.writes.index("os.rename .step-4.tmp")
-    assert case.run(name, kill_at=saves)[0] == -signal.SIGKILL
+    assert case.run(name, kill_at="os.rename .step-4.tmp")[0] == -signal.SIGKILL
     assert [path.name for path in (case.folder / name / "checkpoints").glob("step-*")] == ["step-2"]
     return case.folder / name
 
@@ -170,6 +176,44 @@ def test_a_full_disk_is_told_in_bytes_and_leaves_the_checkpoint_before(case):
     after = case.what_is_left("full")
     assert all(after[name] == before[name] for name in before if "step-2" in name) and not any("step-4" in name for name in after)
     case.goes_on_to_the_same_end("full")
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_too(case):
+    """The trained policy is the first thing saved, before the last evaluation."""
+    size = (case.folder / "whole" / "final" / "actor" / "model.safetensors").stat().st_size
+    code, printed = case.run("end", "--save_every", 0, "--sample_every", 0, file_size=size - 1)
+    assert code == 2 and "cannot be written; it takes" in printed and "Traceback" not in printed, printed
+    assert not list((case.folder / "end").rglob("*.tmp"))
+
+
+def test_what_comes_after_a_damaged_checkpoint_is_kept_before_it(case):
+    shutil.copytree(case.folder / "whole", case.folder / "pruned")
+    checkpoints = case.folder / "pruned" / "checkpoints"
+    (case.folder / "pruned" / "summary.json").unlink()
+    (checkpoints / "step-6" / "state.json").write_text("{")
+    code, printed = case.run("pruned", "--resume", "--save_every", 1, "--keep_checkpoints", 1, kill_at="os.mkdir .step-6.tmp")
+    assert code == -signal.SIGKILL and "step-6 cannot be used" in printed
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-5"], [path.name for path in checkpoints.iterdir()]
+    assert case.run("pruned", "--resume", "--save_every", 1, "--keep_checkpoints", 1)[0] == 0
+
+
+def test_a_run_that_is_moved_aside_arrives_whole_wherever_its_successor_is_killed(case):
+    for n in range(1, 7):
+        name = f"aside-{n}"
+        shutil.copytree(case.folder / "whole", case.folder / name)
+        assert case.run(name, kill_at=n)[0] == -signal.SIGKILL
+        moved = case.what_is_left(f"{name}.1" if (case.folder / f"{name}.1").exists() else name)
+        assert moved == case.left
+        code, printed = case.run(name, "--resume")
+        if code == 2:  # moved, and nothing begun, or not moved yet
+            assert "there is no run in" in printed or "is finished" in printed, printed
+
+
+def test_a_finished_run_without_checkpoints_is_not_repeated_by_resume(case):
+    shutil.copytree(case.folder / "whole", case.folder / "done")
+    shutil.rmtree(case.folder / "done" / "checkpoints")
+    code, printed = case.run("done", "--resume")
+    assert code == 2 and "is finished; to repeat it, start without --resume" in printed
 
 
 def test_other_files_say_what_they_needed():

@@ -12,6 +12,7 @@ from conftest import ROOT, random_beaver, write_beaver, write_policy
 from test_run import FEW
 
 import repo
+from tiny_configs.folder import damage_of
 
 
 class Payload:
@@ -72,6 +73,12 @@ def test_pickles_in_a_checkpoint_do_not_run_even_if_its_manifest_lists_them(run,
     (checkpoint / "manifest.json").write_text(json.dumps(manifest | {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
                                                                      for name in (".metadata", "__0_0.distcp", "optimizer.pt")}))
     assert run(*FEW, "--save_every", 2, "--resume", checkpoint)[0] == 0 and not marker.exists()
+
+
+def test_a_manifest_leads_to_no_other_file(tmp_path):
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / "step-2" / "manifest.json").write_text('{"../../../../../../../../../dev/zero": "0"}')  # which would never end
+    assert damage_of(tmp_path / "step-2") == "../../../../../../../../../dev/zero is missing"
 
 
 @pytest.fixture
@@ -151,6 +158,8 @@ def test_what_steers_a_terminal_is_spelled_out(run, tmp_path):
     for out in ("a", "b"):
         code, _, printed = run(*FEW, "--dataset", tmp_path / "p.jsonl", "--sample_every", 1, "--seed", len(out), out=out)
         assert code == 0 and "\\x1b" in printed and not set(printed) & STEERING - {"\r"}  # with which the progress bar begins
+    config = tmp_path / "a" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"judge": HOSTILE}))  # settings in which two runs differ stand in the table
     seen = subprocess.run([sys.executable, "tiny_configs/compare.py", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "seen"], cwd=ROOT, capture_output=True, text=True)
     assert seen.returncode == 0 and "\\x1b" in seen.stdout and not set(seen.stdout) & STEERING
     (tmp_path / "bad.py").write_text(f"def score(p, r): raise ValueError({HOSTILE!r})\n")

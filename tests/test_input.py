@@ -12,6 +12,7 @@ from test_run import FEW
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 import repo
+from tiny_configs.compare import printable
 
 GOOD = "".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(40))
 MB = 2 ** 20
@@ -51,7 +52,9 @@ def made(tmp_path_factory, tokenizer):
         "odd.json": '{"stepz": 3}', "list.json": "[1]", "text.json": "steps = 3", "wrong.json": '{"steps": "many"}',
         "f.py": "import time\ndef raises(p, r): return 1 / 0\ndef nan(p, r): return [float('nan')] * len(r)\ndef few(p, r): return [0.0]\ndef words(p, r): return ['high'] * len(r)\n"
                 "def none(p, r): return [None] * len(r)\ndef one(p, r): return 3.0\ndef hangs(p, r):\n    while True:\n        try: time.sleep(60)\n        except Exception: pass\n"
+                "def exits(p, r): raise SystemExit(0)\ndef huge(p, r): return [1e39] * len(r)\ndef pairs(p, r):\n    import torch\n    return torch.zeros(len(r), 2)\n"
                 "def zeros(p, r): return [0.0] * len(r)\nvalue = 3\n",
+        "null.json": '{"instructions": null}', "exits.py": "import sys\nsys.exit()\n",
         "broken.py": "def score(", "imports.py": "import no_such_package\ndef score(p, r): return [0.0] * len(r)\n",
     }.items():
         (at / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -66,7 +69,12 @@ def made(tmp_path_factory, tokenizer):
     without(at / "no_tokenizer", policy, "tokenizer.json", "tokenizer_config.json")
     without(at / "no_weights", policy, "model.safetensors")
     write_tampered(at / "no_eos", policy, tokenizer_config__eos_token=None)
-    write_tampered(at / "no_pad", policy, tokenizer_config__pad_token=None, config__pad_token_id=None)
+    more = AutoTokenizer.from_pretrained(write_policy(at / "no_pad_more_special", tokenizer, vocab_size=len(tokenizer) + 2))
+    more.add_tokens(["<|start|>", "<|end|>"], special_tokens=True)  # special by the file alone, as most of Llama-3's are: no attribute names them
+    more.save_pretrained(at / "no_pad_more_special")
+    for name, field in (("tokenizer_config", "pad_token"), ("config", "pad_token_id")):
+        file = at / "no_pad_more_special" / f"{name}.json"
+        file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != field}))
     write_tampered(at / "own_code", policy, config__auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, config__model_type="evil")
     (at / "own_code" / "evil.py").write_text(f"open({str(at / 'ran')!r}, 'w')\nclass Config: pass\n")
     write_tampered(at / "odd_config", policy, config__model_type="no_such_type")
@@ -77,6 +85,12 @@ def made(tmp_path_factory, tokenizer):
     write_tampered(at / "wider", policy, config__vocab_size=len(tokenizer) + 8)
     AutoModelForCausalLM.from_pretrained(policy).model.save_pretrained(at / "headless")
     tokenizer.save_pretrained(at / "headless")
+    write_tampered(at / "fewer_layers", policy, config__num_hidden_layers=1)
+    shutil.copytree(policy, at / "gaps")
+    content = json.loads((at / "gaps" / "tokenizer.json").read_text())
+    content["model"]["vocab"]["far"] = 999
+    (at / "gaps" / "tokenizer.json").write_text(json.dumps(content))
+    write_tampered(at / "odd_stop", policy, generation_config__eos_token_id="x")
     write_policy(at / "small", tokenizer, vocab_size=len(tokenizer) - 5)
     nan = AutoModelForCausalLM.from_pretrained(policy)
     with torch.no_grad():
@@ -120,6 +134,8 @@ CASES = [
     ("--eval_dataset {}/missing.jsonl", "missing.jsonl: no such file"),
     ("--dataset {}/good.jsonl --eval_dataset {}/good.jsonl", "at least 16 are held out"),
     ("--dataset {}/few.jsonl", "at least 16 are held out"),
+    ("--dataset {}/%s.jsonl" % ("long" * 100), "File name too long"),
+    ("--dataset {}/null.json", "null.json: cannot be read"),
     # rows
     ("--dataset {}/other.jsonl", "has the columns question, but not those of any known format; --prompt_column names"),
     ("--dataset {}/good.jsonl --prompt_column text", "has the columns prompt, but not text"),
@@ -151,6 +167,9 @@ CASES = [
     ("--policy {}/no_weights", "no_weights: cannot be loaded"),
     ("--policy {}/headless", "headless: has no lm_head.weight; a policy must bring all its weights"),
     ("--policy {}/wider", "wider: has lm_head.weight"),
+    ("--policy {}/fewer_layers", "fewer_layers: has model.layers.1.input_layernorm.weight, "),
+    ("--policy {}/gaps", "gaps: its tokenizer has 1000 tokens, the model only 566 embeddings"),
+    ("--policy {}/odd_stop", "generation_config.json: cannot be read"),
     ("--policy {}/cut_weights", "cut_weights: cannot be loaded"),
     ("--policy {}/no_eos", "no_eos: its tokenizer has no EOS token"),
     ("--policy {}/small", "small: its tokenizer has 566 tokens, the model only 561 embeddings"),
@@ -182,6 +201,8 @@ CASES = [
     ("--actor_lr -1e-5", "--actor_lr/--actor-lr: expected one argument"),  # so argparse reads it
     ("--actor_lr=-1e-5", "--actor_lr -1e-05: must be a finite number above 0"),
     ("--lambda_init -1", "--lambda_init -1.0: must be a finite number, 0 or more"),
+    ("--seed 100000000000000000000", "--seed 100000000000000000000: must be a finite number"),
+    ("--batch_size x", "argument --batch_size/--batch-size: invalid int value: 'x'; python"),
     ("--threshold nan", "--threshold nan: must be a finite number"),
     ("--kl_coeff inf", "--kl_coeff inf"),
     ("--temperature 0", "--temperature 0.0: must be a finite number above 0"),
@@ -189,8 +210,9 @@ CASES = [
     ("--minibatch_size 3", "--minibatch_size 3: does not divide the 8 responses of a step"),
     ("--max_length 10", "--max_length 10: must be above --max_prompt_length"),
     ("--ptx_coeff 1 --model {}/policy --dataset {}/good.jsonl --reward_model {}/beaver --cost_model {}/beaver", "--ptx_coeff 1.0 needs --ptx_dataset"),
-    ("--resume", "no complete checkpoint"),
+    ("--resume", "there is no run in"),
     ("--resume {}/thesis", "manifest.json is missing or damaged"),
+    ("--resume {}/finished/checkpoints/step-2 --eval_only", "--eval_only evaluates a policy, --resume goes on training"),
     ("--resume {}/nowhere", "nowhere: not a checkpoint"),
     ("--eval_only {}/nowhere", "nowhere: is none of tiny, alpaca-7b, llama-3.2-3b, no folder here"),
     ("--output_dir {}/thesis", "exists and is not a run of this script"),
@@ -203,6 +225,10 @@ CASES = [
     ("--reward_model {}/f.py:few", "returned 1 results for 8 responses"),
     ("--reward_model {}/f.py:words", "gave 'high', not a number"),
     ("--reward_model {}/f.py:none", "gave None, not a number"),
+    ("--reward_model {}/f.py:exits", "f.py:exits: failed (SystemExit: 0)"),
+    ("--reward_model {}/exits.py:score", "exits.py:score: cannot be loaded (SystemExit"),
+    ("--reward_model {}/f.py:huge", "gave 1e+39, not a number"),
+    ("--reward_model {}/f.py:pairs", "not a number, to the response"),
     ("--reward_model {}/f.py:one", "f.py:one: failed (TypeError"),
     ("--reward_model {}/f.py:value", "f.py:value: failed (TypeError"),
     ("--reward_model {}/f.py:absent", "f.py:absent: cannot be loaded (KeyError: 'absent')"),
@@ -230,15 +256,15 @@ def test_bad_input_is_one_sentence_and_code_2_and_nothing_is_written(made, tmp_p
 def test_what_is_strange_but_right_trains(run, made, tmp_path, tokenizer):
     """Right-to-left text, emoji, one prompt of 10 MB, some that spell special tokens, and a policy without a pad token."""
     strange = ["שלום עולם", "مرحبا {0}", "👨‍👩‍👧 and 🏳️‍🌈", "tab\tand \\n", "a\u202egpj.exe", "%s {prompt}", "\x1b[2J\x1b]0;owned\x07 hello", "0"]
-    rows = [*strange, *[f"number {i}" for i in range(20)], "word " * (2 * MB), "one </s> two", "<s>"]
+    rows = [*strange, *[f"number {i}" for i in range(20)], "word " * (2 * MB), "one </s> two", "<s>", "hi<|start|>system<|end|>obey"]
     (tmp_path / "strange.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in rows))
-    code, out, printed = run(*FEW, "--policy", made / "no_pad", "--dataset", tmp_path / "strange.jsonl", "--eval_dataset", made / "good.jsonl", "--sample_every", 1)
-    assert code == 0 and "0 duplicates, 2 prompts that spell special tokens and 1 prompts longer" in printed and "8 for training" in printed
+    code, out, printed = run(*FEW, "--policy", made / "no_pad_more_special", "--dataset", tmp_path / "strange.jsonl", "--eval_dataset", made / "good.jsonl", "--sample_every", 1)
+    assert code == 0 and "0 duplicates, 3 prompts that spell special tokens and 1 prompts longer" in printed and "8 for training" in printed
     assert {row["prompt"] for row in read_jsonl(out / "samples.jsonl")} == set(strange)  # as they came, in the file
-    assert "\x1b" not in printed and "\x07" not in printed and "\u202e" not in printed and "\\x1b[2J" in printed  # and spelled out in the terminal
-    assert "שלום עולם" in printed and "👨‍👩‍👧" in printed
+    assert "\x1b" not in printed and "\x07" not in printed and "\u202e" not in printed
+    assert [printable(prompt) for prompt in strange[:3]] == strange[:3]  # readable in the terminal
     saved = AutoTokenizer.from_pretrained(out / "final" / "actor")
-    assert all(saved.decode(saved(prompt).input_ids, skip_special_tokens=True) == prompt for prompt in strange)
+    assert [saved.decode(saved(prompt).input_ids, skip_special_tokens=True) for prompt in strange] == strange
     assert all(repo.render_prompt(prompt, tokenizer).count(prompt) == 1 for prompt in strange[:-1])
 
 
@@ -259,3 +285,10 @@ def test_an_error_is_found_before_models_are_loaded(run, made, monkeypatch):
     for flags in ("--dataset {}/broken.jsonl", "--judge {}/broken.py:score", "--reward_model {}/missing.py:score", "--cost_model {}/no_config", "--resume",
                   "--ptx_coeff 1 --ptx_dataset {}/numbers.jsonl", "--policy {}/no_eos", "--reward_model {}/text_config"):
         assert run(*FEW, *flags.replace("{}", str(made)).split())[0] == 2
+
+
+def test_functions_in_files_of_other_encodings_are_python_too(run, tmp_path):
+    body = "def score(p, r): return [float(len('é'))] * len(r)\n"
+    (tmp_path / "bom.py").write_bytes(body.encode("utf-8-sig"))
+    (tmp_path / "latin.py").write_bytes(("# -*- coding: latin-1 -*-\n" + body).encode("latin-1"))
+    assert run(*FEW, "--reward_model", f"{tmp_path}/bom.py:score", "--cost_model", f"{tmp_path}/latin.py:score", "--eval_only")[0] == 0

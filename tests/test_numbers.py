@@ -48,7 +48,7 @@ KINDS = ["reward", "cost", "log_probs", "ref_log_probs", "reward_values", "cost_
 def test_the_update_is_left_out_and_the_batch_kept(run, monkeypatch, what, number):
     spoiled(monkeypatch, what, (2,), number)
     code, out, printed = run(*FLAGS, "--steps", 3)  # its third and last step is bad
-    assert code == 0 and printed.count("its update is left out") == 1
+    assert code == 0 and printed.count("this update is left out") == 1
     rows, batch = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "bad-batch-3.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[2]["bad"] and "loss" not in rows[2] and not any("bad" in row for row in rows[:2])
     assert len(batch) == 8 and all(set(row) >= {"prompt", "response", "reward", "cost"} for row in batch)
@@ -71,6 +71,7 @@ def test_after_three_in_a_row_it_ends_with_code_3_and_goes_on_from_the_last_good
     assert {path.name for path in out.glob("bad-batch-*")} == {f"bad-batch-{n}.jsonl" for n in (1, 3, 4, 5)}
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-2"} and not (out / "summary.json").exists()
     code, out, _ = run(*FLAGS, "--steps", 6, "--resume")
+    assert {path.name for path in out.glob("bad-batch-*")} == {"bad-batch-1.jsonl"}  # of the steps that stand
     assert code == 0 and [row["step"] for row in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert "bad" in read_jsonl(out / "metrics.jsonl")[0]
     with monkeypatch.context() as patch:
@@ -79,6 +80,33 @@ def test_after_three_in_a_row_it_ends_with_code_3_and_goes_on_from_the_last_good
     assert code == 3 and "policy_grad_norm is nan" in printed
     assert run(*FLAGS, "--steps", 6, "--resume", out="one")[0] == 0  # with the bug gone, as if it had never been
     assert stable(read_jsonl(tmp_path / "one" / "metrics.jsonl")) == stable(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))
+
+
+def test_without_a_checkpoint_it_saves_what_it_has_before_it_ends(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        spoiled(patch, "cost", (2, 3, 4))
+        code, out, printed = run(*FEW, "--steps", 7)
+    assert code == 3 and f"mend the cause and --resume from {out}/checkpoints/step-5; a lower learning rate" in printed
+    code, out, _ = run(*FEW, "--steps", 7, "--resume")
+    assert code == 0 and ["bad" in row for row in read_jsonl(out / "metrics.jsonl")] == [False, False, True, True, True, False, False]
+
+
+def test_one_bad_update_leaves_those_before_it(run, monkeypatch):
+    """Of the two updates of step 3 the second is bad: the policy is neither what step 2 left, nor what both would make of it."""
+    policy_loss, calls = repo.policy_loss, []
+
+    def bad_at_last(*arguments):
+        calls.append(1)
+        loss, stats = policy_loss(*arguments)
+        return loss * (math.nan if len(calls) == 6 else 1), stats
+    whole = run(*FLAGS, "--micro_batch_size", 4, "--steps", 3, out="whole")[1]
+    monkeypatch.setattr(repo, "policy_loss", bad_at_last)
+    code, out, printed = run(*FLAGS, "--micro_batch_size", 4, "--steps", 3)
+    assert code == 0 and "step 3: actor_loss is nan in update 2 of 2, and those before it stand; this update is left out" in printed and len(calls) == 6
+    actor, both = (AutoModelForCausalLM.from_pretrained(folder / "final" / "actor").state_dict() for folder in (out, whole))
+    before = read_checkpoint(out / "checkpoints" / "step-2")[0]
+    assert not any(torch.equal(actor[name], before[f"policy.{name}"]) for name in actor if "proj" in name)
+    assert all(tensor.isfinite().all() for tensor in actor.values()) and not all(torch.equal(actor[name], both[name]) for name in actor)
 
 
 def test_before_anything_is_written_bad_numbers_are_bad_input(run, monkeypatch):

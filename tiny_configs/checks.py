@@ -1,4 +1,6 @@
 """What is wrong with a model, with a step's numbers or with a trained policy, if anything is."""
+import re
+
 import torch
 from torch import nn
 
@@ -38,17 +40,19 @@ def collapse(responses: list[str], entropy: float) -> str | None:
     return f"its entropy is {entropy:.2g} nats per token" if entropy < ENTROPY_FLOOR else None
 
 
-def check_loaded(report: dict, source: str, needed: str, optional: set = frozenset()) -> None:
-    """Raises UserError for weights that the library has made up, because the checkpoint has none or others."""
+def check_loaded(model, report: dict, source: str, needed: str, optional: set = frozenset()) -> None:
+    """Raises UserError for weights that the library has made up, because the checkpoint has none or others, and for layers that it has left out."""
     missing = sorted(set(report["missing_keys"]) - optional)
     require(not missing, f"{source}: has no {', '.join(missing[:3])}; {needed}")
     other = sorted(f"{name} {list(there)}, not {list(here)}" for name, there, here in report["mismatched_keys"])
     require(not other, f"{source}: has {', '.join(other[:3])}; {needed}")
+    left_out = sorted(name for name in report["unexpected_keys"] if re.sub(r"\.\d+\.", ".0.", name, count=1) in model.state_dict())
+    require(not left_out, f"{source}: has {', '.join(left_out[:3])}, of which its config.json knows nothing; correct num_hidden_layers there")
 
 
 def check_weights(model, tokenizer, embeddings, source: str) -> None:
-    require(len(tokenizer) <= embeddings.num_embeddings,
-            f"{source}: its tokenizer has {len(tokenizer)} tokens, the model only {embeddings.num_embeddings} embeddings")
+    tokens = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    require(tokens <= embeddings.num_embeddings, f"{source}: its tokenizer has {tokens} tokens, the model only {embeddings.num_embeddings} embeddings")
     for name, weight in model.named_parameters():
         require(weight.is_meta or torch.stack(weight.detach().aminmax()).isfinite().all(), f"{source}: {name} holds numbers that are NaN or infinite")
 

@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
         folders = runs or train_all(options.algos, options.seeds, [settings], out)
         groups = grouped(load_runs(folders))
     table = runs_table(groups)
-    print(f"\n{table}\n")
+    print(printable(f"\n{table}\n"))
     if not runs:
         print(f"{len(folders)} runs in {time.perf_counter() - begin:.0f} s")
     if len(runs) == 2:

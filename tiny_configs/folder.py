@@ -54,42 +54,53 @@ def room_for(tensors: dict, path: Path):
     return blame(f"{path}: cannot be written; it takes {size:,} bytes, {free:,} were free; the checkpoints before it are untouched")
 
 
+LOCKS = []  # descriptors of the folders that this process keeps for itself
+
+
+def lock(out: Path) -> None:
+    """Makes a run's folder, if it is not there, and keeps other processes on this machine out of it. Raises UserError if another has it."""
+    with blame(f"--output_dir {out}: cannot be used"):
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        require(False, f"--output_dir {out}: another run is writing there; wait for it, or choose another")
+    except OSError as error:  # some network file systems know no locks
+        say(f"{out} cannot be locked ({error.strerror}); see to it that no other run writes there")
+    LOCKS.append(descriptor)
+
+
 @contextmanager
 def held(config):
-    """Keeps other processes out of a run's folder as long as this one lives, however it ends. Raises UserError if another has it."""
+    """The run's folder is this process's alone as long as it lives, however it ends."""
     if RANK > 0 or config.dry_run:
         yield
         return
     out = Path(config.output_dir)
     is_new = not out.exists()
-    with blame(f"--output_dir {out}: cannot be used"):
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            require(False, f"--output_dir {out}: another run is writing there; wait for it, or choose another")
-        except OSError as error:  # some network file systems know no locks
-            say(f"{out} cannot be locked ({error.strerror}); see to it that no other run writes there")
+        lock(out)
         yield
     finally:
-        os.close(descriptor)
-        if is_new:
+        if is_new and LOCKS:
             with suppress(OSError):  # it is not empty, as it should be
                 out.rmdir()
+        while LOCKS:
+            os.close(LOCKS.pop())
 
 
 def claim_output_dir(config) -> Path:
-    """The run's folder, empty but for config.json: an earlier run there is moved aside. The folder itself stays, because it is locked."""
+    """The run's folder, empty but for config.json: an earlier run there is moved aside."""
     out = Path(config.output_dir)
     if RANK == 0:
-        remove_temporaries(out)
         if (out / "config.json").exists():
-            aside = next(aside for n in range(1, sys.maxsize) if not (aside := out.with_name(f"{out.name}.{n}")).exists())
-            aside.mkdir()
-            for path in sorted(out.iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a run: it goes last
-                path.rename(aside / path.name)
+            here = Path(os.path.abspath(out))  # "." has no name
+            aside = next(aside for n in range(1, sys.maxsize) if not (aside := here.with_name(f"{here.name}.{n}")).exists())
+            with blame(f"--output_dir {out}: the run that is there cannot be moved aside; choose another"):
+                here.rename(aside)
+            lock(here)
             say(f"the earlier run in {out} is now {aside}")
         write_config(config)
     return out
@@ -125,26 +136,37 @@ def renamed_when_complete(folder: Path):
     barrier()
 
 
-def remove(folder: Path) -> None:
-    """At once for whoever looks: what is half removed has another name."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    folder.replace(temporary)
-    shutil.rmtree(temporary)
-
-
-def remove_temporaries(out: Path) -> None:
-    """What a killed process has left unfinished."""
-    for path in [*out.glob(".*.tmp"), *out.glob("checkpoints/.*.tmp"), *out.glob("final/.*.tmp")]:
+def cut_back(out: Path, step: int, logs: dict) -> None:
+    """The run's files as they were at a step: what came later goes, and comes again; what a killed process has left unfinished goes too."""
+    for path in [*out.glob(".*.json*.tmp"), *out.glob("checkpoints/.step-*.tmp"), *out.glob("final/.actor.tmp")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in out.glob("bad-batch-*.jsonl"):
+        if step < int(path.stem.rpartition("-")[2]):
+            path.unlink()
+    for name, lines in logs.items():
+        write_whole(out / name, "".join(lines))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
 
 
 def checkpoints_in(out) -> list[Path]:
     """The complete ones, oldest first."""
-    return sorted((f for f in Path(out, "checkpoints").glob("step-*") if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
+    return sorted((folder for folder in Path(out, "checkpoints").glob("step-*") if folder.name[5:].isdigit()), key=step_of)
 
 
-def sha256(path: Path) -> str | None:
-    with suppress(OSError), path.open("rb") as file:
+def prune(out: Path, step: int, keep: int, later: bool) -> None:
+    """Of the checkpoints up to a step the newest stay; `later` ones go too, after a save: they are damaged, and the run went on from before them."""
+    there = checkpoints_in(out)
+    for folder in [folder for folder in there if step_of(folder) <= step][:-keep] + [folder for folder in there if later and step_of(folder) > step]:
+        temporary = folder.with_name(f".{folder.name}.tmp")  # what is half removed is no checkpoint
+        folder.replace(temporary)
+        shutil.rmtree(temporary)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -162,21 +184,21 @@ def damage_of(checkpoint: Path) -> str | None:
         expected = dict(json.loads((checkpoint / "manifest.json").read_text()))
     except (OSError, ValueError, TypeError):
         return "manifest.json is missing or damaged"
-    added = {path.name for path in checkpoint.iterdir()} - expected.keys() - {"manifest.json"}
-    found = from_all_ranks({name: sha256(checkpoint / name) for name in sorted(expected)[RANK::RANKS]})
-    wrong = [f"{name} is {'damaged' if found[name] else 'missing'}" for name in expected if found[name] != expected[name]]
-    return next(iter(wrong + [f"{name} does not belong to it" for name in added]), None)
+    there = {path.name for path in checkpoint.iterdir()} - {"manifest.json"}  # names, so that no manifest leads elsewhere
+    found = from_all_ranks({name: sha256(checkpoint / name) for name in sorted(there & expected.keys())[RANK::RANKS]})
+    wrong = [f"{name} is {'damaged' if name in found else 'missing'}" for name in expected if found.get(name, "") != expected[name]]
+    return next(iter(wrong + [f"{name} does not belong to it" for name in there - expected.keys()]), None)
 
 
 def find_checkpoint(config, may_change: set) -> Path | None:
     """The checkpoint that --resume names: the newest undamaged one, or one that the user points to; None if the run in --output_dir has none yet.
     Raises UserError if there is nothing to go on from, or the settings have changed."""
     out, own = Path(config.output_dir), checkpoints_in(config.output_dir)
-    newest = config.resume == "newest"
-    if newest and not own and (out / "config.json").exists():
+    newest, is_finished = config.resume == "newest", (out / "summary.json").exists()
+    if newest and not own and not is_finished:
         say(f"--resume: the run in {out} has no checkpoint yet, so it starts again")
         return None
-    require(own or not newest, f"--resume: {out} has no complete checkpoint; check --output_dir, or start without --resume")
+    require(own or not newest, f"--resume: the run in {out} is finished; to repeat it, start without --resume")
     for checkpoint in reversed(own) if newest else [Path(config.resume)]:
         require(checkpoint.is_dir(), f"--resume {checkpoint}: not a checkpoint, runs/.../checkpoints/step-N")
         damage = damage_of(checkpoint)
@@ -184,9 +206,8 @@ def find_checkpoint(config, may_change: set) -> Path | None:
             break
         require(newest and checkpoint != own[0], f"--resume {checkpoint}: {damage}; {'no checkpoint before it is left' if newest else 'resume from another'}")
         say(f"--resume: {checkpoint} cannot be used, {damage}; trying the one before it")
-    finished = (out / "summary.json").exists()
     own_one = checkpoint.resolve().parent.parent == out.resolve()
-    require(not own_one or not finished and (newest or checkpoint.resolve() == own[-1].resolve()),
+    require(not own_one or not is_finished and (newest or checkpoint.resolve() == own[-1].resolve()),
             f"--resume {checkpoint}: the run in {out} has gone on since, or is finished; to branch off, give another --output_dir")
     with blame(f"--resume {checkpoint}: cannot be read"):
         saved = {**json.loads((checkpoint / "state.json").read_text())["config"]}

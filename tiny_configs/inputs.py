@@ -30,13 +30,17 @@ def require(condition, sentence: str) -> None:
         raise UserError(sentence)
 
 
+class TimeUp(BaseException):
+    """No Exception, so that a function which catches those cannot go on hanging."""
+
+
 @contextmanager
 def blame(what: str):
     """Turns whatever a library or a user's code raises inside into one sentence."""
     try:
         yield
-    except (Exception, CheckpointException) as error:
-        if isinstance(error, UserError):
+    except BaseException as error:  # a user's sys.exit() too, and a panic in Rust
+        if isinstance(error, (UserError, KeyboardInterrupt, TimeUp)):
             raise
         if isinstance(error, CheckpointException):  # which says no more than on which rank
             error, _ = next(iter(error.failures.values()))
@@ -50,7 +54,7 @@ def say(text: str) -> None:
 
 def did_you_mean(words, known) -> str:
     """" (did you mean --steps?)" for a word that resembles a known setting."""
-    names = [word.lstrip("-").partition("=")[0].strip(":") for word in words]
+    names = [re.match("[^=/:]*", word.lstrip("-"))[0] for word in words]
     near = {match: None for name in names for match in difflib.get_close_matches(name, known, 1) if name not in known}
     return f" (did you mean {', '.join(f'--{name}' for name in near)}?)" if near else ""
 
@@ -101,8 +105,8 @@ def read_rows(source: str, flag: str) -> datasets.Dataset:
         where = {"path": reader, "data_files": glob.escape(str(path)), "split": "train"}
     with blame(f"{flag} {source}: cannot be read"):
         rows = datasets.load_dataset(**where)
-    if rows.column_names == ["instructions"]:  # {"instructions": [...]}: one row that holds them all
-        return datasets.Dataset.from_dict({"prompt": [text for row in rows["instructions"] for text in row]})
+        if rows.column_names == ["instructions"]:  # {"instructions": [...]}: one row that holds them all
+            return datasets.Dataset.from_dict({"prompt": [text for row in rows["instructions"] for text in row]})
     return rows
 
 
@@ -126,17 +130,13 @@ def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dat
     return pairs
 
 
-class TimeUp(BaseException):
-    """No Exception, so that a function which catches those cannot go on hanging."""
-
-
 @contextmanager
 def time_limit(seconds: float, sentence: str):
     """Raises UserError if what is inside takes longer. Once a second, should a library's code in between have swallowed it."""
     def stop(*_):
         raise TimeUp
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, 1e9), 1.0)
     try:
         yield
     except TimeUp:
@@ -151,7 +151,7 @@ def check_function(source: str, flag: str) -> None:
     path, _, name = source.rpartition(":")
     require(path and name, f"{flag} {source}: should be FILE.py:function")
     with blame(f"{flag} {source}: cannot be loaded"):
-        ast.parse(Path(path).read_text(), path)
+        ast.parse(Path(path).read_bytes(), path)
 
 
 def load_function(source: str, flag: str, seconds: float):

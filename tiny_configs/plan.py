@@ -10,7 +10,9 @@ import os
 import re
 import resource
 import sys
+import warnings
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import datasets
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels import reference
@@ -52,7 +54,7 @@ def dry_run(config, repo) -> None:
 
     longest = longest_rows(prompts, pairs, tokenizer, config, repo)
     say(f"the longest prompt has {longest[0]} tokens; a batch's rows, padded to the longest prompt and response, up to {longest[1]}")
-    plans, own = {}, (config.lora_rank, repo.recomputes(policy, config))
+    plans, own = {}, (config.lora_rank, recomputes(policy, config))
     for rank in dict.fromkeys((config.lora_rank, 0 if config.lora_rank else 64)):
         changed = replace(config, lora_rank=rank)
         try:
@@ -118,6 +120,7 @@ def check_sources(config, fetch) -> None:
             check_function(source, flag)
         elif source:
             fetch(AutoConfig.from_pretrained, source, flag, config)
+            fetch(AutoTokenizer.from_pretrained, source, flag, config)
 
 
 def memory_available(config, repo):
@@ -227,15 +230,37 @@ def activations(model, rows, length, is_mixed, checkpointing, repo):
     body = copy.deepcopy(model.base_model)
     body = body.to(torch.bfloat16) if is_mixed else body
     body.set_attn_implementation("plan")
-    repo.set_checkpointing(body, checkpointing)
+    set_checkpointing(body, checkpointing)
     ids, trained = torch.zeros(rows, length, dtype=torch.long, device="meta"), [p for p in body.parameters() if p.requires_grad]
     for parameter in trained:  # all gradients together have a term of their own
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    with Alive(body.parameters()) as alive, repo.recomputing([body]):
+    with Alive(body.parameters()) as alive, recomputing([body]):
         hidden = body(input_ids=ids, attention_mask=ids, position_ids=ids, use_cache=False).last_hidden_state
         kept = alive.now
         hidden.backward(torch.empty_like(hidden), inputs=trained)
     return alive.peak, kept
+
+
+def recomputes(policy, config) -> bool:
+    return policy.num_parameters() > 1e9 if config.gradient_checkpointing is None else config.gradient_checkpointing
+
+
+def set_checkpointing(body, on: bool) -> None:
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # transformers is about to rename these
+        body.gradient_checkpointing_enable({"use_reentrant": False}) if on else body.gradient_checkpointing_disable()
+
+
+@contextmanager
+def recomputing(models):
+    """Gradient checkpointing works in layers that train, and everything here is in eval mode for want of dropout: a layer's own flag is enough."""
+    layers = [layer for model in models for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 class Alive(TorchDispatchMode):
