@@ -50,7 +50,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def room_for(tensors: dict, path: Path):
     """Inside it tensors are written; what fails is told with what they need and what there was."""
-    size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
+    size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parents[1]).free
     return blame(f"{path}: cannot be written; it takes {size:,} bytes, {free:,} were free; the checkpoints before it are untouched")
 
 
