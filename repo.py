@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import signal
 import sys
@@ -46,7 +47,7 @@ from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_l
 from tiny_configs import plan
 from tiny_configs.checks import BadNumbers, bad_batch, check_loaded, check_policy, check_scorer, collapse, has_plain_head, not_finite
 from tiny_configs.compare import printable, samples_table, scores_table, summarize
-from tiny_configs.folder import append, claim_output_dir, cut_back, find_checkpoint, held, is_run, prune, renamed_when_complete, room_for
+from tiny_configs.folder import append, claim_output_dir, cut_back, find_checkpoint, held, holds_run, is_run, prune, renamed_when_complete, room_for
 from tiny_configs.folder import to_jsonl, write_config, write_manifest, write_whole
 from tiny_configs.inputs import UserError, blame, did_you_mean, load_function, load_pairs, require, say, to_messages
 from tiny_configs.plan import peak_memory_mib, recomputes, recomputing, set_checkpointing
@@ -117,7 +118,7 @@ class Config:
     sample_every: int = option(50, "steps between samples in terminal and samples.jsonl; 0 = never")
 
     def policy_flag(self) -> str:
-        return "--model" if self.policy == self.model else "--policy"
+        return "--model" if self.policy == self.model else "--eval_only" if self.policy == self.eval_only else "--policy"
     def autocast(self):
         """Trained models keep fp32 weights and compute in --dtype."""
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
@@ -187,7 +188,7 @@ def resolve_config(argv: list[str]) -> Config:
     out = Path(config.output_dir)
     require(config.resume != "newest" or out.is_dir(), f"--resume: there is no run in {out}; check --output_dir, or start without --resume")
     empty = not out.exists() or out.is_dir() and all(path.name == ".config.json.tmp" for path in out.iterdir())
-    require(empty or (out / "config.json").exists(), f"--output_dir {out}: exists and is not a run of this script; choose another")
+    require(empty or holds_run(out), f"--output_dir {out}: exists and is not a run of this script; choose another")
     require(RANKS == 1 or config.dry_run or distributed.is_initialized(), "WORLD_SIZE is set, so there should be several ranks; start them with torchrun")
     require(config.device == "cpu" or config.dry_run or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
     return config
@@ -236,7 +237,7 @@ def split_prompts(config: Config, tokenizer) -> tuple[list[str], list[str]]:
         held_out = load_prompts(config.eval_dataset, config.prompt_column, "--eval_dataset", tokenizer, config.max_prompt_length)
     unseen = set(held_out)
     train = [prompt for prompt in prompts if prompt not in unseen]
-    require(train, f"--dataset {config.dataset}: has {len(prompts)} prompts, and at least 16 are held out; bring more, or an --eval_dataset")
+    require(train, f"--dataset {config.dataset}: its {len(prompts)} prompts are all held out, by --eval_dataset or as the 16 at least; bring more, or other ones to hold out")
     say(f"prompts: {len(train):,} for training, {len(held_out):,} held out")
     return train, held_out
 
@@ -664,7 +665,7 @@ def load_ptx_pairs(config: Config, tokenizer) -> list[tuple[list[int], list[int]
 # ==== 7  Training =========================================================================================================================
 class State:
     """The models of a run, and everything else that changes while it trains. A checkpoint holds what is TRAINED, its optimiser, and NUMBERS."""
-    TRAINED, NUMBERS = ("policy", "reward_critic", "cost_critic"), ("lam", "step", "seconds", "tokens", "costs", "before", "logs")
+    TRAINED, NUMBERS = ("policy", "reward_critic", "cost_critic"), ("lam", "step", "seconds", "tokens", "costs", "before", "logs", "data")
     def __init__(self, policy, tokenizer, config: Config):
         reference, self.tokenizer = on_shared_weights(policy, config).requires_grad_(False), tokenizer  # pi_ref, computed exactly as the policy is
         self.policy = sharded(policy if config.eval_only else make_trainable(policy, config), config)
@@ -795,7 +796,8 @@ def skip_step(state: State, out: Path, what: str, rollout: Rollout, config: Conf
 def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> bool:
     """Minimises the Lagrangian (1), E[-R + lambda {C - d}+], in the policy while lambda rises. True if Ctrl-C has stopped it, after a whole step; the second kills."""
     pressed, bad_steps, has_warned = [], 0, False
-    signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    told = b"\nCtrl-C: this step will be finished and saved; a second Ctrl-C ends at once, with nothing saved\n" * (RANK == 0)
+    signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), os.write(2, told), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, disable=RANK > 0) as bar:
         while not (stopped := over_ranks(torch.tensor(len(pressed), device=config.device))) and state.step < config.steps:  # all ranks together
             try:
@@ -818,7 +820,7 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
                 samples = [{"step": state.step, **record} for record in rollout.records(config.threshold)]
                 say(samples_table(samples))
                 state.log(out, "samples.jsonl", samples)
-            if config.save_every and state.step % config.save_every == 0:
+            if config.save_every and state.step // config.save_every > (state.saved or 0) // config.save_every:  # a bad step on a multiple saves none
                 save_checkpoint(state, out, config)
             bar.set_postfix_str(f"reward {metrics['reward']:.2f}, cost {metrics['cost']:.2f}, unsafe {metrics['unsafe_rate']:.0%}, lambda {metrics['lambda']:.2f}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -884,6 +886,7 @@ def resume(state: State, checkpoint: Path, config: Config) -> Path:
         saved, metadata = json.loads((checkpoint / "state.json").read_text())["state"], reader.read_metadata().state_dict_metadata
         there, here = {(name, entry.size) for name, entry in metadata.items()}, {(name, tensor.shape) for name, tensor in tensors.items()}
         require(there == here, f"--resume {checkpoint}: it holds other weights than this run trains: {min(there ^ here, default=None)}")
+        require(saved["data"] == state.data, f"--resume {checkpoint}: the prompts or PTX pairs are others than it was saved with; bring those back, or start a new run")
         dcp.load(tensors, storage_reader=reader, no_dist=RANKS == 1)  # in place
     vars(state).update({name: saved[name] for name in State.NUMBERS})
     state.schedule.load_state_dict(saved["schedule"])
@@ -915,6 +918,7 @@ def run(config: Config) -> None:
     checkpoint = find_checkpoint(config, FREE_ON_RESUME) if config.resume else None
     policy, tokenizer = load_policy(config)
     state = State(policy, tokenizer, config)
+    state.data = hashlib.sha256(repr((prompts, held_out, ptx_pairs)).encode()).hexdigest()
     if is_run(config.eval_only):
         state.policy = sharded(load_policy(replace(config, policy=str(Path(config.eval_only, "final", "actor"))))[0], config)
     count = 0 if config.eval_only else sum(parameter.numel() for parameter in trainable(state.policy).values())
@@ -939,21 +943,22 @@ def run(config: Config) -> None:
         if not config.eval_only:
             save_actor(state, out, config)
         rows = evaluate(state, held_out, judge, config) if state.step or checkpoint else rows
-    except (KeyboardInterrupt, UserError) as error:
+    except (KeyboardInterrupt, UserError, OSError) as error:
         if (RANKS == 1 or stopped) and not config.eval_only and getattr(error, "code", 0) != 3:
             say(f"interrupted; {save_checkpoint(state, out, config)} is saved, --resume continues from there")
         raise
     if RANK > 0:
         return
     write_whole(out / "eval.jsonl", to_jsonl(rows))
-    scores, seconds = summarize(rows), time.perf_counter() - start
+    metrics, scores, seconds = [*map(json.loads, state.logs["metrics.jsonl"])], summarize(rows), time.perf_counter() - start
+    bad_steps = sum("bad" in row for row in metrics)
     write_whole(out / "summary.json", json.dumps({
-        "algo": config.algo, "rectify": config.rectify, "seed": config.seed, "steps": state.step, **scores, "lambda": state.lam,
+        "algo": config.algo, "rectify": config.rectify, "seed": config.seed, "steps": state.step, "bad_steps": bad_steps, **scores, "lambda": state.lam,
         "tokens_per_second": state.tokens / state.seconds if state.seconds else None, "wall_seconds": seconds,
-        "peak_memory_mib": max([peak_memory_mib(), *(row[key] for row in map(json.loads, state.logs["metrics.jsonl"]) for key in row if key.startswith("peak_mib"))]),
+        "peak_memory_mib": max([peak_memory_mib(), *(row[key] for row in metrics for key in row if key.startswith("peak_mib"))]),
         "before": state.before}, indent=2))
     say(scores_table(before=state.before, after=scores) if state.step else scores_table(now=scores))
-    say(f"\n{state.step} steps of {config.algo} in {seconds:.0f} s; everything is in {out}")
+    say(f"\n{state.step} steps of {config.algo}{f' ({bad_steps} of them with bad numbers, left out)' if bad_steps else ''} in {seconds:.0f} s; everything is in {out}")
 
 def main(argv: list[str] | None = None) -> int:
     """0 when all is done, 2 after a UserError, 3 after too many steps with bad numbers, 130 after Ctrl-C."""
@@ -972,6 +977,9 @@ def main(argv: list[str] | None = None) -> int:
         return getattr(error, "code", 2)
     except KeyboardInterrupt:
         return 130
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).partition('.')[0]}; a smaller --micro_batch_size needs less, --dry_run plans it; --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        return 1
     except RuntimeError as error:
         if RANKS == 1 or "onnection" not in str(error):
             raise
@@ -980,4 +988,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)  # sys.exit would wait for threads of a score function that hangs

@@ -132,8 +132,8 @@ CASES = [
     ("--dataset {}/notes.docx", "notes.docx: cannot tell its format"),
     ("--dataset {}/thesis", "thesis: is a folder, not a file"),
     ("--eval_dataset {}/missing.jsonl", "missing.jsonl: no such file"),
-    ("--dataset {}/good.jsonl --eval_dataset {}/good.jsonl", "at least 16 are held out"),
-    ("--dataset {}/few.jsonl", "at least 16 are held out"),
+    ("--dataset {}/good.jsonl --eval_dataset {}/good.jsonl", "prompts are all held out, by --eval_dataset"),
+    ("--dataset {}/few.jsonl", "prompts are all held out, by --eval_dataset"),
     ("--dataset {}/%s.jsonl" % ("long" * 100), "File name too long"),
     ("--dataset {}/null.json", "null.json: cannot be read"),
     # rows
@@ -144,7 +144,7 @@ CASES = [
     ("--dataset {}/numbers.jsonl", "row 0 does not hold what its columns promise (prompt)"),
     ("--dataset {}/nested.jsonl", "row 0 does not hold what its columns promise"),
     ("--dataset {}/lists.jsonl", "row 0 does not hold what its columns promise"),
-    ("--dataset {}/bare.json", "bare.json: has 2 prompts"),
+    ("--dataset {}/bare.json", "bare.json: its 2 prompts are all held out"),
     ("--dataset {}/number.json", "number.json: cannot be read"),
     ("--dataset {}/sharegpt.jsonl", "row 0 does not hold what its columns promise"),
     ("--dataset {}/images.jsonl", "row 0 does not hold what its columns promise"),
@@ -215,29 +215,30 @@ CASES = [
     ("--resume {}/finished/checkpoints/step-2 --eval_only", "--eval_only evaluates a policy, --resume goes on training"),
     ("--resume {}/nowhere", "nowhere: not a checkpoint"),
     ("--eval_only {}/nowhere", "nowhere: is none of tiny, alpaca-7b, llama-3.2-3b, no folder here"),
+    ("--output_dir {}/policy", "exists and is not a run of this script"),
     ("--output_dir {}/thesis", "exists and is not a run of this script"),
     ("--output_dir {}/good.jsonl", "exists and is not a run of this script"),
     ("--output_dir /proc/nowhere", "--output_dir /proc/nowhere: cannot be used"),
     ("--dry_run --device cuda --gpu_memory large", "--gpu_memory large: not a size"),
     # score functions and judges
-    ("--reward_model {}/f.py:raises", "f.py:raises: failed (ZeroDivisionError: division by zero)"),
+    ("--reward_model {}/f.py:raises", "f.py:raises: failed (ZeroDivisionError: division by zero, line 2)"),
     ("--cost_model {}/f.py:nan", "--cost_model gave nan, not a finite number"),
     ("--reward_model {}/f.py:few", "returned 1 results for 8 responses"),
     ("--reward_model {}/f.py:words", "gave 'high', not a number"),
     ("--reward_model {}/f.py:none", "gave None, not a number"),
-    ("--reward_model {}/f.py:exits", "f.py:exits: failed (SystemExit: 0)"),
+    ("--reward_model {}/f.py:exits", "f.py:exits: failed (SystemExit: 0, line "),
     ("--reward_model {}/exits.py:score", "exits.py:score: cannot be loaded (SystemExit"),
     ("--reward_model {}/f.py:huge", "gave 1e+39, not a number"),
     ("--reward_model {}/f.py:pairs", "not a number, to the response"),
     ("--reward_model {}/f.py:one", "f.py:one: failed (TypeError"),
     ("--reward_model {}/f.py:value", "f.py:value: failed (TypeError"),
-    ("--reward_model {}/f.py:absent", "f.py:absent: cannot be loaded (KeyError: 'absent')"),
+    ("--reward_model {}/f.py:absent", "f.py has no function absent"),
     ("--reward_model {}/broken.py:score", "broken.py, line 1))"),
-    ("--reward_model {}/imports.py:score", "imports.py:score: cannot be loaded (ModuleNotFoundError: No module named 'no_such_package')"),
+    ("--reward_model {}/imports.py:score", "imports.py:score: cannot be loaded (ModuleNotFoundError: No module named 'no_such_package', line 1)"),
     ("--reward_model {}/missing.py:score", "missing.py:score: cannot be loaded (FileNotFoundError"),
     ("--cost_model {}/f.py:hangs --scorer_timeout 0.5", "f.py:hangs: no answer within --scorer_timeout 0.5 seconds"),
     ("--judge {}/f.py:hangs --scorer_timeout 0.5", "no answer within --scorer_timeout 0.5 seconds"),
-    ("--judge {}/f.py:absent", "f.py:absent: cannot be loaded"),
+    ("--judge {}/f.py:absent", "f.py has no function absent"),
     ("--judge {}/f.py:nan", "must return dicts with the bools safe, refused and harmful_prompt"),
     ("--judge {}/f.py", "f.py: should be FILE.py:function"),
 ]
@@ -277,6 +278,24 @@ def test_a_run_on_a_changed_setting_says_from_what_to_what(run, tmp_path):
         assert code == 2 and says in printed
     code, _, printed = run(*FEW, "--save_every", 1, "--max_bad_steps", 7, "--resume")  # what may change
     assert code == 0
+
+
+def test_a_run_does_not_go_on_with_other_prompts(run, made, tmp_path):
+    (tmp_path / "p.jsonl").write_text(GOOD)
+    flags = (*FEW, "--dataset", tmp_path / "p.jsonl", "--save_every", 2)
+    code, out, _ = run(*flags)
+    (out / "summary.json").unlink()
+    (tmp_path / "p.jsonl").write_text(GOOD.replace("number 7", "number seven"))
+    code, _, printed = run(*flags, "--resume")
+    assert code == 2 and "the prompts or PTX pairs are others than it was saved with" in printed
+    (tmp_path / "p.jsonl").write_text(GOOD)
+    assert run(*flags, "--resume")[0] == 0
+
+
+def test_a_function_may_import_what_lies_beside_it(run, tmp_path):
+    (tmp_path / "beside_score.py").write_text("def length(text): return float(len(text))\n")
+    (tmp_path / "score.py").write_text("import beside_score\ndef score(p, r): return [beside_score.length(text) for text in r]\n")
+    assert run(*FEW, "--reward_model", f"{tmp_path}/score.py:score", "--eval_only")[0] == 0
 
 
 def test_an_error_is_found_before_models_are_loaded(run, made, monkeypatch):

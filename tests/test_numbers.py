@@ -89,6 +89,14 @@ def test_without_a_checkpoint_it_saves_what_it_has_before_it_ends(run, monkeypat
     assert code == 3 and f"mend the cause and --resume from {out}/checkpoints/step-5; a lower learning rate" in printed
     code, out, _ = run(*FEW, "--steps", 7, "--resume")
     assert code == 0 and ["bad" in row for row in read_jsonl(out / "metrics.jsonl")] == [False, False, True, True, True, False, False]
+    assert json.loads((out / "summary.json").read_text())["bad_steps"] == 3
+
+
+def test_a_checkpoint_that_a_bad_step_has_missed_comes_after_the_next_good_one(run, monkeypatch):
+    spoiled(monkeypatch, "cost", (3,))
+    code, out, printed = run(*FEW, "--steps", 7, "--save_every", 2, "--keep_checkpoints", 9)
+    assert code == 0 and sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-2", "step-5", "step-6"]
+    assert "7 steps of repo (1 of them with bad numbers, left out) in" in printed
 
 
 def test_one_bad_update_leaves_those_before_it(run, monkeypatch):

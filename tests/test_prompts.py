@@ -140,7 +140,7 @@ def test_the_default_split_is_seeded_at_least_sixteen_and_disjoint(tmp_path, tok
     assert len(held_out) == 20 and sorted(train + held_out) == sorted(prompts)
     assert (train, held_out) == split(tmp_path, tokenizer, prompts)
     assert len(split(tmp_path, tokenizer, prompts[:40])[1]) == 16
-    with pytest.raises(repo.UserError, match="has 16 prompts, and at least 16 are held out.*--eval_dataset"):
+    with pytest.raises(repo.UserError, match="its 16 prompts are all held out, by --eval_dataset or as the 16 at least"):
         split(tmp_path, tokenizer, prompts[:16])
 
 

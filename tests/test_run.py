@@ -121,6 +121,14 @@ def test_ctrl_c_saves_and_exits_130(tmp_path, family):
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == [f"step-{steps}"]
 
 
+def test_a_hanging_thread_of_a_score_function_does_not_keep_the_process(tmp_path, family):
+    (tmp_path / "pool.py").write_text("import time\nfrom concurrent.futures import ThreadPoolExecutor\ndef score(prompts, responses):\n"
+                                      "    with ThreadPoolExecutor(2) as pool:\n        return list(pool.map(lambda r: time.sleep(1000), responses))\n")
+    done = subprocess.run([sys.executable, "repo.py", *map(str, FEW), "--reward_model", f"{tmp_path}/pool.py:score", "--scorer_timeout", "1", "--output_dir", str(tmp_path / "out")],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "no answer within --scorer_timeout 1 seconds" in done.stderr
+
+
 def test_a_second_run_moves_the_first_aside_and_touches_nothing_else(run, tmp_path):
     assert run(*FEW, "--eval_only")[0] == 0
     assert run(*FEW, "--eval_only", "--eval_samples", 2)[0] == 0

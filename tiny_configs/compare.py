@@ -123,7 +123,9 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
     keys = dict.fromkeys(key for some in settings for key in some if key not in ("algo", "rectify", "eval_only"))
     changed = [key for key in keys if len({json.dumps(some.get(key)) for some in settings}) > 1]
     for group in groups.values():
-        name = ", ".join([group[0].name, *(f"{key} {group[0].settings.get(key)}" for key in changed)])
+        values = {key: group[0].settings.get(key) for key in changed}
+        name = ", ".join([group[0].name, *(f"{key} {Path(value).name if isinstance(value, str) else value}" for key, value in values.items())])
+        name = name if len(name) < 60 else f"{group[0].name}, {group[0].folder.name}"
         is_repeated = len({run.config["seed"] for run in group}) < len(group)
         named |= {f"{name} ({run.folder})": [run] for run in group} if is_repeated or name in named else {name: group}
     return named

@@ -29,6 +29,13 @@ def is_run(folder: str | None) -> bool:
     return folder is not None and Path(folder, "metrics.jsonl").is_file()
 
 
+def holds_run(out: Path) -> bool:
+    """Whether a run was begun there: models have a config.json too, but no "environment" in it."""
+    with suppress(OSError, ValueError):
+        return "environment" in json.loads((out / "config.json").read_text())
+    return False
+
+
 def append(path: Path, text: str) -> None:
     with blame(f"{path}: {len(text):,} bytes cannot be written"), path.open("a") as file:
         file.write(text)
@@ -95,7 +102,7 @@ def claim_output_dir(config) -> Path:
     """The run's folder, empty but for config.json: an earlier run there is moved aside."""
     out = Path(config.output_dir)
     if RANK == 0:
-        if (out / "config.json").exists():
+        if holds_run(out):
             here = Path(os.path.abspath(out))  # "." has no name
             aside = next(aside for n in range(1, sys.maxsize) if not (aside := here.with_name(f"{here.name}.{n}")).exists())
             with blame(f"--output_dir {out}: the run that is there cannot be moved aside; choose another"):

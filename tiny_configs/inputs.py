@@ -6,6 +6,7 @@ import re
 import runpy
 import signal
 import sys
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,8 +36,8 @@ class TimeUp(BaseException):
 
 
 @contextmanager
-def blame(what: str):
-    """Turns whatever a library or a user's code raises inside into one sentence."""
+def blame(what: str, file: str = ""):
+    """Turns whatever a library or a user's code raises inside into one sentence, with the line of the user's file where there is one."""
     try:
         yield
     except BaseException as error:  # a user's sys.exit() too, and a panic in Rust
@@ -44,7 +45,8 @@ def blame(what: str):
             raise
         if isinstance(error, CheckpointException):  # which says no more than on which rank
             error, _ = next(iter(error.failures.values()))
-        raise UserError(f"{what} ({type(error).__name__}: {str(error.__cause__ or error).strip().partition(chr(10))[0]})") from None
+        line = next((f", line {frame.lineno}" for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == file), "")
+        raise UserError(f"{what} ({type(error).__name__}: {str(error.__cause__ or error).strip().partition(chr(10))[0]}{line})") from None
 
 
 def say(text: str) -> None:
@@ -157,12 +159,14 @@ def check_function(source: str, flag: str) -> None:
 def load_function(source: str, flag: str, seconds: float):
     """FILE.py:name as a function (prompts, responses) -> one result per response. It, and this, raise UserError."""
     path, _, name = source.rpartition(":")
-    with blame(f"{flag} {source}: cannot be loaded"):
-        function = runpy.run_path(path)[name]
+    sys.path.append(str(Path(path).resolve().parent))  # for modules beside it
+    with blame(f"{flag} {source}: cannot be loaded", path):
+        module = runpy.run_path(path)
+    require(name in module, f"{flag} {source}: {path} has no function {name}")
 
     def checked(prompts: list[str], responses: list[str]) -> list:
-        with time_limit(seconds, f"{flag} {source}: no answer within --scorer_timeout {seconds:g} seconds"), blame(f"{flag} {source}: failed"):
-            results = list(function(prompts, responses))
+        with time_limit(seconds, f"{flag} {source}: no answer within --scorer_timeout {seconds:g} seconds"), blame(f"{flag} {source}: failed", path):
+            results = list(module[name](prompts, responses))
         require(len(results) == len(responses), f"{flag} {source}: returned {len(results)} results for {len(responses)} responses")
         return results
 

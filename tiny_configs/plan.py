@@ -9,6 +9,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import sys
 import warnings
 import weakref
@@ -66,6 +67,9 @@ def dry_run(config, repo) -> None:
     say(plans_table(plans, own) + "\n")
     for mode, terms in plans.items():
         say(f"{name_of(mode)}: {total(terms) / GIB:.1f} GiB{' per rank' * (RANKS > 1)}, {'fits' if total(terms) <= available else 'does not fit'} on {owner}")
+    size, out = 12 * sum(p.numel() for name in state.TRAINED for p in getattr(state, name).parameters() if p.requires_grad), Path(config.output_dir).absolute()
+    free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
+    say(f"a checkpoint takes {size / GIB:.1f} GiB of disk; with --save_every there are up to {config.keep_checkpoints + 1} at a time, and {free / GIB:.1f} GiB are free")
     terms, others = plans[own], [options_of(mode) for mode, some in plans.items() if mode != own and total(some) <= available]
     largest = max(terms, key=terms.get)
     require(total(terms) <= available, f"{name_of(own)} needs {total(terms) / GIB:.1f} GiB, {owner} has {available / GIB:.1f}; the largest term is "
