@@ -989,5 +989,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush(), sys.stderr.flush()
+    with suppress(OSError):  # whoever read it may be gone
+        sys.stdout.flush()
     os._exit(code)  # sys.exit would wait for threads of a score function that hangs
