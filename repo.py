@@ -828,7 +828,7 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
 
 # ==== 8  Evaluation =======================================================================================================================
 def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[dict]:
-    """--eval_samples responses to each held-out prompt with scores and verdicts, a row per prompt."""
+    """--eval_samples responses to each held-out prompt with scores and verdicts, a row per prompt. Raises UserError for bad numbers."""
     repeated = [prompt for prompt in prompts[:config.max_eval_prompts] for _ in range(config.eval_samples)]
     size, records = config.batch_size * config.samples_per_prompt, []
     for start in range(0, len(repeated), size):
@@ -894,10 +894,10 @@ def resume(state: State, checkpoint: Path, config: Config) -> Path:
         group["lr"] = rate
     if checkpoint.resolve().parent.parent == out.resolve():
         state.saved = state.step
+        write_config(config)
     else:
         claim_output_dir(config)
     if RANK == 0:
-        write_config(config)
         cut_back(out, state.step, state.logs)
         prune(out, state.step, config.keep_checkpoints, later=False)
     say(f"continuing from {checkpoint}")
@@ -961,7 +961,7 @@ def run(config: Config) -> None:
     say(f"\n{state.step} steps of {config.algo}{f' ({bad_steps} of them with bad numbers, left out)' if bad_steps else ''} in {seconds:.0f} s; everything is in {out}")
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when all is done, 2 after a UserError, 3 after too many steps with bad numbers, 130 after Ctrl-C."""
+    """0 when all is done, 1 without memory or another rank, 2 after a UserError, 3 after too many steps with bad numbers, 130 after Ctrl-C."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.disable(logging.ERROR)  # what the libraries would say reaches the user as a UserError

@@ -115,6 +115,8 @@ def claim_output_dir(config) -> Path:
 
 def write_config(config) -> None:
     """config.json: every resolved setting, and what the run was made with."""
+    if RANK > 0:
+        return
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
     write_whole(Path(config.output_dir, "config.json"), json.dumps(vars(config) | {"resume": None, "environment": {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "datasets": datasets.__version__,
