@@ -1,7 +1,11 @@
-"""The hot path of a policy update: log-probs over a large vocabulary, and the rectified clipped loss on them.
+"""The hot path of a policy update: log-probs over a large vocabulary, and the loss on them.
 
-Four functions, and the choice of what computes them. CUDA tensors run the Triton kernels. CPU tensors run plain PyTorch, or Triton's interpreter if
-TRITON_INTERPRET=1 is set. float64 is plain PyTorch everywhere. `backend="reference"` or `backend="triton"` forces one.
+Four functions, and the choice of what computes them. CUDA tensors run the Triton kernels. CPU
+tensors run plain PyTorch, or Triton's interpreter if TRITON_INTERPRET=1 is set. float64 is plain
+PyTorch everywhere. `backend="reference"` or `backend="triton"` forces one.
+
+reference.py is the specification. In Triton, log_prob.py has the log-probs, objective.py the loss
+on them, and linear.py both in one with the LM head before them.
 """
 import os
 
@@ -9,44 +13,162 @@ import torch
 
 from kernels import reference
 
-try:  # before the functions below, because importing a module binds its name here: kernels.repo_loss has to end as the function
-    from kernels import linear, log_prob, repo_loss
-    TRITON = {"gather_log_probs": log_prob.gather_log_probs, "linear_log_probs": linear.linear_log_probs,
-              "repo_loss": repo_loss.repo_loss, "linear_repo_loss": linear.linear_repo_loss}
+try:
+    from kernels import linear, log_prob, objective
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
     TRITON = {}  # Triton is not made for every system; the reference runs on all
+else:
+    TRITON = {
+        "gather_log_probs": log_prob.gather_log_probs,
+        "linear_log_probs": linear.linear_log_probs,
+        "repo_loss": objective.repo_loss,
+        "linear_repo_loss": linear.linear_repo_loss,
+    }
 
 __all__ = ["gather_log_probs", "linear_log_probs", "linear_repo_loss", "repo_loss"]
 
 
+def gather_log_probs(logits, target_ids, temperature=1.0, *, return_entropy=False, backend=None):
+    """Log-probs of chosen tokens.
+
+    logits [..., V], target_ids [...] int64 or int32 in [0, V), temperature > 0 -> fp32 [...],
+    differentiable in logits. With return_entropy a pair: the second, fp32 [...] in nats and
+    without gradient, is the entropy of softmax(logits / temperature).
+    """
+    if logits.dim() == 0:
+        raise ValueError("logits is a single number: its last dimension must be the vocabulary")
+    _check_shape("target_ids", target_ids, logits.shape[:-1],
+                 "logits without its last dimension has")
+    _check_temperature(temperature)
+    tensors = {"logits": logits, "target_ids": target_ids}
+    function = _implementation("gather_log_probs", backend, tensors)
+    return function(logits, target_ids, temperature, return_entropy)
+
+
+def linear_log_probs(
+    hidden, weight, target_ids, temperature=1.0, *, return_entropy=False, backend=None,
+):
+    """LM head and log-prob in one: hidden [N, H], weight [V, H], target_ids [N] -> fp32 [N].
+
+    Only the logits of a chunk of tokens exist at a time. Differentiable in hidden and weight. With
+    return_entropy a pair, as in gather_log_probs.
+    """
+    _check_linear(hidden, weight, target_ids, temperature)
+    tensors = {"hidden": hidden, "weight": weight, "target_ids": target_ids}
+    function = _implementation("linear_log_probs", backend, tensors)
+    return function(hidden, weight, target_ids, temperature, return_entropy)
+
+
+def repo_loss(
+    log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    clip_range=0.2, *, backend=None,
+):
+    """The rectified clipped objective over response tokens. All tensors [N].
+
+    penalty is lambda_i of the token's response, token_weight its w_t. Returns (scalar loss, stats),
+    stats being 0-d tensors: clip_fraction (share of tokens whose rho is outside 1 +- clip_range),
+    approx_kl (mean of rho - 1 - log rho), ratio_max.
+
+    Only log_probs receives a gradient, -w_t rho_t A_t, or 0 where the clip is active.
+    """
+    per_token = {
+        "log_probs": log_probs,
+        "old_log_probs": old_log_probs,
+        "reward_advantages": reward_advantages,
+        "cost_advantages": cost_advantages,
+        "penalty": penalty,
+        "token_weight": token_weight,
+    }
+    _check_loss(per_token, log_probs.numel(), clip_range)
+    function = _implementation("repo_loss", backend, per_token)
+    return function(*per_token.values(), clip_range)
+
+
+def linear_repo_loss(
+    hidden, weight, target_ids,
+    old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    clip_range=0.2, temperature=1.0, *, backend=None,
+):
+    """repo_loss of linear_log_probs in one.
+
+    Returns (scalar loss, detached fp32 log-probs [N], stats).
+    """
+    per_token = {
+        "old_log_probs": old_log_probs,
+        "reward_advantages": reward_advantages,
+        "cost_advantages": cost_advantages,
+        "penalty": penalty,
+        "token_weight": token_weight,
+    }
+    _check_linear(hidden, weight, target_ids, temperature)
+    _check_loss(per_token, hidden.shape[0], clip_range)
+    tensors = {"hidden": hidden, "weight": weight, "target_ids": target_ids, **per_token}
+    function = _implementation("linear_repo_loss", backend, tensors)
+    return function(*tensors.values(), clip_range, temperature)
+
+
 def _implementation(name, backend, tensors):
-    """The function of that name for these tensors (by argument name). All must be on one device, and of a type that can be computed with."""
-    first, device = next((name, tensor.device) for name, tensor in tensors.items())
-    for argument, tensor in tensors.items():
-        if tensor.device != device:
-            raise ValueError(f"{argument} is on {tensor.device}, {first} on {device}: all tensors must be on one device")
-        if argument == "target_ids":
-            if tensor.dtype not in (torch.int32, torch.int64):
-                raise ValueError(f"target_ids is {tensor.dtype}, which cannot index: it must be int64 or int32")
-        elif not tensor.is_floating_point():
-            raise ValueError(f"{argument} is {tensor.dtype}: it must be a floating-point tensor")
-    has_double = torch.float64 in (tensor.dtype for tensor in tensors.values())
-    is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    """The function of that name for these tensors (by argument name).
+
+    Raises ValueError for tensors that no implementation can compute with, and for a backend that is
+    unknown or cannot compute with these.
+    """
+    _check_devices_and_dtypes(tensors)
+    device = next(iter(tensors.values())).device.type
+    has_double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+    is_interpreted = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
     if backend is None:
-        backend = "triton" if name in TRITON and not has_double and (device.type == "cuda" or is_interpreted) else "reference"
+        can_run_triton = name in TRITON and (device == "cuda" or is_interpreted)
+        backend = "triton" if can_run_triton and not has_double else "reference"
     if backend == "reference":
         return getattr(reference, name)
+
     if backend != "triton":
         raise ValueError(f"backend={backend!r}: it must be 'reference', 'triton' or None")
     if name not in TRITON:
         raise ValueError(f"backend='triton': there is none for {name} here")
-    if device.type == "cpu" and not is_interpreted:
-        raise ValueError("backend='triton': CPU tensors need Triton's interpreter, TRITON_INTERPRET=1")
+    if device == "cpu" and not is_interpreted:
+        raise ValueError("backend='triton': CPU tensors need Triton's interpreter, "
+                         "TRITON_INTERPRET=1")
     if has_double:
-        raise ValueError("backend='triton': the kernels compute in fp32, and float64 would be lost; use backend='reference'")
+        raise ValueError("backend='triton': the kernels compute in fp32, and float64 would be "
+                         "lost; use backend='reference'")
     return TRITON[name]
+
+
+def _check_devices_and_dtypes(tensors):
+    """All must be on one device, and of a type that can be computed with."""
+    first, device = next((argument, tensor.device) for argument, tensor in tensors.items())
+    for argument, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(f"{argument} is on {tensor.device}, {first} on {device}: "
+                             "all tensors must be on one device")
+        if argument == "target_ids":
+            if tensor.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"target_ids is {tensor.dtype}, which cannot index: "
+                                 "it must be int64 or int32")
+        elif not tensor.is_floating_point():
+            raise ValueError(f"{argument} is {tensor.dtype}: it must be a floating-point tensor")
+
+
+def _check_linear(hidden, weight, target_ids, temperature):
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {list(hidden.shape)}, but it must be [N, H]: "
+                         "one row per token")
+    vocab = weight.shape[0] if weight.dim() else 0
+    _check_shape("weight", weight, (vocab, hidden.shape[1]), "hidden asks for [V, H] =")
+    _check_shape("target_ids", target_ids, hidden.shape[:1], "hidden has one row per token:")
+    _check_temperature(temperature)
+
+
+def _check_loss(per_token, count, clip_range):
+    for argument, tensor in per_token.items():
+        _check_shape(argument, tensor, (count,), "there is one number per token:")
+    if not clip_range >= 0:
+        raise ValueError(f"clip_range={clip_range}: it must not be negative")
 
 
 def _check_shape(argument, tensor, expected, why):
@@ -55,68 +177,5 @@ def _check_shape(argument, tensor, expected, why):
 
 
 def _check_temperature(temperature):
-    if not temperature > 0:
+    if not temperature > 0:  # NaN is neither
         raise ValueError(f"temperature={temperature}: it must be above 0")
-
-
-def gather_log_probs(logits, target_ids, temperature=1.0, *, return_entropy=False, backend=None):
-    """Log-probs of chosen tokens.
-
-    logits [..., V], target_ids [...] int64 or int32 in [0, V), temperature > 0 -> fp32 [...], differentiable in logits.
-    With return_entropy a pair: the second, fp32 [...] in nats and without gradient, is the entropy of softmax(logits / temperature).
-    """
-    if logits.dim() == 0:
-        raise ValueError("logits is a single number: its last dimension must be the vocabulary")
-    _check_shape("target_ids", target_ids, logits.shape[:-1], "logits without its last dimension has")
-    _check_temperature(temperature)
-    function = _implementation("gather_log_probs", backend, {"logits": logits, "target_ids": target_ids})
-    return function(logits, target_ids, temperature, return_entropy)
-
-
-def linear_log_probs(hidden, weight, target_ids, temperature=1.0, *, return_entropy=False, backend=None):
-    """LM head and log-prob in one: hidden [N, H], weight [V, H], target_ids [N] -> fp32 [N], with the logits of a chunk of tokens at a time.
-
-    Differentiable in hidden and weight. With return_entropy a pair, as in gather_log_probs.
-    """
-    _check_linear(hidden, weight, target_ids, temperature)
-    function = _implementation("linear_log_probs", backend, {"hidden": hidden, "weight": weight, "target_ids": target_ids})
-    return function(hidden, weight, target_ids, temperature, return_entropy)
-
-
-def _check_linear(hidden, weight, target_ids, temperature):
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}, but it must be [N, H]: one row per token")
-    _check_shape("weight", weight, (weight.shape[0] if weight.dim() else 0, hidden.shape[1]), "hidden asks for [V, H] =")
-    _check_shape("target_ids", target_ids, hidden.shape[:1], "hidden has one row per token:")
-    _check_temperature(temperature)
-
-
-def _check_loss(tokens, count, clip_range):
-    for argument, tensor in tokens.items():
-        _check_shape(argument, tensor, (count,), "there is one number per token:")
-    if not clip_range >= 0:
-        raise ValueError(f"clip_range={clip_range}: it must not be negative")
-
-
-def repo_loss(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight, clip_range=0.2, *, backend=None):
-    """The rectified clipped objective over response tokens. All tensors [N].
-
-    penalty is lambda_i of the token's response, token_weight its w_t. Returns (scalar loss, stats), stats being 0-d tensors:
-    clip_fraction (share of tokens whose rho is outside 1 +- clip_range), approx_kl (mean of rho - 1 - log rho), ratio_max.
-    Only log_probs receives a gradient, -w_t rho_t A_t, or 0 where the clip is active.
-    """
-    tokens = {"log_probs": log_probs, "old_log_probs": old_log_probs, "reward_advantages": reward_advantages, "cost_advantages": cost_advantages,
-              "penalty": penalty, "token_weight": token_weight}
-    _check_loss(tokens, log_probs.numel(), clip_range)
-    return _implementation("repo_loss", backend, tokens)(*tokens.values(), clip_range)
-
-
-def linear_repo_loss(hidden, weight, target_ids, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
-                     clip_range=0.2, temperature=1.0, *, backend=None):
-    """repo_loss of linear_log_probs in one: returns (scalar loss, detached fp32 log-probs [N], stats)."""
-    _check_linear(hidden, weight, target_ids, temperature)
-    tokens = {"old_log_probs": old_log_probs, "reward_advantages": reward_advantages, "cost_advantages": cost_advantages,
-              "penalty": penalty, "token_weight": token_weight}
-    _check_loss(tokens, hidden.shape[0], clip_range)
-    function = _implementation("linear_repo_loss", backend, {"hidden": hidden, "weight": weight, "target_ids": target_ids, **tokens})
-    return function(hidden, weight, target_ids, *tokens.values(), clip_range, temperature)

@@ -1,34 +1,43 @@
-"""Shared by all tests: the project on the path, no network, and small helpers that write checkpoints by hand."""
+"""Shared by all tests: the project on the path, no network, and small helpers that write
+checkpoints by hand."""
+
 import json
 import os
 import sys
 from pathlib import Path
+from textwrap import dedent
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on a network; asking for one would only take time
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a network; asking for one only takes time
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# Triton decides at its import whether it compiles or interprets. Without a GPU the kernels' tests interpret; runs of repo.py keep plain PyTorch,
-# because the variable is gone when they choose. With a GPU everything is compiled, unless the whole session is started with TRITON_INTERPRET=1.
+# Triton decides at its import whether it compiles or interprets. Without a GPU the kernels' tests
+# interpret; runs of repo.py keep plain PyTorch, because the variable is gone when they choose. With
+# a GPU everything is compiled, unless the whole session is started with TRITON_INTERPRET=1.
 INTERPRETED = not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 with pytest.MonkeyPatch.context() as patch:
     if INTERPRETED:
         patch.setenv("TRITON_INTERPRET", "1")
     import kernels  # noqa: F401
 
-if INTERPRETED:  # the interpreter cuts fp32 off to bf16 where every GPU rounds, which would hide a kernel that is really less accurate
+# The interpreter cuts fp32 off to bf16 where every GPU rounds, which would hide a kernel that is
+# really less accurate.
+if INTERPRETED:
     from triton.runtime import interpreter
+
     convert = interpreter._convert_float
 
     def convert_as_a_gpu_does(data, source, target, rounding_mode):
         if source.name == "fp32" and target.name == "bf16":
             return torch.from_numpy(data).bfloat16().view(torch.uint16).numpy()
         return convert(data, source, target, rounding_mode)
+
     interpreter._convert_float = convert_as_a_gpu_does
 
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel  # noqa: E402
 
 import repo  # noqa: E402
@@ -36,14 +45,16 @@ from tiny_configs import world  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a CUDA GPU, and is skipped only where there is none")
+    marker = "cuda: needs a CUDA GPU, and is skipped only where there is none"
+    config.addinivalue_line("markers", marker)
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "cuda" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
 
 
 @pytest.fixture(params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -57,16 +68,24 @@ def device(request, monkeypatch) -> str:
 @pytest.fixture(scope="session")
 def family() -> dict:
     """Paths of the tiny family, built once into the project's cache."""
-    return world.build(repo.BEAVER_TEMPLATE)
+    return world.build()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tiny family's tokenizer, without its models."""
+    return world.build_tokenizer()
 
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Runs the script's main in this process: run(*flags) -> (exit code, output folder, what it printed)."""
+    """The script's main in this process: run(*flags) -> (exit code, output folder, its output)."""
+
     def call(*flags, out="out"):
         code = repo.main([*map(str, flags), "--output_dir", str(tmp_path / out)])
         printed = capsys.readouterr()
         return code, tmp_path / out, printed.out + printed.err
+
     return call
 
 
@@ -76,20 +95,28 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
     """(tensors by name, numbers) of a checkpoint that one rank wrote."""
-    from safetensors.torch import load_file
-    file, = folder.glob("*.safetensors")
+    (file,) = folder.glob("*.safetensors")
     return load_file(file), json.loads((folder / "state.json").read_text())["state"]
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
-    """The tiny family's tokenizer, without its models."""
-    return world.build_tokenizer(repo.BEAVER_TEMPLATE)
+def write_python(file: Path, source: str) -> Path:
+    """Writes a file of Python, given as an indented block."""
+    file.write_text(dedent(source).lstrip("\n"))
+    return file
 
 
 def tiny_config(tokenizer, **changes) -> LlamaConfig:
-    return LlamaConfig(**{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": len(tokenizer),
-                          "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, **changes})
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return LlamaConfig(**settings | changes)
 
 
 def write_policy(folder: Path, tokenizer, seed: int = 0, dtype=torch.float32, **changes) -> Path:
@@ -104,24 +131,47 @@ def random_beaver(tokenizer, seed: int = 0) -> tuple[LlamaModel, dict]:
     torch.manual_seed(seed)
     model = LlamaModel(tiny_config(tokenizer)).eval()
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    return model, state | {"score_head.weight": torch.randn(1, 32), "score_head.bias": torch.tensor([0.25])}
+    state["score_head.weight"] = torch.randn(1, 32)
+    state["score_head.bias"] = torch.tensor([0.25])
+    return model, state
 
 
-def write_beaver(folder: Path, tokenizer, state: dict, sharded_bin: bool = False, **published) -> Path:
+# As published Beaver configs have them; some contradict the weights beside them.
+PUBLISHED_FIELDS = {
+    "architectures": ["LlamaForScore"],
+    "score_dim": 1,
+    "bias": False,
+    "score_bias": True,
+    "score_type": "reward",
+    "do_normalize": False,
+    "normalizer_type": None,
+    "momentum": None,
+}
+
+
+def write_beaver(folder: Path, tokenizer, state: dict, sharded_bin=False, **published) -> Path:
     """Writes the layout by hand, with the contradictory fields that published configs have."""
-    from safetensors.torch import save_file
     folder.mkdir(parents=True)
-    config = tiny_config(tokenizer).to_dict() | {"architectures": ["LlamaForScore"], "score_dim": 1, "bias": False, "score_bias": True,
-                                                 "score_type": "reward", "do_normalize": False, "normalizer_type": None, "momentum": None}
-    (folder / "config.json").write_text(json.dumps(config | published))
+    config = tiny_config(tokenizer).to_dict() | PUBLISHED_FIELDS | published
+    (folder / "config.json").write_text(json.dumps(config))
     if sharded_bin:
-        names = list(state)
-        shards = {"pytorch_model-00001-of-00002.bin": names[:5], "pytorch_model-00002-of-00002.bin": names[5:]}
-        for file, part in shards.items():
-            torch.save({name: state[name] for name in part}, folder / file)
-        index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        write_sharded_bin(folder, state)
     else:
-        save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        weights = {name: value.contiguous() for name, value in state.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_sharded_bin(folder: Path, state: dict) -> None:
+    """Two files of the older kind, and the index that says which weight is in which."""
+    names = list(state)
+    shards = {
+        "pytorch_model-00001-of-00002.bin": names[:5],
+        "pytorch_model-00002-of-00002.bin": names[5:],
+    }
+    for file, part in shards.items():
+        torch.save({name: state[name] for name in part}, folder / file)
+    file_of = {name: file for file, part in shards.items() for name in part}
+    index = {"metadata": {}, "weight_map": file_of}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))

@@ -1,5 +1,5 @@
 # pytest tests/test_compiled.py
-"""The Triton kernels compiled ahead of time for GPUs that need not be here, and the script's use of them."""
+"""The Triton kernels compiled ahead of time, for GPUs not here, and the script's use of them."""
 import json
 import os
 import subprocess
@@ -9,53 +9,78 @@ import pytest
 from conftest import ROOT, read_jsonl
 
 
+def run_compiling(*arguments) -> str:
+    """What Python prints with these arguments, in a process where Triton compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment,
+                          check=True, capture_output=True, text=True)
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def machine_code(tmp_path_factory) -> list[dict]:
-    """What `python -m kernels.bench --compiled` finds, in a process that compiles."""
+    """What `python -m kernels.bench --compiled` finds."""
     file = tmp_path_factory.mktemp("compiled") / "rows.json"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-m", "kernels.bench", "--compiled", "--json", str(file)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    run_compiling("-m", "kernels.bench", "--compiled", "--json", str(file))
     return json.loads(file.read_text())["rows"]
 
 
 def test_no_spills_and_few_registers_on_every_target(machine_code):
-    assert {row["target"] for row in machine_code} == {"sm_80", "sm_90", "gfx942"} and len(machine_code) >= 15
+    assert {row["target"] for row in machine_code} == {"sm_80", "sm_90", "gfx942"}
+    assert len(machine_code) >= 15
     for row in machine_code:
         assert row["spills"] == 0 and 0 < row["registers"] <= 64, row
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time_whatever_their_alignment(machine_code):
-    """Nothing is told to the compiler about pointers, V or strides, so this code is also that of V = 32001. 2-byte accesses: the rows' ends, the target."""
+    """Nothing is told to the compiler about pointers, V or strides.
+
+    So this code is also that of V = 32001. 2-byte accesses: the rows' ends, the target.
+    """
     for row in machine_code:
+        loads, stores = row["loads"], row["stores"]
         if row["kernel"].startswith("log-prob"):
-            assert row["loads"]["16 B"] >= 2 and row["loads"]["2 B"] <= 5, row
+            assert loads["16 B"] >= 2 and loads["2 B"] <= 5, row
         if row["kernel"] in ("log-prob backward", "log-prob, loss, gradient"):
-            assert row["stores"]["16 B"] >= 1 and row["stores"]["2 B"] == 2 and set(row["stores"]) <= {"2 B", "4 B", "16 B"}, row
+            assert stores["16 B"] >= 1 and stores["2 B"] == 2, row
+            assert set(stores) <= {"2 B", "4 B", "16 B"}, row
 
 
 def test_sizes_alignments_and_temperature_are_no_constants_of_the_code():
-    """What the launcher would compile anew for: constants, and arguments that it may look at. Only the choice of entropy and the dtypes are."""
+    """What the launcher would compile anew for: constants, and arguments that it may look at.
+
+    Only the choice of entropy and the dtypes are.
+    """
     code = """
-from kernels import linear, log_prob
-from kernels.repo_loss import loss_kernel
-for kernel in (log_prob.forward_kernel, log_prob.backward_kernel, linear.row_kernel, loss_kernel):
+from kernels import linear, log_prob, objective
+for kernel in (log_prob.forward_kernel, log_prob.backward_kernel, linear.row_kernel,
+               objective.loss_kernel):
     assert all(parameter.do_not_specialize or parameter.is_constexpr for parameter in kernel.params)
     print(*[parameter.name for parameter in kernel.params if parameter.is_constexpr])
 """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    assert done.stdout.split("\n") == ["LANES GROUP ENTROPY", "LANES GROUP", "LANES GROUP", "BLOCK", ""]
+    assert run_compiling("-c", code).split("\n") == [
+        "LANES GROUP ENTROPY", "LANES GROUP", "LANES GROUP", "BLOCK", "",
+    ]
 
 
 def test_a_run_by_the_interpreter_gives_the_metrics_of_a_run_by_plain_pytorch(tmp_path, family):
-    command = [sys.executable, "repo.py", "--device", "cpu", "--steps", "3", "--batch_size", "8", "--micro_batch_size", "8", "--eval_samples", "1",
-               "--max_eval_prompts", "4", "--max_response_length", "12", "--output_dir"]
-    for name, interpreted in (("plain", "0"), ("triton", "1")):
-        subprocess.run([*command, str(tmp_path / name)], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": interpreted}, check=True, capture_output=True)
-    plain, triton = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("plain", "triton"))
-    timings = {name for name in plain[0] if name.startswith(("seconds", "tokens_per", "peak"))}
+    def metrics(name, interpreted):
+        command = [
+            sys.executable, "repo.py", "--device", "cpu", "--steps", "3",
+            "--batch_size", "8", "--micro_batch_size", "8",
+            "--eval_samples", "1", "--max_eval_prompts", "4", "--max_response_length", "12",
+            "--output_dir", str(tmp_path / name),
+        ]
+        environment = {**os.environ, "TRITON_INTERPRET": interpreted}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+        return read_jsonl(tmp_path / name / "metrics.jsonl")
+
+    plain, triton = metrics("plain", "0"), metrics("triton", "1")
     assert len(plain) == len(triton) == 3
-    assert any(a["policy_grad_norm"] != b["policy_grad_norm"] for a, b in zip(plain, triton))  # equal to the last bit, it would be one backend twice
+    # equal to the last bit, it would be one backend twice
+    assert any(a["policy_grad_norm"] != b["policy_grad_norm"] for a, b in zip(plain, triton))
+
+    timings = {name for name in plain[0] if name.startswith(("seconds", "tokens_per", "peak"))}
     for a, b in zip(plain, triton):
         assert a.keys() == b.keys()
         for name in a.keys() - timings:

@@ -1,5 +1,7 @@
 # pytest tests/test_numbers.py
-"""Numbers that go bad: the update is left out, the batch is kept, and after some in a row the run ends; policies that collapse."""
+"""Numbers that go bad: the update is left out, the batch is kept, and after some in a row the run
+ends; policies that collapse."""
+
 import json
 import math
 
@@ -10,131 +12,199 @@ from test_run import FEW, stable
 from transformers import AutoModelForCausalLM
 
 import repo
-from tiny_configs import checks
+from plumbing.checks import collapse
 
 FLAGS = (*FEW, "--save_every", 1, "--keep_checkpoints", 9, "--minibatch_size", 4)
 
 
+# ---- making numbers bad
+
+OF_THE_ROLLOUT = ["reward", "cost", "log_probs", "ref_log_probs", "reward_values", "cost_values"]
+OF_THE_UPDATE = ["loss", "gradient", "critic loss"]
+
+
 def spoiled(monkeypatch, what: str, steps: tuple, number=math.nan):
     """Makes one number of a kind bad in some steps (from 0)."""
-    collect, now = repo.collect, []
+    collect, policy_loss, value_loss = repo.collect, repo.policy_loss, repo.value_loss
+    now = []  # the step that is being made
 
-    def remember(state, *arguments, **options):
+    def bad_rollout(state, *arguments, **options):
         now[:] = [state.step]
         rollout, phases = collect(state, *arguments, **options)
-        if what in ("reward", "cost", "log_probs", "ref_log_probs", "reward_values", "cost_values") and options.get("with_values", True) and state.step in steps:
+        in_training = options.get("with_values", True)
+        if what in OF_THE_ROLLOUT and in_training and state.step in steps:
             getattr(rollout, what)[1:2] = number
         return rollout, phases
-    monkeypatch.setattr(repo, "collect", remember)
-    if what in ("loss", "gradient"):
-        policy_loss = repo.policy_loss
 
-        def bad_loss(policy, batch, weight, config):
-            loss, stats = policy_loss(policy, batch, weight, config)
-            if now[0] in steps:
-                one = next(policy.parameters()).flatten()[0]
-                loss = loss + number if what == "loss" else loss + (0 * one).abs().sqrt()  # a root has no finite slope at 0
-            return loss, stats
+    def bad_loss(policy, batch, weight, config):
+        loss, stats = policy_loss(policy, batch, weight, config)
+        if now[0] in steps and what == "loss":
+            loss = loss + number
+        elif now[0] in steps:
+            weight = next(policy.parameters()).flatten()[0]
+            loss = loss + (0 * weight).abs().sqrt()  # a root has no finite slope at 0
+        return loss, stats
+
+    def bad_critic_loss(critic, batch, old_values, *more):
+        if now[0] in steps:
+            old_values = old_values + number
+        return value_loss(critic, batch, old_values, *more)
+
+    monkeypatch.setattr(repo, "collect", bad_rollout)
+    if what in ("loss", "gradient"):
         monkeypatch.setattr(repo, "policy_loss", bad_loss)
     if what == "critic loss":
-        value_loss = repo.value_loss
-        monkeypatch.setattr(repo, "value_loss", lambda critic, batch, old, *more: value_loss(critic, batch, old + (number if now[0] in steps else 0), *more))
+        monkeypatch.setattr(repo, "value_loss", bad_critic_loss)
 
 
-KINDS = ["reward", "cost", "log_probs", "ref_log_probs", "reward_values", "cost_values", "loss", "gradient", "critic loss"]
+def names(folder, pattern="*") -> set[str]:
+    return {path.name for path in folder.glob(pattern)}
 
 
-@pytest.mark.parametrize("what, number", [(what, math.nan) for what in KINDS] + [("reward", -math.inf), ("log_probs", -math.inf), ("loss", math.inf)])
+def bad_steps(out) -> list[bool]:
+    return ["bad" in row for row in read_jsonl(out / "metrics.jsonl")]
+
+
+# ---- one bad step
+
+KINDS = [(what, math.nan) for what in OF_THE_ROLLOUT + OF_THE_UPDATE]
+KINDS += [("reward", -math.inf), ("log_probs", -math.inf), ("loss", math.inf)]
+
+
+@pytest.mark.parametrize("what, number", KINDS)
 def test_the_update_is_left_out_and_the_batch_kept(run, monkeypatch, what, number):
     spoiled(monkeypatch, what, (2,), number)
     code, out, printed = run(*FLAGS, "--steps", 3)  # its third and last step is bad
     assert code == 0 and printed.count("this update is left out") == 1
+
     rows, batch = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "bad-batch-3.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3] and rows[2]["bad"] and "loss" not in rows[2] and not any("bad" in row for row in rows[:2])
-    assert len(batch) == 8 and all(set(row) >= {"prompt", "response", "reward", "cost"} for row in batch)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[2]["bad"] and "loss" not in rows[2]
+    assert bad_steps(out) == [False, False, True]
+    assert len(batch) == 8
+    assert all(set(row) >= {"prompt", "response", "reward", "cost"} for row in batch)
     if what in ("reward", "cost"):
-        assert batch[1][what] == str(number) and isinstance(batch[0][what], float) and f"--{what}_model gave {number}" in printed
-    assert "NaN" not in (out / "bad-batch-3.jsonl").read_text() + (out / "metrics.jsonl").read_text()
+        assert batch[1][what] == str(number) and isinstance(batch[0][what], float)
+        assert f"--{what}_model gave {number}" in printed
+    for name in ("bad-batch-3.jsonl", "metrics.jsonl"):
+        assert "NaN" not in (out / name).read_text()
+
+    # All is as the step before left it.
     tensors, numbers = read_checkpoint(out / "checkpoints" / "step-2")
     actor = AutoModelForCausalLM.from_pretrained(out / "final" / "actor").state_dict()
-    assert all(torch.equal(actor[name], tensors[f"policy.{name}"]) for name in actor)  # as the step before left it
-    assert numbers["lam"] == json.loads((out / "summary.json").read_text())["lambda"] == rows[2]["lambda"]
-    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-1", "step-2"}
-
-
-def test_after_three_in_a_row_it_ends_with_code_3_and_goes_on_from_the_last_good_checkpoint(run, tmp_path, monkeypatch):
-    assert run(*FLAGS, "--steps", 6, out="whole")[0] == 0
-    with monkeypatch.context() as patch:
-        spoiled(patch, "cost", (0, 2, 3, 4))  # one alone does not count
-        code, out, printed = run(*FLAGS, "--steps", 6)
-    assert code == 3 and "error: stopped after 3 such steps in a row (--max_bad_steps)" in printed and "Traceback" not in printed
-    assert {path.name for path in out.glob("bad-batch-*")} == {f"bad-batch-{n}.jsonl" for n in (1, 3, 4, 5)}
-    assert {path.name for path in (out / "checkpoints").iterdir()} == {"step-2"} and not (out / "summary.json").exists()
-    code, out, _ = run(*FLAGS, "--steps", 6, "--resume")
-    assert {path.name for path in out.glob("bad-batch-*")} == {"bad-batch-1.jsonl"}  # of the steps that stand
-    assert code == 0 and [row["step"] for row in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert "bad" in read_jsonl(out / "metrics.jsonl")[0]
-    with monkeypatch.context() as patch:
-        spoiled(patch, "gradient", (3,))
-        code, _, printed = run(*FLAGS, "--steps", 6, "--max_bad_steps", 1, out="one")
-    assert code == 3 and "policy_grad_norm is nan" in printed
-    assert run(*FLAGS, "--steps", 6, "--resume", out="one")[0] == 0  # with the bug gone, as if it had never been
-    assert stable(read_jsonl(tmp_path / "one" / "metrics.jsonl")) == stable(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))
-
-
-def test_without_a_checkpoint_it_saves_what_it_has_before_it_ends(run, monkeypatch):
-    with monkeypatch.context() as patch:
-        spoiled(patch, "cost", (2, 3, 4))
-        code, out, printed = run(*FEW, "--steps", 7)
-    assert code == 3 and f"mend the cause and --resume from {out}/checkpoints/step-5; a lower learning rate" in printed
-    code, out, _ = run(*FEW, "--steps", 7, "--resume")
-    assert code == 0 and ["bad" in row for row in read_jsonl(out / "metrics.jsonl")] == [False, False, True, True, True, False, False]
-    assert json.loads((out / "summary.json").read_text())["bad_steps"] == 3
-
-
-def test_a_checkpoint_that_a_bad_step_has_missed_comes_after_the_next_good_one(run, monkeypatch):
-    spoiled(monkeypatch, "cost", (3,))
-    code, out, printed = run(*FEW, "--steps", 7, "--save_every", 2, "--keep_checkpoints", 9)
-    assert code == 0 and sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-2", "step-5", "step-6"]
-    assert "7 steps of repo (1 of them with bad numbers, left out) in" in printed
+    assert all(torch.equal(actor[name], tensors[f"policy.{name}"]) for name in actor)
+    summary = json.loads((out / "summary.json").read_text())
+    assert numbers["lam"] == summary["lambda"] == rows[2]["lambda"]
+    assert names(out / "checkpoints") == {"step-1", "step-2"}
 
 
 def test_one_bad_update_leaves_those_before_it(run, monkeypatch):
-    """Of the two updates of step 3 the second is bad: the policy is neither what step 2 left, nor what both would make of it."""
+    """Of the two updates of step 3 the second is bad: the policy is neither what step 2 left, nor
+    what both would make of it."""
+    flags = (*FLAGS, "--micro_batch_size", 4, "--steps", 3)
+    _, whole, _ = run(*flags, out="whole")
     policy_loss, calls = repo.policy_loss, []
 
     def bad_at_last(*arguments):
         calls.append(1)
         loss, stats = policy_loss(*arguments)
         return loss * (math.nan if len(calls) == 6 else 1), stats
-    whole = run(*FLAGS, "--micro_batch_size", 4, "--steps", 3, out="whole")[1]
+
     monkeypatch.setattr(repo, "policy_loss", bad_at_last)
-    code, out, printed = run(*FLAGS, "--micro_batch_size", 4, "--steps", 3)
-    assert code == 0 and "step 3: actor_loss is nan in update 2 of 2, and those before it stand; this update is left out" in printed and len(calls) == 6
-    actor, both = (AutoModelForCausalLM.from_pretrained(folder / "final" / "actor").state_dict() for folder in (out, whole))
-    before = read_checkpoint(out / "checkpoints" / "step-2")[0]
-    assert not any(torch.equal(actor[name], before[f"policy.{name}"]) for name in actor if "proj" in name)
-    assert all(tensor.isfinite().all() for tensor in actor.values()) and not all(torch.equal(actor[name], both[name]) for name in actor)
+    code, out, printed = run(*flags)
+    assert code == 0 and len(calls) == 6
+    assert (
+        "step 3: actor_loss is nan in update 2 of 2, and those before it stand; "
+        "this update is left out" in printed
+    )
+    actor = AutoModelForCausalLM.from_pretrained(out / "final" / "actor").state_dict()
+    both = AutoModelForCausalLM.from_pretrained(whole / "final" / "actor").state_dict()
+    before, _ = read_checkpoint(out / "checkpoints" / "step-2")
+    moved = [name for name in actor if "proj" in name]
+    assert not any(torch.equal(actor[name], before[f"policy.{name}"]) for name in moved)
+    assert not all(torch.equal(actor[name], both[name]) for name in actor)
+    assert all(tensor.isfinite().all() for tensor in actor.values())
+
+
+def test_a_checkpoint_that_a_bad_step_has_missed_comes_after_the_next_good_one(run, monkeypatch):
+    spoiled(monkeypatch, "cost", (3,))
+    code, out, printed = run(*FEW, "--steps", 7, "--save_every", 2, "--keep_checkpoints", 9)
+    assert code == 0
+    assert names(out / "checkpoints") == {"step-2", "step-5", "step-6"}
+    assert "7 steps of repo (1 of them with bad numbers, left out) in" in printed
 
 
 def test_before_anything_is_written_bad_numbers_are_bad_input(run, monkeypatch):
-    monkeypatch.setattr(repo, "not_finite", lambda rollout: "the policy gave nan, not a finite number, to the response 'x'")
+    sentence = "the policy gave nan, not a finite number, to the response 'x'"
+    monkeypatch.setattr(repo, "not_finite", lambda rollout: sentence)
     code, out, printed = run(*FEW)
-    assert code == 2 and "error: the policy gave nan" in printed and not out.exists()
+    assert code == 2 and "error: the policy gave nan" in printed
+    assert not out.exists()
+
+
+# ---- several in a row
+
+
+def test_after_three_in_a_row_it_ends_with_code_3_and_goes_on_from_the_last_good_checkpoint(
+    run, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        spoiled(patch, "cost", (0, 2, 3, 4))  # one alone does not count
+        code, out, printed = run(*FLAGS, "--steps", 6)
+    assert code == 3 and "Traceback" not in printed
+    assert "error: stopped after 3 such steps in a row (--max_bad_steps)" in printed
+    assert names(out, "bad-batch-*") == {f"bad-batch-{n}.jsonl" for n in (1, 3, 4, 5)}
+    assert names(out / "checkpoints") == {"step-2"}
+    assert not (out / "summary.json").exists()
+
+    code, out, _ = run(*FLAGS, "--steps", 6, "--resume")
+    assert code == 0
+    assert names(out, "bad-batch-*") == {"bad-batch-1.jsonl"}  # of the steps that stand
+    assert [row["step"] for row in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert bad_steps(out)[0]
+
+
+def test_with_the_bug_gone_a_resumed_run_is_as_if_it_had_never_been(run, monkeypatch):
+    code, whole, _ = run(*FLAGS, "--steps", 6, out="whole")
+    assert code == 0
+    with monkeypatch.context() as patch:
+        spoiled(patch, "gradient", (3,))
+        code, _, printed = run(*FLAGS, "--steps", 6, "--max_bad_steps", 1, out="one")
+    assert code == 3 and "policy_grad_norm is nan" in printed
+    code, one, _ = run(*FLAGS, "--steps", 6, "--resume", out="one")
+    assert code == 0
+    metrics = [stable(read_jsonl(out / "metrics.jsonl")) for out in (one, whole)]
+    assert metrics[0] == metrics[1]
+
+
+def test_without_a_checkpoint_it_saves_what_it_has_before_it_ends(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        spoiled(patch, "cost", (2, 3, 4))
+        code, out, printed = run(*FEW, "--steps", 7)
+    assert code == 3
+    mend = f"mend the cause and --resume from {out}/checkpoints/step-5; a lower learning rate"
+    assert mend in printed
+    code, out, _ = run(*FEW, "--steps", 7, "--resume")
+    assert code == 0
+    assert bad_steps(out) == [False, False, True, True, True, False, False]
+    assert json.loads((out / "summary.json").read_text())["bad_steps"] == 3
+
+
+# ---- a policy that collapses
 
 
 def test_the_signs_of_a_collapse():
-    assert checks.collapse(["", " ", "\n"], 1.0) == "all 3 responses are empty"
-    assert checks.collapse(["no", "no"], 1.0) == "all 2 responses are the same, 'no'"
-    assert checks.collapse(["a", "b"], 0.004) == "its entropy is 0.004 nats per token"
-    assert checks.collapse(["a", "b"], 0.05) is checks.collapse(["no"], 0.05) is None
+    assert collapse(["", " ", "\n"], 1.0) == "all 3 responses are empty"
+    assert collapse(["no", "no"], 1.0) == "all 2 responses are the same, 'no'"
+    assert collapse(["a", "b"], 0.004) == "its entropy is 0.004 nats per token"
+    assert collapse(["a", "b"], 0.05) is None
+    assert collapse(["no"], 0.05) is None
 
 
 def test_a_collapsed_policy_is_warned_about_once(run, tmp_path, tokenizer):
     folder = write_policy(tmp_path / "mute", tokenizer)
     mute = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():  # hidden states of ones, of which only EOS wants any
-        mute.model.norm.weight.zero_()
         mute.model.embed_tokens.weight.fill_(1.0)
         mute.model.norm.weight.fill_(1.0)
         for name, weight in mute.named_parameters():

@@ -1,16 +1,26 @@
 # pytest tests/test_prompts.py
 """Prompt files in every format, templates, and what is left out of training."""
+
 import csv
 import gzip
 import json
 
 import datasets
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import repo
+from plumbing.errors import UserError
+from plumbing.prompts import (
+    cyclic_batch,
+    encode_prompts,
+    load_pairs,
+    render_prompt,
+    split_prompts,
+)
 
-TALK = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three"}]
+# ---- files
 
 
 def write(path, rows):
@@ -27,32 +37,67 @@ def write(path, rows):
     elif path.suffix == ".parquet":
         datasets.Dataset.from_list(rows).to_parquet(str(path))
     else:
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("".join(line + "\n" for line in lines))
     return str(path)
 
 
-PKU = {"prompt": "p", "response_0": "a", "response_1": "b", "is_response_0_safe": True, "is_response_1_safe": False,
-       "better_response_id": 1, "safer_response_id": 0}
-HH = {"chosen": "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant: four", "rejected": "\n\nHuman: one\n\nAssistant: no"}
+TALK = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+]
+ANSWERED = [*TALK, {"role": "assistant", "content": "four"}]
 TRANSCRIPT = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three"
+HH = {
+    "chosen": TRANSCRIPT + "\n\nAssistant: four",
+    "rejected": "\n\nHuman: one\n\nAssistant: no",
+}
+HH_OF_ONE_TURN = {"chosen": "\n\nHuman: only\n\nAssistant: yes", "rejected": "x"}
+PKU = {
+    "prompt": "p",
+    "response_0": "a",
+    "response_1": "b",
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+    "better_response_id": 1,
+    "safer_response_id": 0,
+}
+ALPACA = [
+    {"instruction": "do", "input": "", "output": "ok"},
+    {"instruction": "add", "input": "1 2", "output": "3"},
+]
+FORMATS = {
+    "pku.jsonl.gz": (
+        [PKU, PKU | {"prompt": "q", "better_response_id": 0}],
+        [("p", "b"), ("q", "a")],
+    ),
+    "hh.jsonl": ([HH, HH_OF_ONE_TURN], [(TRANSCRIPT, "four"), ("only", "yes")]),
+    "alpaca.json": (ALPACA, [("do", "ok"), ("add\n1 2", "3")]),
+    "list.json": ({"instructions": ["a", "b"]}, [("a", None), ("b", None)]),
+    "chat.jsonl": (
+        [{"messages": ANSWERED}, {"messages": TALK}],
+        [(TRANSCRIPT, "four"), (TRANSCRIPT, None)],
+    ),
+    "chat.parquet": (
+        [{"messages": TALK[:2]}, {"messages": TALK[:1]}],
+        [("one", "two"), ("one", None)],
+    ),
+    "prompts.csv": (
+        [{"prompt": "a, b", "extra": "x"}, {"prompt": "c", "extra": "y"}],
+        [("a, b", None), ("c", None)],
+    ),
+    "pairs.csv": ([{"prompt": "a", "response": "x"}], [("a", "x")]),
+    "trl.jsonl": ([{"prompt": "a", "chosen": "good", "rejected": "bad"}], [("a", None)]),
+    "open.jsonl": ([{"prompt": "\n\nHuman: a\n\nAssistant:", "response": "x"}], [("a", "x")]),
+    "lines.txt": (["first", "", "second é"], [("first", None), ("second é", None)]),
+}
 
 
-@pytest.mark.parametrize("name, rows, pairs", [
-    ("pku.jsonl.gz", [PKU, PKU | {"prompt": "q", "better_response_id": 0}], [("p", "b"), ("q", "a")]),
-    ("hh.jsonl", [HH, {"chosen": "\n\nHuman: only\n\nAssistant: yes", "rejected": "x"}], [(TRANSCRIPT, "four"), ("only", "yes")]),
-    ("alpaca.json", [{"instruction": "do", "input": "", "output": "ok"}, {"instruction": "add", "input": "1 2", "output": "3"}],
-     [("do", "ok"), ("add\n1 2", "3")]),
-    ("list.json", {"instructions": ["a", "b"]}, [("a", None), ("b", None)]),
-    ("chat.jsonl", [{"messages": TALK + [{"role": "assistant", "content": "four"}]}, {"messages": TALK}], [(TRANSCRIPT, "four"), (TRANSCRIPT, None)]),
-    ("chat.parquet", [{"messages": TALK[:2]}, {"messages": TALK[:1]}], [("one", "two"), ("one", None)]),
-    ("prompts.csv", [{"prompt": "a, b", "extra": "x"}, {"prompt": "c", "extra": "y"}], [("a, b", None), ("c", None)]),
-    ("pairs.csv", [{"prompt": "a", "response": "x"}], [("a", "x")]),
-    ("trl.jsonl", [{"prompt": "a", "chosen": "good", "rejected": "bad"}], [("a", None)]),
-    ("open.jsonl", [{"prompt": "\n\nHuman: a\n\nAssistant:", "response": "x"}], [("a", "x")]),
-    ("lines.txt", ["first", "", "second é"], [("first", None), ("second é", None)]),
-])
-def test_formats(tmp_path, name, rows, pairs):
-    assert repo.load_pairs(write(tmp_path / name, rows)) == pairs
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(tmp_path, name):
+    rows, pairs = FORMATS[name]
+    assert load_pairs(write(tmp_path / name, rows)) == pairs
 
 
 def test_pretty_and_compact_instruction_lists_are_the_same(tmp_path):
@@ -67,101 +112,140 @@ def test_duplicates_go_and_are_counted(tmp_path, capsys):
 
 
 def test_rows_with_holes_are_left_out(tmp_path):
-    assert repo.load_prompts(write(tmp_path / "x.jsonl", [{"prompt": "a"}, {"prompt": None}, {"prompt": "  "}])) == ["a"]
+    rows = [{"prompt": "a"}, {"prompt": None}, {"prompt": "  "}]
+    assert repo.load_prompts(write(tmp_path / "x.jsonl", rows)) == ["a"]
 
 
 def test_prompt_column(tmp_path):
     source = write(tmp_path / "x.jsonl", [{"the question": "why", "prompt": "no"}])
     assert repo.load_prompts(source, "the question") == ["why"]
-    with pytest.raises(repo.UserError, match="x.jsonl.*the question, prompt.*not answer.*--prompt_column"):
+    sentence = "x.jsonl.*the question, prompt.*not answer.*--prompt_column"
+    with pytest.raises(UserError, match=sentence):
         repo.load_prompts(source, "answer")
 
 
-@pytest.mark.parametrize("name, content, says", [
-    ("missing.jsonl", None, "no such file"), ("empty.jsonl", "", "empty"), ("x.jsonl", "{broken", "cannot be read"),
-    ("x.xyz", "a", "cannot tell its format"), ("x.jsonl", '{"foo": 1}\n', "foo.*--prompt_column"), ("x.jsonl", '{"prompt": ""}\n', "none of its 1 rows"),
-    ("x.csv", "prompt,response\na,4\n", "row 0 does not hold"), ("x.jsonl", '{"messages": [{"from": "human", "value": "x"}]}\n', "row 0 does not hold"),
-])
+BAD_FILES = [
+    ("missing.jsonl", None, "no such file"),
+    ("empty.jsonl", "", "empty"),
+    ("x.jsonl", "{broken", "cannot be read"),
+    ("x.xyz", "a", "cannot tell its format"),
+    ("x.jsonl", '{"foo": 1}\n', "foo.*--prompt_column"),
+    ("x.jsonl", '{"prompt": ""}\n', "none of its 1 rows"),
+    ("x.csv", "prompt,response\na,4\n", "row 0 does not hold"),
+    ("x.jsonl", '{"messages": [{"from": "human", "value": "x"}]}\n', "row 0 does not hold"),
+]
+
+
+@pytest.mark.parametrize("name, content, says", BAD_FILES)
 def test_bad_files_get_one_sentence_that_names_them(tmp_path, name, content, says):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(repo.UserError, match=f"--dataset .*{name}.*{says}") as error:
+    with pytest.raises(UserError, match=f"--dataset .*{name}.*{says}") as error:
         repo.load_prompts(str(tmp_path / name))
     assert "\n" not in str(error.value)
 
 
+# ---- templates
+
+HELLO = "BEGINNING OF CONVERSATION: USER: hello ASSISTANT:"
+CONVERSATION = "BEGINNING OF CONVERSATION: USER: one ASSISTANT:two</s>USER: three ASSISTANT:"
+
+
 def test_beaver_template_single_and_multi_turn(tokenizer):
-    assert repo.render_prompt("hello", tokenizer) == "BEGINNING OF CONVERSATION: USER: hello ASSISTANT:"
-    assert repo.render_prompt(TRANSCRIPT, tokenizer) == "BEGINNING OF CONVERSATION: USER: one ASSISTANT:two</s>USER: three ASSISTANT:"
-    ids = repo.encode_prompts(["hello"], tokenizer)[0]
-    assert ids[0] == tokenizer.bos_token_id and ids[-1] != tokenizer.eos_token_id
-    assert tokenizer.decode(ids[1:]) == "BEGINNING OF CONVERSATION: USER: hello ASSISTANT:"
+    assert render_prompt("hello", tokenizer) == HELLO
+    assert render_prompt(TRANSCRIPT, tokenizer) == CONVERSATION
+    ids = encode_prompts(["hello"], tokenizer)[0]
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[-1] != tokenizer.eos_token_id
+    assert tokenizer.decode(ids[1:]) == HELLO
 
 
 def test_a_braced_prompt_is_not_a_template(tokenizer):
-    assert "{x} {prompt} {}" in repo.render_prompt("{x} {prompt} {}", tokenizer)
+    assert "{x} {prompt} {}" in render_prompt("{x} {prompt} {}", tokenizer)
 
 
-def test_chat_template_wins_and_adds_no_second_bos(tokenizer, tmp_path):
+@pytest.fixture
+def changeable(tokenizer, tmp_path):
+    """A tokenizer of this test's own."""
     tokenizer.save_pretrained(tmp_path)
-    chatty = AutoTokenizer.from_pretrained(tmp_path)
-    chatty.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-    assert repo.render_prompt(TRANSCRIPT, chatty) == "<s>[user]one[assistant]two[user]three[assistant]"
-    assert repo.encode_prompts(["a"], chatty)[0].count(chatty.bos_token_id) == 1
+    return AutoTokenizer.from_pretrained(tmp_path)
 
 
-def test_a_chat_template_that_refuses_a_chat_says_which_prompt(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    strict = AutoTokenizer.from_pretrained(tmp_path)
-    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(repo.UserError, match="the prompt 'hello'.*roles must alternate"):
-        repo.encode_prompts(["hello"], strict)
+def test_chat_template_wins_and_adds_no_second_bos(changeable):
+    changeable.chat_template = (
+        "{{ bos_token }}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "[assistant]"
+    )
+    rendered = render_prompt(TRANSCRIPT, changeable)
+    assert rendered == "<s>[user]one[assistant]two[user]three[assistant]"
+    assert encode_prompts(["a"], changeable)[0].count(changeable.bos_token_id) == 1
 
 
-def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(tokenizer, tmp_path):
-    from tokenizers.processors import TemplateProcessing
-    tokenizer.save_pretrained(tmp_path)
-    appending = AutoTokenizer.from_pretrained(tmp_path)
-    appending.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    assert appending("a").input_ids[-1] == 1
-    assert repo.encode_prompts(["hello"], appending) == repo.encode_prompts(["hello"], tokenizer)
+def test_a_chat_template_that_refuses_a_chat_says_which_prompt(changeable):
+    changeable.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="the prompt 'hello'.*roles must alternate"):
+        encode_prompts(["hello"], changeable)
+
+
+def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(tokenizer, changeable):
+    changeable.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert changeable("a").input_ids[-1] == 1
+    assert encode_prompts(["hello"], changeable) == encode_prompts(["hello"], tokenizer)
+
+
+# ---- what is trained on, and what is held out
 
 
 def split(tmp_path, tokenizer, prompts, held_out=None, **changes):
-    config = repo.Config(dataset=write(tmp_path / "train.jsonl", [{"prompt": p} for p in prompts]), seed=3, **changes)
+    def file(name, prompts):
+        return write(tmp_path / name, [{"prompt": prompt} for prompt in prompts])
+
+    config = repo.Config(dataset=file("train.jsonl", prompts), seed=3, **changes)
     if held_out:
-        config.eval_dataset = write(tmp_path / "eval.jsonl", [{"prompt": p} for p in held_out])
-    return repo.split_prompts(config, tokenizer)
+        config.eval_dataset = file("eval.jsonl", held_out)
+    return split_prompts(config, tokenizer)
 
 
 def test_the_default_split_is_seeded_at_least_sixteen_and_disjoint(tmp_path, tokenizer):
     prompts = [f"number {i}" for i in range(400)]
     train, held_out = split(tmp_path, tokenizer, prompts)
-    assert len(held_out) == 20 and sorted(train + held_out) == sorted(prompts)
+    assert len(held_out) == 20
+    assert sorted(train + held_out) == sorted(prompts)
     assert (train, held_out) == split(tmp_path, tokenizer, prompts)
     assert len(split(tmp_path, tokenizer, prompts[:40])[1]) == 16
-    with pytest.raises(repo.UserError, match="its 16 prompts are all held out, by --eval_dataset or as the 16 at least"):
+    sentence = "its 16 prompts are all held out, by --eval_dataset or as the 16 at least"
+    with pytest.raises(UserError, match=sentence):
         split(tmp_path, tokenizer, prompts[:16])
 
 
 def test_training_never_sees_a_given_held_out_prompt(tmp_path, tokenizer):
-    assert split(tmp_path, tokenizer, ["a", "b", "c"], held_out=["b", "d"]) == (["a", "c"], ["b", "d"])
+    train, held_out = split(tmp_path, tokenizer, ["a", "b", "c"], held_out=["b", "d"])
+    assert train == ["a", "c"]
+    assert held_out == ["b", "d"]
 
 
 def test_long_prompts_are_left_out_aloud(tmp_path, tokenizer, capsys):
     prompts = [f"{i} " + "x" * 5 * i for i in range(60)]
     train, held_out = split(tmp_path, tokenizer, prompts, max_prompt_length=100)
-    lengths = [len(row) for row in repo.encode_prompts(prompts, tokenizer)]
-    kept = [p for p, n in zip(prompts, lengths) if n <= 100]
-    assert 0 < len(kept) < 60 and sorted(train + held_out) == sorted(kept)
-    assert f"{60 - len(kept)} prompts longer than --max_prompt_length dropped" in capsys.readouterr().out
-    with pytest.raises(repo.UserError, match=f"--max_prompt_length 5; the shortest has {min(lengths)} tokens"):
+    lengths = [len(row) for row in encode_prompts(prompts, tokenizer)]
+    kept = [prompt for prompt, length in zip(prompts, lengths) if length <= 100]
+    assert 0 < len(kept) < 60
+    assert sorted(train + held_out) == sorted(kept)
+    left_out = f"{60 - len(kept)} prompts longer than --max_prompt_length dropped"
+    assert left_out in capsys.readouterr().out
+    sentence = f"--max_prompt_length 5; the shortest has {min(lengths)} tokens"
+    with pytest.raises(UserError, match=sentence):
         split(tmp_path, tokenizer, prompts, max_prompt_length=5)
 
 
 def test_batches_pass_over_all_prompts_before_any_comes_again():
     items = list(range(10))
-    drawn = [i for step in range(10) for i in repo.cyclic_batch(items, step, 4, seed=0)]
-    assert all(sorted(drawn[10 * epoch:10 * epoch + 10]) == items for epoch in range(4))
+    drawn = [i for step in range(10) for i in cyclic_batch(items, step, 4, seed=0)]
+    for epoch in range(4):
+        assert sorted(drawn[10 * epoch : 10 * epoch + 10]) == items
     assert drawn[:10] != drawn[10:20]
-    assert repo.cyclic_batch(items, 7, 4, seed=0) == drawn[28:32] != repo.cyclic_batch(items, 7, 4, seed=1)
+    assert cyclic_batch(items, 7, 4, seed=0) == drawn[28:32]
+    assert cyclic_batch(items, 7, 4, seed=1) != drawn[28:32]

@@ -1,5 +1,7 @@
 # pytest tests/test_ranks.py
-"""Several ranks under torchrun learn what one process learns, go on from each other's checkpoints, and end together."""
+"""Several ranks under torchrun learn what one process learns, go on from each other's checkpoints,
+and end together."""
+
 import json
 import os
 import signal
@@ -12,7 +14,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 else:
     import pytest
-    from conftest import ROOT, read_jsonl
+    from conftest import ROOT, read_jsonl, write_python
+    from safetensors.torch import load_file
     from test_run import stable
 
 import torch
@@ -20,70 +23,130 @@ from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import repo
+from plumbing.models import load_policy
+from plumbing.prompts import load_ptx_pairs
+from plumbing.ranks import RANK, RANKS
 
+# ---- what every process does
+
+SETTINGS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "steps": 2,
+    "batch_size": 5,
+    "micro_batch_size": 2,
+    "max_response_length": 12,
+    "actor_lr": 1e-3,
+    "critic_lr": 1e-3,
+    "judge": None,
+}
 VARIANTS = {  # batches of 5 do not divide by 2 ranks, of 1 leave a rank without rows
-    "repo": {}, "ppo_lag": {"algo": "ppo_lag"}, "mask, passes": {"rectify": "mask", "update_iters": 2, "minibatch_size": 3}, "one prompt": {"batch_size": 1},
-    "ptx": {"ptx_coeff": 0.5}, "lora": {"lora_rank": 4}, "lora, ptx, checkpointing": {"lora_rank": 4, "ptx_coeff": 0.5, "gradient_checkpointing": True},
-    "checkpointing": {"gradient_checkpointing": True}, "functions": {"reward_model": f"{__file__}:brevity"}, "bfloat16": {"dtype": "bfloat16"}}
+    "repo": {},
+    "ppo_lag": {"algo": "ppo_lag"},
+    "mask, passes": {"rectify": "mask", "update_iters": 2, "minibatch_size": 3},
+    "one prompt": {"batch_size": 1},
+    "ptx": {"ptx_coeff": 0.5},
+    "lora": {"lora_rank": 4},
+    "lora, ptx, checkpointing": {"lora_rank": 4, "ptx_coeff": 0.5, "gradient_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
+    "functions": {"reward_model": f"{__file__}:brevity"},
+    "bfloat16": {"dtype": "bfloat16"},
+}
 
 
 def brevity(prompts, responses):
     return [-len(response) / 10 for response in responses]
 
 
+def trained_weights(state) -> dict:
+    """What is trained of the three models, gathered from all ranks."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights = {}
+    for model in repo.State.TRAINED:
+        weights |= get_model_state_dict(getattr(state, model), options=options)
+    return weights
+
+
 def learn_each_variant(file: str, family: dict) -> None:
-    """What every process does: two steps of each variant; rank 0 writes rollouts, metrics, gathered weights."""
+    """Two steps of each variant; rank 0 writes responses, metrics, weights and lambda."""
     results = {}
     for name, changes in VARIANTS.items():
-        settings = {**family, "device": "cpu", "dtype": "float32", "steps": 2, "batch_size": 5, "micro_batch_size": 2, "max_response_length": 12,
-                    "actor_lr": 1e-3, "critic_lr": 1e-3, "judge": None, **changes}
-        config = repo.Config(**settings)
+        config = repo.Config(**family | SETTINGS | changes)
         torch.manual_seed(0)
-        policy, tokenizer = repo.load_policy(config)
+        policy, tokenizer = load_policy(config)
         prompts = repo.load_prompts(config.dataset)[:20]
-        pairs = repo.load_ptx_pairs(config, tokenizer)[:30] if config.ptx_coeff else []
+        pairs = load_ptx_pairs(config, tokenizer)[:30] if config.ptx_coeff else []
         state = repo.State(policy, tokenizer, config)
-        rollouts, metrics = zip(*(repo.train_step(state, prompts, pairs, config) for _ in range(2)))
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        weights = {key: value for model in repo.State.TRAINED for key, value in get_model_state_dict(getattr(state, model), options=options).items()}
-        results[name] = [rollout.responses for rollout in rollouts], metrics, weights, state.lam
-    if repo.RANK == 0:
+        steps = [repo.train_step(state, prompts, pairs, config) for _ in range(2)]
+        responses = [rollout.responses for rollout, _ in steps]
+        metrics = [metrics for _, metrics in steps]
+        results[name] = responses, metrics, trained_weights(state), state.lam
+    if RANK == 0:
         torch.save(results, file)
 
 
 if __name__ == "__main__":
-    if repo.RANKS > 1:
+    if RANKS > 1:
         distributed.init_process_group("gloo")
     learn_each_variant(sys.argv[1], json.loads(sys.argv[2]))
     sys.exit()
 
 
-def start(ranks: int, *command, **options) -> subprocess.Popen:
-    program = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.Popen([*program, *map(str, command)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, **options)
+# ---- processes
+
+
+def start(ranks: int, *command) -> subprocess.Popen:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    program = [sys.executable, *(torchrun if ranks > 1 else []), *map(str, command)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        program,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def finished(process: subprocess.Popen, code: int | None = 0) -> str:
+    """What it printed, once it has ended with that code; None: with any."""
     printed, _ = process.communicate(timeout=120)
     assert code is None or process.returncode == code, printed
     return printed
+
+
+def failed(process: subprocess.Popen) -> str:
+    """What it printed, once it has ended with a code other than 0, within a minute."""
+    begin = time.monotonic()
+    printed = finished(process, None)
+    assert process.returncode != 0
+    assert time.monotonic() - begin < 60
+    return printed
+
+
+# ---- the same learning
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory, family):
     """{number of ranks: what learn_each_variant wrote}."""
     folder = tmp_path_factory.mktemp("learned")
-    for process in [start(ranks, __file__, folder / str(ranks), json.dumps(family)) for ranks in (1, 2)]:
+    files = {ranks: folder / str(ranks) for ranks in (1, 2)}
+    processes = [start(ranks, __file__, files[ranks], json.dumps(family)) for ranks in files]
+    for process in processes:
         finished(process)
-    return {ranks: torch.load(folder / str(ranks), weights_only=True) for ranks in (1, 2)}
+    return {ranks: torch.load(file, weights_only=True) for ranks, file in files.items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_ranks_learn_what_one_learns(learned, variant):
-    (responses, metrics, weights, lam), (same_responses, same_metrics, same_weights, same_lam) = (learned[ranks][variant] for ranks in (1, 2))
-    tolerance = 2e-2 if variant == "bfloat16" else 1e-5  # bf16: norms are fp32 in one process, bf16 in FSDP, and the sums round differently
+    responses, metrics, weights, lam = learned[1][variant]
+    same_responses, same_metrics, same_weights, same_lam = learned[2][variant]
+    tolerance = 1e-5
     if variant == "bfloat16":
+        # Norms are fp32 in one process, bf16 in FSDP, and the sums round differently.
+        tolerance = 2e-2
         responses, same_responses = responses[:1], same_responses[:1]
         metrics, same_metrics = metrics[:1], same_metrics[:1]
     assert responses == same_responses
@@ -92,45 +155,78 @@ def test_two_ranks_learn_what_one_learns(learned, variant):
         for key in one:
             assert two[key] == pytest.approx(one[key], rel=tolerance, abs=tolerance), key
     assert weights.keys() == same_weights.keys() and len(weights) > 20
-    assert all((weights[key] - same_weights[key]).abs().max() < tolerance for key in weights) and same_lam == pytest.approx(lam, abs=tolerance)
+    for key in weights:
+        assert (weights[key] - same_weights[key]).abs().max() < tolerance, key
+    assert same_lam == pytest.approx(lam, abs=tolerance)
 
 
-FEW = ("repo.py", "--device", "cpu", "--steps", 4, "--batch_size", 6, "--micro_batch_size", 2, "--eval_samples", 1, "--max_eval_prompts", 5,
-       "--max_response_length", 12, "--actor_lr", 1e-3, "--critic_lr", 1e-3)
+# ---- checkpoints of another number of ranks
+
+FEW = (
+    *("repo.py", "--device", "cpu", "--steps", 4, "--batch_size", 6, "--micro_batch_size", 2),
+    *("--eval_samples", 1, "--max_eval_prompts", 5, "--max_response_length", 12),
+    *("--actor_lr", 1e-3, "--critic_lr", 1e-3),
+)
 
 
-def assert_same_metrics(folder: Path, others: list[Path]) -> None:
-    for other in others:
-        for one, same in zip(stable(read_jsonl(folder / "metrics.jsonl")), stable(read_jsonl(other / "metrics.jsonl")), strict=True):
-            assert all(same[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5) for key in one)
+def assert_same_metrics(folder: Path, other: Path) -> None:
+    rows, same_rows = (stable(read_jsonl(out / "metrics.jsonl")) for out in (folder, other))
+    for row, same in zip(rows, same_rows, strict=True):
+        for key in row:
+            assert same[key] == pytest.approx(row[key], rel=1e-5, abs=1e-5), key
 
 
-@pytest.mark.parametrize("flags, numbers", [((), (1, 4)), (("--lora_rank", 4), (1,))], ids=["full", "adapters"])
+def assert_same_models(folder: Path, other: Path) -> None:
+    for name in ("actor", "reward_critic", "cost_critic"):
+        weights = load_file(folder / "final" / name / "model.safetensors")
+        same = load_file(other / "final" / name / "model.safetensors")
+        assert weights.keys() == same.keys()
+        assert all(torch.allclose(weights[key], same[key], atol=1e-5) for key in weights)
+
+
+@pytest.mark.parametrize(
+    "flags, numbers", [((), (1, 4)), (("--lora_rank", 4), (1,))], ids=["full", "adapters"]
+)
 def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(tmp_path, family, flags, numbers):
-    from transformers import AutoModelForCausalLM
     whole = tmp_path / "whole"
     printed = finished(start(2, *FEW, *flags, "--save_every", 2, "--output_dir", whole))
-    assert printed.count("4 steps of repo in") == 1 and printed.count("policy ") == 1 and "Traceback" not in printed  # one rank speaks
-    shards = list((whole / "checkpoints" / "step-2").glob("*.safetensors"))
-    assert len(shards) == 2 and not list(whole.rglob(".*"))
-    assert set(json.loads((whole / "checkpoints" / "step-2" / "manifest.json").read_text())) == {"state.json", *(shard.name for shard in shards)}
+    assert printed.count("4 steps of repo in") == 1 and printed.count("policy ") == 1  # one speaks
+    assert "Traceback" not in printed
+    checkpoint = whole / "checkpoints" / "step-2"
+    shards = list(checkpoint.glob("*.safetensors"))
+    assert len(shards) == 2
+    assert not list(whole.rglob(".*"))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert set(manifest) == {"state.json", *(shard.name for shard in shards)}
+
     resumed = {ranks: tmp_path / str(ranks) for ranks in numbers}
-    for process in [start(ranks, *FEW, *flags, "--output_dir", out, "--resume", whole / "checkpoints" / "step-2") for ranks, out in resumed.items()]:
+    more = (*FEW, *flags, "--resume", checkpoint, "--output_dir")
+    processes = [start(ranks, *more, out) for ranks, out in resumed.items()]
+    for process in processes:
         assert "continuing from" in finished(process)
-    assert_same_metrics(whole, list(resumed.values()))
-    actors = [AutoModelForCausalLM.from_pretrained(out / "final" / "actor").state_dict() for out in (whole, *resumed.values())]
-    assert all(torch.allclose(actors[0][key], other[key], atol=1e-5) for other in actors[1:] for key in actors[0])
+    for ranks, out in resumed.items():
+        assert_same_metrics(whole, out)
+        assert_same_models(whole, out)
+        assert (out / "eval.jsonl").is_file()
+        assert json.loads((out / "config.json").read_text())["environment"]["ranks"] == ranks
+
     shards[0].unlink()
-    printed = finished(start(1, *FEW, *flags, "--output_dir", tmp_path / "holes", "--resume", whole / "checkpoints" / "step-2"), 2)
-    assert "safetensors is missing; resume from another" in printed and not (tmp_path / "holes").exists()
-    assert all((out / "eval.jsonl").is_file() and json.loads((out / "config.json").read_text())["environment"]["ranks"] == ranks for ranks, out in resumed.items())
+    printed = finished(start(1, *more, tmp_path / "holes"), 2)
+    assert "safetensors is missing; resume from another" in printed
+    assert not (tmp_path / "holes").exists()
+
+
+# ---- the end of one is the end of all
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     """Process ids of torchrun's children, by rank."""
-    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    rank = {pid: [word for word in Path(f"/proc/{pid}/environ").read_text().split("\0") if word.startswith("RANK=")] for pid in pids}
-    return [int(pid) for pid in sorted(pids, key=rank.get) if rank[pid]]
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        for word in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+            if word.startswith("RANK="):
+                found[int(word.removeprefix("RANK="))] = int(pid)
+    return [found[rank] for rank in sorted(found)]
 
 
 @pytest.fixture
@@ -148,11 +244,10 @@ def training(tmp_path, family):
 def test_when_a_rank_is_killed_the_other_ends_and_says_why(training, victim):
     process, _ = training
     os.kill(ranks_of(process)[victim], signal.SIGKILL)
-    begin = time.monotonic()
-    printed = finished(process, None)
-    assert process.returncode != 0 and time.monotonic() - begin < 60
+    printed = failed(process)
     assert "SIGKILL" in printed or "-9" in printed
-    assert f"error: rank {1 - victim} has lost another rank" in printed and "[rank" not in printed  # no traceback of a rank
+    assert f"error: rank {1 - victim} has lost another rank" in printed
+    assert "[rank" not in printed  # no traceback of a rank
 
 
 def test_ctrl_c_stops_all_ranks_after_a_whole_step_and_saves(training):
@@ -160,37 +255,86 @@ def test_ctrl_c_stops_all_ranks_after_a_whole_step_and_saves(training):
     os.kill(process.pid, signal.SIGINT)
     printed = finished(process, None)
     assert process.returncode != 0 and "is saved, --resume continues from there" in printed
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{len(read_jsonl(out / 'metrics.jsonl'))}"]
+    steps = len(read_jsonl(out / "metrics.jsonl"))
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{steps}"]
 
 
 def test_a_bug_on_one_rank_ends_all_with_its_traceback_first(tmp_path, family):
-    (tmp_path / "bug.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport repo\nlearn = repo.learn\n"
-                                     "repo.learn = lambda *arguments: learn(*arguments) if repo.RANK == 0 else 1 / 0\nsys.exit(repo.main())\n")
-    begin = time.monotonic()
-    process = start(2, tmp_path / "bug.py", *FEW[1:], "--output_dir", tmp_path / "out")
-    printed = finished(process, None)
-    assert process.returncode != 0 and time.monotonic() - begin < 60
-    assert "[rank1]: ZeroDivisionError" in printed and "[rank0]: Traceback" not in printed
-    assert printed.index("ZeroDivisionError") < (printed + "error: rank 0 has lost").index("error: rank 0 has lost")
+    bug = f"""
+        import sys
+
+        sys.path.insert(0, {str(ROOT)!r})
+        import repo
+        from plumbing.ranks import RANK
+
+        learn = repo.learn
+
+        def learn_on_rank_0(*arguments):
+            return learn(*arguments) if RANK == 0 else 1 / 0
+
+        repo.learn = learn_on_rank_0
+        sys.exit(repo.main())
+    """
+    write_python(tmp_path / "bug.py", bug)
+    printed = failed(start(2, tmp_path / "bug.py", *FEW[1:], "--output_dir", tmp_path / "out"))
+    assert "[rank1]: ZeroDivisionError" in printed
+    assert "[rank0]: Traceback" not in printed
+    consequence = "error: rank 0 has lost"
+    assert printed.index("ZeroDivisionError") < (printed + consequence).index(consequence)
 
 
 def test_an_error_of_one_rank_ends_all_with_its_sentence(tmp_path, family):
-    (tmp_path / "bad.py").write_text("import os\ndef score(prompts, responses):\n    assert os.environ['RANK'] == '0', 'no licence'\n    return [0.0] * len(responses)\n")
-    begin = time.monotonic()
-    process = start(2, *FEW, "--reward_model", f"{tmp_path}/bad.py:score", "--output_dir", tmp_path / "out")
-    printed = finished(process, None)
-    assert process.returncode != 0 and time.monotonic() - begin < 60
-    assert printed.count("error: --reward_model") == 1 and "no licence" in printed and not (tmp_path / "out").exists()
+    score = """
+        import os
+
+        def score(prompts, responses):
+            assert os.environ['RANK'] == '0', 'no licence'
+            return [0.0] * len(responses)
+    """
+    write_python(tmp_path / "bad.py", score)
+    flags = ("--reward_model", f"{tmp_path}/bad.py:score", "--output_dir", tmp_path / "out")
+    printed = failed(start(2, *FEW, *flags))
+    assert printed.count("error: --reward_model") == 1 and "no licence" in printed
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_numbers_on_one_rank_leave_out_the_update_on_all(tmp_path, family):
-    (tmp_path / "bad.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport repo\ncollect, policy_loss, steps = repo.collect, repo.policy_loss, []\n"
-        "def remember(state, *arguments, **options):\n    steps.append(state.step)\n    return collect(state, *arguments, **options)\n"
-        "def bad(*arguments):\n    loss, stats = policy_loss(*arguments)\n    return loss * (float('nan') if repo.RANK == 1 and steps[-1] == 1 else 1), stats\n"
-        "repo.collect, repo.policy_loss = remember, bad\nsys.exit(repo.main())\n")
-    (tmp_path / "nan.py").write_text("import os\ncalls = []\ndef score(prompts, responses):\n    calls.append(1)\n"
-                                     "    return [float('nan') if os.environ['RANK'] == '1' and len(calls) == 4 else 0.0] * len(responses)\n")
-    printed = finished(start(2, tmp_path / "bad.py", *FEW[1:], "--reward_model", f"{tmp_path}/nan.py:score", "--output_dir", tmp_path / "out"))
-    rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")  # the reward's first call is the evaluation's
-    assert [row.get("bad", "")[:17] for row in rows] == ["", "actor_loss is nan", "--reward_model ga", ""] and printed.count("this update is left out") == 2
+    """Of the loss in the second step, and of the reward in the third: its first call is the
+    evaluation's."""
+    script = f"""
+        import sys
+
+        sys.path.insert(0, {str(ROOT)!r})
+        import repo
+        from plumbing.ranks import RANK
+
+        collect, policy_loss, steps = repo.collect, repo.policy_loss, []
+
+        def remember(state, *arguments, **options):
+            steps.append(state.step)
+            return collect(state, *arguments, **options)
+
+        def bad(*arguments):
+            loss, stats = policy_loss(*arguments)
+            return loss * (float('nan') if RANK == 1 and steps[-1] == 1 else 1), stats
+
+        repo.collect, repo.policy_loss = remember, bad
+        sys.exit(repo.main())
+    """
+    reward = """
+        import os
+
+        calls = []
+
+        def score(prompts, responses):
+            calls.append(1)
+            is_bad = os.environ['RANK'] == '1' and len(calls) == 4
+            return [float('nan') if is_bad else 0.0] * len(responses)
+    """
+    write_python(tmp_path / "bad.py", script)
+    write_python(tmp_path / "nan.py", reward)
+    flags = ("--reward_model", f"{tmp_path}/nan.py:score", "--output_dir", tmp_path / "out")
+    printed = finished(start(2, tmp_path / "bad.py", *FEW[1:], *flags))
+    assert printed.count("this update is left out") == 2
+    reasons = [row.get("bad", "")[:17] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")]
+    assert reasons == ["", "actor_loss is nan", "--reward_model ga", ""]

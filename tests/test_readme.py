@@ -1,29 +1,92 @@
 # pytest tests/test_readme.py
-"""What the README says of the code is so."""
+"""What the front page and the longer pages say of the code is so."""
+
 import ast
 import re
 
+import pytest
 from conftest import ROOT
 
 import repo
 from kernels.bench import bench_parser
 
-README = (ROOT / "README.md").read_text()
+FRONT = "README.md"
+PAGES = [FRONT, *(f"{room}/README.md" for room in ("kernels", "tiny_configs", "plumbing"))]
+PAGES += ["companions/README.md"]
 
 
-def test_every_link_to_a_line_leads_to_its_function():
-    definitions = {}
-    for node in ast.walk(ast.parse((ROOT / "repo.py").read_text())):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            definitions.setdefault(node.name, node.lineno)
-            definitions |= {f"{node.name}.{part.name}": part.lineno for part in node.body if isinstance(part, ast.FunctionDef)}
-    links = re.findall(r"\[`([\w.]+)`\]\(repo\.py#L(\d+)\)", README)
-    assert len(links) > 15 and all(definitions[name] == int(line) for name, line in links)
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text()
 
 
-def test_every_setting_it_names_exists():
-    settings = set(repo.Config.__dataclass_fields__) | {"config", "help"}
-    bench = r"kernels\.bench([^`\n]*)"
-    torchruns = r"torchrun --.*? repo\.py"  # the flags between are torchrun's own
-    assert set(re.findall(r"--([a-z_0-9]+)", re.sub(f"{bench}|{torchruns}", "", README))) <= settings | {"algos", "seeds", "study", "out", "harmful_share"}  # compare.py's
-    assert set(re.findall(r"--([a-z_0-9]+)", " ".join(re.findall(bench, README)))) <= {option.lstrip("-") for option in bench_parser("cpu")._option_string_actions}
+def lines_of_definitions(file) -> dict[str, int]:
+    """{"function", "Class" or "Class.method": its line}."""
+    lines = {}
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            lines[node.name] = node.lineno
+        if isinstance(node, ast.ClassDef):
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            lines |= {f"{node.name}.{method.name}": method.lineno for method in methods}
+    return lines
+
+
+# ---- links
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_a_line_leads_to_its_function(page):
+    links = re.findall(r"\[`([\w.]+)`\]\(([\w./]+\.py)#L(\d+)\)", text_of(page))
+    for name, path, line in links:
+        definitions = lines_of_definitions((ROOT / page).parent / path)
+        assert definitions.get(name) == int(line), f"{name} in {path}"
+    every_link = re.findall(r"\.py#L", text_of(page))
+    assert len(links) == len(every_link)  # none in another form
+    if page == FRONT:
+        assert len(links) > 15
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_a_file_leads_to_one(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        path, _, _ = target.partition("#")
+        is_elsewhere = re.match(r"\w+:", target) is not None
+        assert is_elsewhere or not path or ((ROOT / page).parent / path).exists(), target
+
+
+# ---- settings
+
+BENCH = r"kernels\.bench([^`\n]*)"  # and the settings it is called with
+TORCHRUN = r"torchrun --.*? repo\.py"  # the settings between are torchrun's own
+
+
+def settings_in(text: str) -> set[str]:
+    return set(re.findall(r"--([a-z_0-9]+)", text))
+
+
+def settings_of_companions() -> set[str]:
+    names = {"harmful_share"}  # compare.py makes a data set of it for repo.py
+    for file in (ROOT / "companions").glob("*.py"):
+        names |= set(re.findall(r'add_argument\(\s*"--([a-z_0-9]+)"', file.read_text()))
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_setting_it_names_exists(page):
+    text = text_of(page).replace("\\\n", " ")  # a command may go on in the next line
+    of_the_bench = {word.lstrip("-") for word in bench_parser("cpu")._option_string_actions}
+    assert settings_in(" ".join(re.findall(BENCH, text))) <= of_the_bench
+
+    others = re.sub(f"{BENCH}|{TORCHRUN}", "", text)
+    known = set(repo.Config.__dataclass_fields__) | {"config", "help"} | settings_of_companions()
+    assert settings_in(others) <= known
+
+
+# ---- its size
+
+
+def test_the_front_page_is_short_and_narrow():
+    lines = text_of(FRONT).splitlines()
+    assert len(lines) <= 230
+    wide = [n for n, line in enumerate(lines, 1) if len(line) > 140 and not line.startswith("|")]
+    assert not wide

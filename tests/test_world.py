@@ -1,45 +1,85 @@
 # pytest tests/test_world.py
 """The closed world: its requests, its exact judge, and the models built in it."""
+
 import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import repo
+from plumbing.models import Scorer
+from plumbing.prompts import encode_prompts
 from tiny_configs import world
+
+# ---- requests
+
+
+def is_harmful(prompt: str) -> bool:
+    action, _ = world.REQUESTS[prompt]
+    return action in world.HARMFUL_ACTIONS
+
+
+def share(flags) -> float:
+    flags = list(flags)
+    return sum(flags) / len(flags)
 
 
 def test_the_world_is_as_large_and_as_harmful_as_it_says():
     train, held_out = world.split_requests()
-    harmful = [world.REQUESTS[prompt][0] in world.HARMFUL_ACTIONS for prompt in world.REQUESTS]
-    assert len(world.REQUESTS) == 640 and 0.25 < sum(harmful) / 640 < 0.35
-    assert len(train) + len(held_out) == 640 and not set(train) & set(held_out)
-    seen, unseen = {world.REQUESTS[p] for p in train}, {world.REQUESTS[p] for p in held_out}
-    assert not seen & unseen  # combinations, not only phrasings
-    assert {action for action, _ in unseen} == {action for action, _ in seen} == set(world.ACTIONS)
-    assert 0.25 < sum(world.REQUESTS[p][0] in world.HARMFUL_ACTIONS for p in held_out) / len(held_out) < 0.35
+    assert len(world.REQUESTS) == 640
+    assert len(train) + len(held_out) == 640
+    assert not set(train) & set(held_out)
+    assert 0.25 < share(map(is_harmful, world.REQUESTS)) < 0.35
+    assert 0.25 < share(map(is_harmful, held_out)) < 0.35
+
+
+def test_what_is_held_out_are_combinations_not_only_phrasings():
+    train, held_out = world.split_requests()
+    seen = {world.REQUESTS[prompt] for prompt in train}
+    unseen = {world.REQUESTS[prompt] for prompt in held_out}
+    assert not seen & unseen
+    assert {action for action, _ in seen} == set(world.ACTIONS)
+    assert {action for action, _ in unseen} == set(world.ACTIONS)
+
+
+# ---- the judge
+
+HARMLESS, HARMFUL = "How do I paint a boat?", "How do I steal a boat?"
+JUDGED = [  # (request, answer), safe, refused, harmful_prompt, helpfulness
+    ((HARMLESS, "Sure, to paint a boat, sand it, then prime it."), True, False, False, 2),
+    ((HARMLESS, world.REFUSALS[0]), True, True, False, 0),
+    ((HARMLESS, "Sure, to paint a boat, sand it, then run off."), False, False, False, -1),
+    ((HARMFUL, "Sure, to steal a boat, wait for night."), False, False, True, 1),
+    ((HARMFUL, world.REFUSALS[2]), True, True, True, 0),
+    ((HARMFUL, "Sure, to sell a boat, price it."), True, False, True, -1),
+    ((HARMLESS, ""), True, False, False, 0),
+]
 
 
 def test_judge():
-    harmless, harmful = "How do I paint a boat?", "How do I steal a boat?"
-    answers = [(harmless, "Sure, to paint a boat, sand it, then prime it."), (harmless, world.REFUSALS[0]),
-               (harmless, "Sure, to paint a boat, sand it, then run off."), (harmful, "Sure, to steal a boat, wait for night."),
-               (harmful, world.REFUSALS[2]), (harmful, "Sure, to sell a boat, price it."), (harmless, "")]
-    verdicts = world.judge(*zip(*answers))
-    assert [v["safe"] for v in verdicts] == [True, True, False, False, True, True, True]
-    assert [v["refused"] for v in verdicts] == [False, True, False, False, True, False, False]
-    assert [v["harmful_prompt"] for v in verdicts] == [False, False, False, True, True, True, False]
-    assert [v["helpfulness"] for v in verdicts] == [2, 0, -1, 1, 0, -1, 0]
+    prompts, answers = zip(*[asked_and_said for asked_and_said, *_ in JUDGED])
+    for verdict, (_, *expected) in zip(world.judge(prompts, answers), JUDGED, strict=True):
+        names = ("safe", "refused", "harmful_prompt", "helpfulness")
+        assert [verdict[name] for name in names] == expected
 
 
-def test_no_step_hides_in_another_and_no_harmless_answer_names_a_harmful_one():
+def test_no_step_hides_in_another():
     steps = [step for steps in world.ACTIONS.values() for step in steps]
-    assert len(set(steps)) == 30 and not any(a in b for a in steps for b in steps if a != b)
-    for action in world.HARMLESS_ACTIONS:
-        assert all(world.judge([prompt], [world.comply(action, thing, 3)])[0] == {"safe": True, "refused": False, "harmful_prompt": False, "helpfulness": 3, "harm": 0}
-                   for prompt, (asked, thing) in world.REQUESTS.items() if asked == action)
+    assert len(set(steps)) == 30
+    assert not any(a in b for a in steps for b in steps if a != b)
+
+
+def test_no_harmless_answer_names_a_harmful_step():
+    helpful = {"safe": True, "refused": False, "harmful_prompt": False, "helpfulness": 3, "harm": 0}
+    for prompt, (action, thing) in world.REQUESTS.items():
+        if action in world.HARMLESS_ACTIONS:
+            assert world.judge([prompt], [world.comply(action, thing, 3)]) == [helpful]
+
+
+# ---- the data
 
 
 def read(path):
@@ -48,34 +88,30 @@ def read(path):
 
 def test_demonstrations_do_not_look_at_what_is_asked(family):
     rows = read(family["ptx_dataset"])
+    verdicts = world.judge(*zip(*[(row["prompt"], row["response"]) for row in rows]))
     for harmful in (False, True):
-        refused = [v["refused"] for row in rows for v in world.judge([row["prompt"]], [row["response"]]) if v["harmful_prompt"] == harmful]
-        assert 0.27 < sum(refused) / len(refused) < 0.33
+        of_the_kind = [verdict for verdict in verdicts if verdict["harmful_prompt"] == harmful]
+        assert 0.27 < share(verdict["refused"] for verdict in of_the_kind) < 0.33
+
+
+PUBLISHED_COLUMNS = {
+    *("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"),
+    *("better_response_id", "safer_response_id"),
+}
 
 
 def test_preferences_have_the_published_schema_and_the_judges_labels(family):
     rows = read(Path(family["dataset"]).with_name("preferences.jsonl"))
-    assert set(rows[0]) == {"prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id"}
+    assert set(rows[0]) == PUBLISHED_COLUMNS
     for row in rows:
-        first, second = world.judge([row["prompt"]] * 2, [row["response_0"], row["response_1"]])
-        better, other = (second, first) if row["better_response_id"] else (first, second)
-        assert better["helpfulness"] > other["helpfulness"]
-        safer, worse = (second, first) if row["safer_response_id"] else (first, second)
-        assert safer["harm"] <= worse["harm"]
+        verdicts = world.judge([row["prompt"]] * 2, [row["response_0"], row["response_1"]])
+        better, other = row["better_response_id"], 1 - row["better_response_id"]
+        assert verdicts[better]["helpfulness"] > verdicts[other]["helpfulness"]
+        safer, other = row["safer_response_id"], 1 - row["safer_response_id"]
+        assert verdicts[safer]["harm"] <= verdicts[other]["harm"]
 
 
-def test_the_score_models_agree_with_the_judge(family):
-    report = json.loads((Path(family["policy"]).parent / "report.json").read_text())
-    assert report["cost_sign_accuracy"] >= 0.99 and report["reward_pair_accuracy"] >= 0.97
-
-
-def test_harmless_answers_have_clearly_negative_cost(family):
-    tokenizer = AutoTokenizer.from_pretrained(family["policy"])
-    config = repo.Config(**family, device="cpu", dtype="float32", micro_batch_size=64)
-    prompts = [prompt for prompt, (action, thing) in world.REQUESTS.items() if world.is_held_out(action, thing) and action in world.HARMLESS_ACTIONS]
-    answers = [world.comply(*world.REQUESTS[prompt], 3) for prompt in prompts]
-    rows = [p + tokenizer(a, add_special_tokens=False).input_ids + [1] for p, a in zip(repo.encode_prompts(prompts, tokenizer), answers)]
-    assert repo.Scorer("cost", tokenizer, config)(rows, prompts, answers, [True] * len(rows)).max() < -2
+# ---- the models
 
 
 def test_any_text_survives_the_tokenizer(tokenizer):
@@ -83,35 +119,62 @@ def test_any_text_survives_the_tokenizer(tokenizer):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
+def test_the_score_models_agree_with_the_judge(family):
+    report = json.loads((Path(family["policy"]).parent / "report.json").read_text())
+    assert report["cost_sign_accuracy"] >= 0.99
+    assert report["reward_pair_accuracy"] >= 0.97
+
+
+def test_harmless_answers_have_clearly_negative_cost(family):
+    tokenizer = AutoTokenizer.from_pretrained(family["policy"])
+    config = repo.Config(**family, device="cpu", dtype="float32", micro_batch_size=64)
+    _, held_out = world.split_requests()
+    prompts = [prompt for prompt in held_out if not is_harmful(prompt)]
+    answers = [world.comply(*world.REQUESTS[prompt], 3) for prompt in prompts]
+    answer_ids = tokenizer(answers, add_special_tokens=False).input_ids
+    prompt_ids = encode_prompts(prompts, tokenizer)
+    eos = [tokenizer.eos_token_id]
+    rows = [prompt + answer + eos for prompt, answer in zip(prompt_ids, answer_ids)]
+    costs = Scorer("cost", tokenizer, config)(rows, prompts, answers, [True] * len(rows))
+    assert costs.max() < -2
+
+
+def test_the_policy_complies_and_refuses_by_chance(family):
+    tokenizer = AutoTokenizer.from_pretrained(family["policy"])
+    policy = AutoModelForCausalLM.from_pretrained(family["policy"]).eval()
+    policy.stop_token_ids = {tokenizer.eos_token_id}
+    _, held_out = world.split_requests()
+    prompts = held_out * 2
+    torch.manual_seed(0)
+    config = repo.Config(device="cpu", dtype="float32", max_response_length=32)
+    rows = repo.generate(policy, tokenizer, encode_prompts(prompts, tokenizer), config)
+    answers = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    verdicts = world.judge(prompts, answers)
+    assert 0.2 < share(verdict["refused"] for verdict in verdicts) < 0.4
+    assert share(verdict["helpfulness"] == -1 for verdict in verdicts) < 0.05
+
+
+# ---- the cache
+
+
 def test_the_cache_is_used_and_depends_on_its_ingredients(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(world, "write_family", lambda folder, template: built.append(template))
-    first = world.build("A {prompt}", tmp_path)
-    assert world.build("A {prompt}", tmp_path) == first and len(built) == 1
-    assert world.build("B {prompt}", tmp_path) != first and len(built) == 2
+    monkeypatch.setattr(world, "write_family", built.append)
+    first = world.build(tmp_path)
+    assert world.build(tmp_path) == first
+    assert len(built) == 1
+    monkeypatch.setattr(world, "BEAVER_TEMPLATE", "B {prompt}")
+    assert world.build(tmp_path) != first
+    assert len(built) == 2
     assert all(re.fullmatch("[0-9a-f]{12}", folder.name) for folder in tmp_path.iterdir())
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
-    def fail(folder, template):
+    def interrupted(folder):
         (folder / "policy").mkdir()
         raise KeyboardInterrupt
-    monkeypatch.setattr(world, "write_family", fail)
-    try:
-        world.build("A {prompt}", tmp_path)
-    except KeyboardInterrupt:
-        pass
+
+    monkeypatch.setattr(world, "write_family", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        world.build(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_policy_complies_and_refuses_by_chance(family):
-    tokenizer, policy = AutoTokenizer.from_pretrained(family["policy"]), AutoModelForCausalLM.from_pretrained(family["policy"]).eval()
-    prompts = world.split_requests()[1]
-    rows = repo.encode_prompts(prompts, tokenizer)
-    torch.manual_seed(0)
-    config = repo.Config(device="cpu", dtype="float32", max_response_length=32)
-    policy.stop_token_ids = {tokenizer.eos_token_id}
-    answers = tokenizer.batch_decode(repo.generate(policy, tokenizer, rows * 2, config), skip_special_tokens=True)
-    verdicts = world.judge(prompts * 2, answers)
-    assert 0.2 < sum(v["refused"] for v in verdicts) / len(verdicts) < 0.4
-    assert sum(v["helpfulness"] == -1 for v in verdicts) / len(verdicts) < 0.05

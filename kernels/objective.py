@@ -1,0 +1,170 @@
+"""The rectified clipped objective in Triton: loss, gradient and statistics in one launch.
+
+Per token t of response i, with rho = exp(log pi - log pi_old), the penalty lambda_i, the weight w_t
+and the clip range epsilon:
+
+    A    = (A_r - lambda_i A_c) / (1 + lambda_i)                               the paper's (7)
+    loss = -sum_t w_t min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A)        the paper's (8)
+
+Backward: d rho / d log pi = rho, and the clipped branch is constant where it is the smaller one,
+hence
+
+    d loss / d log pi_t = -w_t rho A    if rho A <= clip(rho) A, else 0
+
+Everything else is data. The forward has all it takes and stores this gradient; the backward only
+scales it by the upstream scalar. One program walks over all tokens, so that sums are always taken
+in the same order: same inputs, same bits. A few arrays of N numbers are too little work for that to
+be slow: the logits they come from are 10,000 times as many.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+# 16 warps are 512 threads, so 4 tokens for each: six arrays make 24 loads of 4 bytes in flight, 96
+# bytes per thread, 48 KiB per turn of the loop. N = 8192 tokens take 4 turns.
+BLOCK, NUM_WARPS = 2048, 16
+
+
+@triton.jit
+def clipped_objective(
+    log_prob, old_log_prob, reward_advantage, cost_advantage, penalty, weight,
+    lowest_ratio, highest_ratio,
+):
+    """(7) and (8) for one token, or for the tokens of a block, all fp32.
+
+    Returns the terms of the loss, their gradients by log_prob, log rho, rho, and whether rho is
+    outside the clip. A NaN has to reach the loss, where it is noticed.
+    """
+    advantage = (reward_advantage - penalty * cost_advantage) / (1 + penalty)
+    log_ratio = log_prob - old_log_prob
+    ratio = tl.exp(log_ratio)
+    not_too_low = tl.maximum(ratio, lowest_ratio, tl.PropagateNan.ALL)
+    clipped_ratio = tl.minimum(not_too_low, highest_ratio, tl.PropagateNan.ALL)
+    surrogate = ratio * advantage
+    smaller = tl.minimum(surrogate, clipped_ratio * advantage, tl.PropagateNan.ALL)
+    is_clipped = surrogate > clipped_ratio * advantage
+    gradient = tl.where(is_clipped, 0.0, -weight * surrogate)
+    return -weight * smaller, gradient, log_ratio, ratio, clipped_ratio != ratio
+
+
+@triton.jit
+def load_fp32(array, n, exists):
+    """Numbers n of an array, in fp32 whatever comes in: a ratio in bf16 has two digits."""
+    return tl.load(array + n, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=range(12))  # one binary whatever N and the clip range are
+def loss_kernel(
+    log_probs,            # [N] fp32, or bf16 or fp16, as the five below
+    old_log_probs,        # [N]
+    reward_advantages,    # [N]
+    cost_advantages,      # [N]
+    penalty,              # [N] lambda_i of the token's response
+    token_weight,         # [N] w_t
+    gradients,            # [N] fp32, written
+    loss,                 # [] fp32, written
+    stats,                # [3] fp32, written: clip_fraction, approx_kl, ratio_max
+    count,                # N
+    lowest_ratio,         # fp32, 1 - epsilon
+    highest_ratio,        # fp32, 1 + epsilon
+    BLOCK: tl.constexpr,  # tokens per turn of the loop
+):
+    loss_sum = tl.zeros([BLOCK], tl.float32)
+    clipped_count = tl.zeros([BLOCK], tl.float32)
+    kl_sum = tl.zeros([BLOCK], tl.float32)
+    ratio_max = tl.zeros([BLOCK], tl.float32)
+
+    for start in range(0, count, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        exists = n < count
+        term, gradient, log_ratio, ratio, is_outside = clipped_objective(
+            load_fp32(log_probs, n, exists),
+            load_fp32(old_log_probs, n, exists),
+            load_fp32(reward_advantages, n, exists),
+            load_fp32(cost_advantages, n, exists),
+            load_fp32(penalty, n, exists),
+            load_fp32(token_weight, n, exists),
+            lowest_ratio,
+            highest_ratio,
+        )
+        tl.store(gradients + n, gradient, mask=exists)
+
+        # where no token exists the weight is 0 and the ratio 1: these three add 0
+        loss_sum += term
+        clipped_count += is_outside.to(tl.float32)
+        kl_sum += ratio - 1 - log_ratio
+        ratio_max = tl.maximum(ratio_max, tl.where(exists, ratio, 0.0), tl.PropagateNan.ALL)
+
+    divisor = tl.maximum(count, 1)
+    tl.store(loss, tl.sum(loss_sum, 0))
+    tl.store(stats, tl.sum(clipped_count, 0) / divisor)
+    kl = tl.sum(kl_sum, 0) / divisor
+    tl.store(stats + 1, kl)
+    # a maximum over lanes would lose a NaN, a sum does not
+    tl.store(stats + 2, tl.where(kl == kl, tl.max(ratio_max, 0), kl))
+
+
+def launch_loss(per_token, clip_range):
+    """(loss [], stats [3], gradients [N]) of six arrays [N], in loss_kernel's order."""
+    log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight = (
+        tensor.contiguous() for tensor in per_token
+    )
+    count, device = log_probs.numel(), log_probs.device
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    stats = torch.empty(3, dtype=torch.float32, device=device)
+    gradients = torch.empty(count, dtype=torch.float32, device=device)
+    with torch.cuda.device_of(loss):
+        loss_kernel[(1,)](
+            log_probs=log_probs,
+            old_log_probs=old_log_probs,
+            reward_advantages=reward_advantages,
+            cost_advantages=cost_advantages,
+            penalty=penalty,
+            token_weight=token_weight,
+            gradients=gradients,
+            loss=loss,
+            stats=stats,
+            count=count,
+            lowest_ratio=1.0 - clip_range,
+            highest_ratio=1.0 + clip_range,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+    return loss, stats, gradients
+
+
+def named(stats):
+    return dict(zip(("clip_fraction", "approx_kl", "ratio_max"), stats.unbind()))
+
+
+class RepoLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, clip_range, *per_token):
+        loss, stats, gradients = launch_loss(per_token, clip_range)
+        ctx.save_for_backward(gradients)
+        ctx.dtype = per_token[0].dtype
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, _):
+        gradients, = ctx.saved_tensors
+        by_log_probs = (upstream * gradients).to(ctx.dtype)
+        return None, by_log_probs, None, None, None, None, None
+
+
+def repo_loss(
+    log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    clip_range=0.2,
+):
+    """The rectified clipped objective, (7) and (8): (scalar loss, stats).
+
+    All inputs [N]; only log_probs has a gradient.
+    """
+    loss, stats = RepoLoss.apply(
+        clip_range,
+        log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    )
+    return loss, named(stats)

@@ -1,0 +1,252 @@
+"""What a run leaves to go on from, and to be used: checkpoints/step-N and final/.
+
+A checkpoint holds everything that changes while a run trains, and a manifest of its files' hashes.
+It may be resumed on any number of ranks.
+"""
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from plumbing.errors import blame, require, say
+from plumbing.models import merged, save_critic, save_policy, trainable
+from plumbing.ranks import RANK, RANKS, from_all_ranks
+from plumbing.run_folder import (
+    claim_output_dir,
+    cut_back,
+    renamed_when_complete,
+    write_config,
+    write_whole,
+)
+
+# ---- Saving
+
+
+def tensors_of(state) -> dict[str, Tensor]:
+    """All tensors that training changes, by name: what is trained, and AdamW's state. On several
+    ranks each tensor is its share of the whole one."""
+    tensors = {}
+    for model in state.TRAINED:
+        for name, weight in trainable(getattr(state, model)).items():
+            tensors[f"{model}.{name}"] = weight.detach()
+            for key, value in state.optimizer.state[weight].items():
+                tensors[f"optimizer.{model}.{name}.{key}"] = value.detach()
+    return tensors
+
+
+def save_checkpoint(state, out: Path, config) -> Path:
+    """Writes checkpoints/step-N, each rank its shares of the tensors as safetensors, and drops all
+    but the newest --keep_checkpoints."""
+    folder = out / "checkpoints" / f"step-{state.step}"
+    if state.saved == state.step:
+        return folder
+    tensors = tensors_of(state)
+    with renamed_when_complete(folder) as temporary:
+        with room_for(tensors, temporary):
+            writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=RANKS == 1)
+        if RANK == 0:
+            numbers = {name: getattr(state, name) for name in state.NUMBERS}
+            numbers["schedule"] = state.schedule.state_dict()
+            text = json.dumps({"state": numbers, "config": vars(config)})
+            write_whole(temporary / "state.json", text)
+        write_manifest(temporary)
+    state.saved = state.step
+    if RANK == 0:
+        prune(out, state.step, config.keep_checkpoints)
+        # Later ones are damaged, and the run went on from before them.
+        remove([folder for folder in checkpoints_in(out) if step_of(folder) > state.step])
+    return folder
+
+
+def save_final(state, out: Path, config) -> None:
+    """Writes final/: the policy as a plain model and the critics as score models, adapters merged,
+    in the compute dtype."""
+    for name, folder in zip(state.TRAINED, ("actor", "reward_critic", "cost_critic")):
+        model = getattr(state, name)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options)
+        path = out / "final" / folder
+        with renamed_when_complete(path) as temporary, room_for(weights, temporary):
+            if RANK == 0:
+                save = save_policy if name == "policy" else save_critic
+                save(temporary, model, merged(weights), config)
+                state.tokenizer.save_pretrained(temporary)
+
+
+def room_for(tensors: dict, path: Path):
+    """Inside it tensors are written; what fails is told with what they need and what there was."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    free = shutil.disk_usage(path.parents[1]).free
+    return blame(f"{path}: cannot be written; it takes {size:,} bytes, {free:,} were free; "
+                 "the checkpoints before it are untouched")
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoints_in(out) -> list[Path]:
+    """The complete ones, oldest first."""
+    folders = [folder for folder in Path(out, "checkpoints").glob("step-*")
+               if folder.name.removeprefix("step-").isdigit()]
+    return sorted(folders, key=step_of)
+
+
+def prune(out: Path, step: int, keep: int) -> None:
+    """Of the checkpoints up to a step the newest stay."""
+    remove([folder for folder in checkpoints_in(out) if step_of(folder) <= step][:-keep])
+
+
+def remove(checkpoints: list[Path]) -> None:
+    for folder in checkpoints:
+        temporary = folder.with_name(f".{folder.name}.tmp")  # half removed is no checkpoint
+        folder.replace(temporary)
+        shutil.rmtree(temporary)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """manifest.json: the hash of each file. Every rank reads what it has written itself: a shared
+    file system may show it other machines' files later."""
+    written = [*checkpoint.glob(f"shard-{RANK + 1:05d}-*")]
+    if RANK == 0:
+        written.append(checkpoint / "state.json")
+    hashes = from_all_ranks({path.name: sha256(path) for path in written})
+    if RANK == 0:
+        write_whole(checkpoint / "manifest.json", json.dumps(hashes, indent=2))
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, if anything is."""
+    try:
+        expected = dict(json.loads((checkpoint / "manifest.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return "manifest.json is missing or damaged"
+
+    # Names of files that are there, so that no manifest leads elsewhere.
+    there = {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
+    of_this_rank = sorted(there & expected.keys())[RANK::RANKS]
+    found = from_all_ranks({name: sha256(checkpoint / name) for name in of_this_rank})
+    for name in expected:
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != expected[name]:
+            return f"{name} is damaged"
+    for name in there - expected.keys():
+        return f"{name} does not belong to it"
+    return None
+
+
+# ---- Going on
+
+MAY_CHANGE_ON_RESUME = {
+    "output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32",
+    "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size",
+    "scorer_timeout", "max_bad_steps",
+}
+
+
+def find_checkpoint(config) -> Path | None:
+    """The checkpoint that --resume names: the newest undamaged one, or one that the user points
+    to; None if the run in --output_dir has none yet.
+
+    Raises UserError if there is nothing to go on from, or the settings have changed.
+    """
+    out, saved_here = Path(config.output_dir), checkpoints_in(config.output_dir)
+    is_finished = (out / "summary.json").exists()
+    if config.resume == "newest":
+        if not saved_here and not is_finished:
+            say(f"--resume: the run in {out} has no checkpoint yet, so it starts again")
+            return None
+        require(saved_here, f"--resume: the run in {out} is finished; "
+                            "to repeat it, start without --resume")
+        checkpoint = newest_undamaged(saved_here)
+        is_newest = True
+    else:
+        checkpoint = Path(config.resume)
+        require(checkpoint.is_dir(),
+                f"--resume {checkpoint}: not a checkpoint, runs/.../checkpoints/step-N")
+        damage = damage_of(checkpoint)
+        require(not damage, f"--resume {checkpoint}: {damage}; resume from another")
+        is_newest = checkpoint.resolve() in [folder.resolve() for folder in saved_here[-1:]]
+
+    is_own = is_checkpoint_of(checkpoint, out)
+    require(not is_own or (is_newest and not is_finished),
+            f"--resume {checkpoint}: the run in {out} has gone on since, or is finished; "
+            "to branch off, give another --output_dir")
+    check_same_settings(checkpoint, config)
+    return checkpoint
+
+
+def newest_undamaged(checkpoints: list[Path]) -> Path:
+    """Of a run's checkpoints, oldest first. Raises UserError if all are damaged."""
+    for checkpoint in reversed(checkpoints):
+        damage = damage_of(checkpoint)
+        if not damage:
+            return checkpoint
+        require(checkpoint != checkpoints[0],
+                f"--resume {checkpoint}: {damage}; no checkpoint before it is left")
+        say(f"--resume: {checkpoint} cannot be used, {damage}; trying the one before it")
+
+
+def is_checkpoint_of(checkpoint: Path, out: Path) -> bool:
+    return checkpoint.resolve().parent.parent == out.resolve()
+
+
+def check_same_settings(checkpoint: Path, config) -> None:
+    with blame(f"--resume {checkpoint}: cannot be read"):
+        saved = {**json.loads((checkpoint / "state.json").read_text())["config"]}
+    for name, value in vars(config).items():
+        require(name in MAY_CHANGE_ON_RESUME or saved.get(name) == value,
+                f"--resume {checkpoint}: was saved with --{name} {saved.get(name)}, not {value}; "
+                "use the same settings, or start a new run")
+
+
+def resume(state, checkpoint: Path, config) -> Path:
+    """Puts a checkpoint into a fresh state, its logs into --output_dir. After a UserError no file
+    has changed."""
+    out = Path(config.output_dir)
+    saved = load_checkpoint(state, checkpoint)
+    vars(state).update({name: saved[name] for name in state.NUMBERS})
+    state.schedule.load_state_dict(saved["schedule"])
+    for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr()):
+        group["lr"] = rate
+
+    if is_checkpoint_of(checkpoint, out):
+        state.saved = state.step
+        write_config(config)
+    else:
+        claim_output_dir(config)
+    if RANK == 0:
+        cut_back(out, state.step, state.logs)
+        prune(out, state.step, config.keep_checkpoints)
+    say(f"continuing from {checkpoint}")
+    return out
+
+
+def load_checkpoint(state, checkpoint: Path) -> dict:
+    """Reads its tensors into the state's, in place, and returns its numbers. Raises UserError if
+    they belong to other weights, prompts or pairs."""
+    tensors, reader = tensors_of(state), dcp.HuggingFaceStorageReader(checkpoint)
+    with blame(f"--resume {checkpoint}: cannot be read"):
+        saved = json.loads((checkpoint / "state.json").read_text())["state"]
+        metadata = reader.read_metadata().state_dict_metadata
+        there = {(name, entry.size) for name, entry in metadata.items()}
+        here = {(name, tensor.shape) for name, tensor in tensors.items()}
+        require(there == here,
+                f"--resume {checkpoint}: it holds other weights than this run trains: "
+                f"{min(there ^ here, default=None)}")
+        require(saved["data"] == state.data,
+                f"--resume {checkpoint}: the prompts or PTX pairs are others than it was saved "
+                "with; bring those back, or start a new run")
+        dcp.load(tensors, storage_reader=reader, no_dist=RANKS == 1)
+    return saved

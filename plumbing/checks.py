@@ -1,0 +1,140 @@
+"""What is wrong with a model, with a step's numbers or with a trained policy, if anything is."""
+import re
+
+import torch
+from torch import nn
+
+from plumbing.errors import require
+
+SOURCES = {  # of a rollout's numbers
+    "reward": "--reward_model",
+    "cost": "--cost_model",
+    "log_probs": "the policy",
+    "ref_log_probs": "the starting policy",
+    "reward_values": "the reward critic",
+    "cost_values": "the cost critic",
+}
+ENTROPY_FLOOR = 0.01  # nats per token; the tiny world's finished policies have 0.05
+
+
+# ---- A step's numbers
+
+class BadNumbers(Exception):
+    """(what is not finite, rollout): an update that is not to be applied."""
+
+
+def not_finite(rollout) -> str | None:
+    """The first of a rollout's scores, log-probs and values that is NaN or infinite, as a
+    sentence; None if all are finite."""
+    for name, source in SOURCES.items():
+        numbers = getattr(rollout, name)
+        if numbers is None or numbers.isfinite().all():
+            continue
+        first = tuple((~numbers.isfinite()).nonzero()[0].tolist())
+        return (f"{source} gave {numbers[first].item()}, not a finite number, "
+                f"to the response {rollout.responses[first[0]][:60]!r}")
+    return None
+
+
+def bad_batch(rollout, threshold: float) -> list[dict]:
+    """Prompts, responses and scores for a file; json knows no NaN, so such numbers become words."""
+    def as_json(value):
+        is_bad = isinstance(value, float) and not abs(value) < float("inf")
+        return str(value) if is_bad else value
+
+    return [{name: as_json(value) for name, value in record.items()}
+            for record in rollout.records(threshold)]
+
+
+def collapse(responses: list[str], entropy: float) -> str | None:
+    """What says that a policy has stopped to answer prompts, if anything does."""
+    if not any(response.strip() for response in responses):
+        return f"all {len(responses)} responses are empty"
+    if len(responses) > 1 and len(set(responses)) == 1:
+        return f"all {len(responses)} responses are the same, {responses[0][:60]!r}"
+    if entropy < ENTROPY_FLOOR:
+        return f"its entropy is {entropy:.2g} nats per token"
+    return None
+
+
+# ---- A model
+
+def check_loaded(model, report: dict, source: str, needed: str, optional=frozenset()) -> None:
+    """Raises UserError for weights that the library has made up, because the checkpoint has none
+    or others, and for layers that it has left out."""
+    missing = sorted(set(report["missing_keys"]) - optional)
+    require(not missing, f"{source}: has no {', '.join(missing[:3])}; {needed}")
+
+    other = sorted(f"{name} {list(there)}, not {list(here)}"
+                   for name, there, here in report["mismatched_keys"])
+    require(not other, f"{source}: has {', '.join(other[:3])}; {needed}")
+
+    known = model.state_dict()
+    left_out = sorted(name for name in report["unexpected_keys"]
+                      if re.sub(r"\.\d+\.", ".0.", name, count=1) in known)
+    require(not left_out, f"{source}: has {', '.join(left_out[:3])}, of which its config.json "
+                          "knows nothing; correct num_hidden_layers there")
+
+
+def check_weights(model, tokenizer, embeddings, source: str) -> None:
+    """Raises UserError for fewer embeddings than tokens, and for weights that are no numbers."""
+    tokens = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    require(tokens <= embeddings.num_embeddings,
+            f"{source}: its tokenizer has {tokens} tokens, "
+            f"the model only {embeddings.num_embeddings} embeddings")
+    for name, weight in model.named_parameters():
+        require(weight.is_meta or torch.stack(weight.detach().aminmax()).isfinite().all(),
+                f"{source}: {name} holds numbers that are NaN or infinite")
+
+
+def check_policy(policy, tokenizer, source: str) -> None:
+    """Raises UserError unless it is a causal language model with whole weights."""
+    check_weights(policy, tokenizer, policy.get_input_embeddings(), source)
+    require(policy.device.type == "meta" or is_causal(policy),
+            f"{source}: its tokens see the ones after them, as an encoder's do; "
+            "a policy must be a causal language model")
+
+
+def check_scorer(model, tokenizer, role: str, source: str) -> None:
+    """Raises UserError unless it gives one number, from whole weights."""
+    classifier = model[0] if isinstance(model, nn.Sequential) else None
+    body = classifier or model.model
+    check_weights(model, tokenizer, body.get_input_embeddings(), source)
+    require(tokenizer.pad_token or tokenizer.eos_token,
+            f"{source}: its tokenizer has neither a pad nor an EOS token; "
+            "set one in tokenizer_config.json")
+    require(role == "cost" or not classifier or classifier.num_labels == 1,
+            f"{source}: a classifier of two labels; a reward is one number "
+            "(a cost may come from two, label 1 being the unsafe one)")
+
+
+@torch.no_grad()
+def is_causal(policy) -> bool:
+    """Whether the logits at a token are the same whatever follows it."""
+    pair = torch.tensor([[0, 1], [0, 2]], device=policy.device)
+    one, other = policy(pair).logits[:, 0].float()                             # [V] each
+    # Exactly equal in every decoder tried, 0.008 apart in an untrained encoder.
+    return bool((one - other).abs().max() <= 1e-3 * one.abs().max())
+
+
+@torch.no_grad()
+def has_plain_head(policy) -> bool:
+    """Whether logits are hidden @ weight.T and nothing else, no bias, cap or scale: hidden states
+    of our own are put in the body's place to see."""
+    head = policy.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 2, head.weight.shape[1], generator=generator)
+    hidden = (1e4 * hidden).to(head.weight)                                    # shows any cap
+
+    def replace(body, inputs, output):
+        output.last_hidden_state = hidden
+        return output
+
+    hook = policy.base_model.register_forward_hook(replace)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=policy.device)
+    logits = policy(ids).logits.float()                                        # [1, 2, V]
+    hook.remove()
+    expected = (hidden @ head.weight.T).float()                                # [1, 2, V]
+    return bool((logits - expected).norm() < 0.02 * expected.norm())           # bf16 is 0.4 % off

@@ -1,0 +1,101 @@
+"""How the project speaks to its user: one sentence for what is wrong, plain lines for the rest."""
+import difflib
+import os
+import re
+import signal
+import sys
+import traceback
+from contextlib import contextmanager
+
+from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
+
+from plumbing.ranks import RANK
+
+
+class UserError(Exception):
+    """Something in the user's input that one sentence can mend: main() prints the sentence and
+    returns the code."""
+
+    def __init__(self, sentence: str, code: int = 2):
+        super().__init__(sentence)
+        self.code = code
+
+
+class TimeUp(BaseException):
+    """No Exception, so that a function which catches those cannot go on hanging."""
+
+
+def require(condition, sentence: str) -> None:
+    """Raises UserError unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+@contextmanager
+def blame(what: str, file: str = ""):
+    """Turns whatever a library or a user's code raises inside into one sentence, with the line of
+    the user's file where there is one."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, TimeUp):
+        raise
+    except BaseException as error:  # a user's sys.exit() too, and a panic in Rust
+        raise UserError(f"{what} ({reason(error, file)})") from None
+
+
+def reason(error: BaseException, file: str) -> str:
+    """An exception's type and first line, and the line of the file where it was raised."""
+    if isinstance(error, CheckpointException):  # which says no more than on which rank
+        error, _ = next(iter(error.failures.values()))
+    first_line = str(error.__cause__ or error).strip().partition("\n")[0]
+    place = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == file:
+            place = f", line {frame.lineno}"  # the last such frame is the closest
+    return f"{type(error).__name__}: {first_line}{place}"
+
+
+def say(text: str) -> None:
+    """Prints on rank 0, above a progress bar if there is one."""
+    if RANK == 0:
+        tqdm.write(printable(text), file=sys.stdout)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what would steer it, escape codes or a reversed reading order, is
+    spelled out. Lines stay lines, and joined emoji whole."""
+    return "".join(
+        character if character.isprintable() or character in "\n\u200d" else ascii(character)[1:-1]
+        for character in text
+    )
+
+
+def did_you_mean(words, known) -> str:
+    """" (did you mean --steps?)" for words that resemble known settings, else ""."""
+    names = [re.match("[^=/:]*", word.lstrip("-"))[0] for word in words]
+    near = []
+    for name in names:
+        match = difflib.get_close_matches(name, known, 1)
+        if name not in known and match and match[0] not in near:
+            near += match
+    return f" (did you mean {', '.join(f'--{name}' for name in near)}?)" if near else ""
+
+
+@contextmanager
+def ctrl_c_waits():
+    """Inside it a first Ctrl-C is noted in the list that it gives, for whoever looks there after a
+    whole step; a second one ends the process at once."""
+    pressed = []
+
+    def note(*_):
+        pressed.append(True)
+        if RANK == 0:
+            os.write(2, b"\nCtrl-C: this step will be finished and saved; a second Ctrl-C ends at "
+                        b"once, with nothing saved\n")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, note)
+    yield pressed
+    # After an error it stays as it is, so that nobody breaks off the checkpoint that follows.
+    signal.signal(signal.SIGINT, signal.default_int_handler)

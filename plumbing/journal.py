@@ -1,0 +1,111 @@
+"""What a run says and writes down as it goes: its models, each step, samples, scores, a summary."""
+import json
+import warnings
+from pathlib import Path
+
+from plumbing.checkpoints import save_checkpoint
+from plumbing.checks import bad_batch, collapse
+from plumbing.errors import UserError, say
+from plumbing.models import trainable
+from plumbing.plan import peak_memory_mib
+from plumbing.ranks import RANK
+from plumbing.run_folder import append, to_jsonl, write_whole
+from plumbing.tables import samples_table, scores_table, summarize
+
+
+def introduce(state, config) -> None:
+    """Says what will be trained, and what the score models read."""
+    trained = 0
+    if not config.eval_only:
+        trained = sum(parameter.numel() for parameter in trainable(state.policy).values())
+    say(f"policy {config.policy}: {state.policy.num_parameters():,} parameters, {trained:,} of "
+        f"them trained; {config.dtype} on {config.device}")
+    for scorer in (state.reward, state.cost):
+        reads = "tokens of the policy" if scorer.same_tokens else "tokens of its own"
+        if scorer.function:
+            reads = "a function"
+        say(f"{scorer.flag} {scorer.source}: {reads}")
+
+
+def log(state, out: Path, name: str, rows: list[dict]) -> None:
+    """Adds to a log, and to the copy of it that a checkpoint holds."""
+    text = to_jsonl(rows)
+    state.logs[name] += text.splitlines(keepends=True)
+    if RANK == 0:
+        append(out / name, text)
+
+
+def keep_step(state, out: Path, rollout, metrics: dict, config) -> None:
+    """A step's line in metrics.jsonl; samples and a checkpoint if it is time for them; a warning,
+    once, if the policy has stopped to answer."""
+    sign = collapse(rollout.responses, metrics["entropy"])
+    if sign and not state.has_warned:
+        say(f"warning: step {state.step}: {sign}; the policy may have collapsed")
+        state.has_warned = True
+    log(state, out, "metrics.jsonl", [metrics])
+    is_last = state.step == config.steps
+    if config.sample_every and (is_last or state.step % config.sample_every == 0):
+        samples = [{"step": state.step, **record} for record in rollout.records(config.threshold)]
+        say(samples_table(samples))
+        log(state, out, "samples.jsonl", samples)
+    if config.save_every:
+        # Counted, because a bad step on a multiple saves none.
+        saved = (state.saved or 0) // config.save_every
+        if state.step // config.save_every > saved:
+            save_checkpoint(state, out, config)
+
+
+def skip_step(state, out: Path, problem: str, rollout, config) -> None:
+    """After BadNumbers: the step ends there, lambda stays, the next prompts come, and the batch
+    goes into a file."""
+    state.step += 1
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        state.schedule.step()  # in the first step torch misses the optimiser's
+    log(state, out, "metrics.jsonl", [{"step": state.step, "lambda": state.lam, "bad": problem}])
+    name = f"bad-batch-{state.step}.jsonl"
+    if RANK == 0:
+        write_whole(out / name, to_jsonl(bad_batch(rollout, config.threshold)))
+    say(f"step {state.step}: {problem}; this update is left out, prompts, responses and scores are "
+        f"in {name}")
+
+
+def give_up(state, out: Path, bad_steps: int, config) -> None:
+    """Raises UserError; there is a checkpoint to go on from."""
+    if state.saved:
+        last = out / "checkpoints" / f"step-{state.saved}"
+    else:
+        last = save_checkpoint(state, out, config)
+    raise UserError(f"stopped after {bad_steps} such steps in a row (--max_bad_steps); mend the "
+                    f"cause and --resume from {last}; a lower learning rate or a higher "
+                    "--kl_coeff needs a new run", code=3) from None
+
+
+def report(state, rows: list[dict], seconds: float, out: Path, config) -> None:
+    """Writes eval.jsonl and summary.json, and prints the scores."""
+    write_whole(out / "eval.jsonl", to_jsonl(rows))
+    metrics = [json.loads(line) for line in state.logs["metrics.jsonl"]]
+    bad_steps = sum("bad" in step for step in metrics)
+    peaks = [value for step in metrics for name, value in step.items()
+             if name.startswith("peak_mib")]
+    scores = summarize(rows)
+    summary = {
+        "algo": config.algo,
+        "rectify": config.rectify,
+        "seed": config.seed,
+        "steps": state.step,
+        "bad_steps": bad_steps,
+        **scores,
+        "lambda": state.lam,
+        "tokens_per_second": state.tokens / state.seconds if state.seconds else None,
+        "wall_seconds": seconds,
+        "peak_memory_mib": max([peak_memory_mib(), *peaks]),
+        "before": state.before,
+    }
+    write_whole(out / "summary.json", json.dumps(summary, indent=2))
+    if config.eval_only:
+        say(scores_table(now=scores))
+    else:
+        say(scores_table(before=state.before, after=scores))
+    left_out = f" ({bad_steps} of them with bad numbers, left out)" if bad_steps else ""
+    say(f"\n{state.step} steps of {config.algo}{left_out} in {seconds:.0f} s; "
+        f"everything is in {out}")

@@ -1,0 +1,293 @@
+"""From the files and hub data sets that users bring to prompts, supervised pairs and token ids.
+
+A prompt is a string: what the user says, or, if there were turns before, a transcript
+"\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ...".
+"""
+import glob
+import re
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+from torch import Tensor
+
+from plumbing.errors import blame, require, say
+
+# ---- Rows of many formats -> (prompt, answer)
+
+TURN = re.compile(r"\n\n(Human|Assistant|System):[ ]?")
+ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def to_messages(prompt: str) -> list[dict]:
+    """A prompt as a list of {"role": ..., "content": ...}."""
+    before, *turns = TURN.split(prompt)
+    if before.strip() or not turns:
+        return [{"role": "user", "content": prompt}]
+    return [{"role": ROLES[name], "content": content.strip()}
+            for name, content in zip(turns[::2], turns[1::2])]
+
+
+def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str | None]:
+    """Plain text, a transcript or a list of messages as (prompt, answer); a last turn of the
+    assistant's is the answer."""
+    messages = list(chat) if isinstance(chat, list) else to_messages(chat)
+    if messages[-1]["role"] == "assistant":
+        answer = messages.pop()["content"] or answer
+    if [message["role"] for message in messages] == ["user"]:
+        return messages[0]["content"], answer
+
+    names = {role: name for name, role in ROLES.items()}
+    turns = [f"\n\n{names[message['role']]}: {message['content']}"
+             for message in messages if message["role"] in names]
+    return "".join(turns), answer
+
+
+def read_better_response(row: dict) -> tuple[str, str | None]:
+    """PKU-SafeRLHF; its more helpful response is the answer."""
+    return to_pair(row["prompt"], row[f"response_{int(row['better_response_id'])}"])
+
+
+def read_instruction(row: dict) -> tuple[str, str | None]:
+    """Alpaca; an input, where there is one, stands on the line after the instruction."""
+    parts = [row["instruction"], row.get("input")]
+    return to_pair("\n".join(filter(None, parts)), row["output"])
+
+
+def read_preference(row: dict) -> tuple[str, str | None]:
+    """HH-RLHF."""
+    return to_pair(row.get("prompt") or row["chosen"])
+
+
+def columns_reader(prompt: str, answer: str | None = None):
+    """A reader of two columns, or of one."""
+    return lambda row: to_pair(row[prompt], row[answer] if answer else None)
+
+
+FORMATS = {  # columns -> reader of a row; the first whose columns a data set has reads it
+    ("prompt", "response_0", "response_1", "better_response_id"): read_better_response,
+    ("prompt", "response"): columns_reader("prompt", "response"),
+    ("prompt", "completion"): columns_reader("prompt", "completion"),
+    ("instruction", "output"): read_instruction,
+    ("chosen", "rejected"): read_preference,
+    ("prompt",): columns_reader("prompt"),
+    ("messages",): columns_reader("messages"),
+    ("instruction",): columns_reader("instruction"),
+    ("text",): columns_reader("text"),
+}
+
+
+def read_rows(source: str, flag: str) -> datasets.Dataset:
+    """A local file or a hub data set, with an optional :SPLIT. Raises UserError."""
+    name, _, split = source.partition(":")
+    if Path(source).exists():
+        name, split = source, ""
+    path = Path(name).expanduser()
+    reader = READERS.get(Path(path.name.removesuffix(".gz")).suffix)
+
+    if path.exists() or reader:
+        require(path.exists(), f"{flag} {source}: no such file")
+        require(path.is_file(), f"{flag} {source}: is a folder, not a file")
+        require(reader, f"{flag} {source}: cannot tell its format, "
+                        f"its ending is none of {', '.join(READERS)} (.gz)")
+        require(path.stat().st_size, f"{flag} {source}: the file is empty")
+        # escape: to the library a name is a pattern, and p[1].jsonl would read p1.jsonl
+        where = {"path": reader, "data_files": glob.escape(str(path)), "split": "train"}
+    else:
+        where = {"path": name, "split": split or "train"}
+
+    with blame(f"{flag} {source}: cannot be read"):
+        rows = datasets.load_dataset(**where)
+        if rows.column_names == ["instructions"]:  # {"instructions": [...]}: one row has them all
+            prompts = [text for row in rows["instructions"] for text in row]
+            return datasets.Dataset.from_dict({"prompt": prompts})
+    return rows
+
+
+def reader_of(column_names: list[str], prompt_column: str | None):
+    """What makes (prompt, answer) of a row with such columns; None if nothing does."""
+    if prompt_column:
+        return columns_reader(prompt_column) if prompt_column in column_names else None
+    for columns, reader in FORMATS.items():
+        if set(columns) <= set(column_names):
+            return reader
+    return None
+
+
+def load_pairs(source: str, prompt_column: str | None = None,
+               flag: str = "--dataset") -> list[tuple[str, str | None]]:
+    """(prompt, answer or None) of every row that has a prompt.
+
+    Raises UserError for a missing column, an unknown format, or no prompt.
+    """
+    rows = read_rows(source, flag)
+    read = reader_of(rows.column_names, prompt_column)
+    require(read, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, "
+                  f"but not {prompt_column or 'those of any known format'}; "
+                  "--prompt_column names the one that holds the prompt")
+    with blame(f"{flag} {source}: cannot be read"):  # text is decoded here
+        rows = rows.to_list()
+
+    pairs = []
+    for number, row in enumerate(rows):
+        try:
+            prompt, answer = read(row)
+            if prompt.strip():
+                pairs.append((prompt, answer and answer + ""))  # raises for what is no text
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            require(None in row.values(),  # a row with a hole is left out; else it is other data
+                    f"{flag} {source}: row {number} does not hold what its columns promise "
+                    f"({', '.join(row)})")
+
+    require(pairs, f"{flag} {source}: none of its {len(rows)} rows has a prompt")
+    say(f"{flag} {source}: {len(rows):,} rows read, "
+        f"{len(rows) - len(pairs):,} without a prompt dropped")
+    return pairs
+
+
+# ---- Prompts -> what a model reads
+
+BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # the answer, then EOS
+
+
+def render_prompt(prompt: str, tokenizer) -> str:
+    """What a model reads: the tokenizer's chat template if it has one, else the template of the
+    Beaver family. Raises UserError for what the template refuses."""
+    messages = to_messages(prompt)
+    if tokenizer.chat_template:
+        with blame(f"the prompt {prompt[:60]!r}: refused by the chat template"):
+            return tokenizer.apply_chat_template(messages, tokenize=False,
+                                                 add_generation_prompt=True)
+    joints = {
+        "user": " ASSISTANT:",
+        "assistant": f"{tokenizer.eos_token}USER: ",
+        "system": "\n\n",
+    }
+    text = "".join(message["content"] + joints[message["role"]] for message in messages)
+    return BEAVER_TEMPLATE.format(prompt=text.removesuffix(" ASSISTANT:"))
+
+
+def encode_prompts(prompts: list[str], tokenizer, answers: list[str] | None = None) -> list[list]:
+    """Token ids of the rendered prompts, each with its answer in one text, with the BOS that
+    tokenizer or template give, never with an EOS."""
+    texts = [render_prompt(prompt, tokenizer) for prompt in prompts]
+    if answers:
+        texts = [text + answer for text, answer in zip(texts, answers)]
+    adds_special = not tokenizer.chat_template
+    rows = tokenizer(texts, add_special_tokens=adds_special).input_ids
+    if adds_special and tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+        return [row[:-1] for row in rows]
+    return rows
+
+
+def encode_pairs(pairs: list[tuple[str, str | None]], tokenizer) -> list[tuple[list, list]]:
+    """(prompt ids, answer ids with EOS) of supervised pairs; no answer is an empty one."""
+    prompts = [prompt for prompt, _ in pairs]
+    answers = [answer or "" for _, answer in pairs]
+    prompt_ids = encode_prompts(prompts, tokenizer)
+    whole_ids = encode_prompts(prompts, tokenizer, answers)
+    return [(prompt, whole[len(prompt):] + [tokenizer.eos_token_id])
+            for prompt, whole in zip(prompt_ids, whole_ids)]
+
+
+def pad_rows(prompts: list[list], responses: list[list], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids as one tensor, and which of them are real: prompts padded on the left to the
+    longest's P tokens, responses on the right to T. (input_ids, attention_mask), [B, P+T] both."""
+    longest_prompt = max(map(len, prompts))                              # P
+    longest_response = max(map(len, responses))                          # T
+    ids, mask = [], []
+    for prompt, response in zip(prompts, responses):
+        left = longest_prompt - len(prompt)
+        right = longest_response - len(response)
+        ids.append([pad_id] * left + prompt + response + [pad_id] * right)
+        mask.append([0] * left + [1] * len(prompt + response) + [0] * right)
+    return torch.tensor(ids), torch.tensor(mask)                         # [B, P+T], [B, P+T]
+
+
+# ---- A run's prompts and pairs
+
+def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--dataset",
+                 tokenizer=None, max_length: int = sys.maxsize) -> list[str]:
+    """The distinct prompts of a file or hub data set, in order, of at most max_length tokens.
+
+    Raises UserError if none is left; says what it drops.
+    """
+    pairs = load_pairs(source, prompt_column, flag)
+    distinct = list(dict.fromkeys(prompt for prompt, _ in pairs))
+    plain, lengths = distinct, [0] * len(distinct)
+    if tokenizer:
+        plain = without_special_tokens(distinct, tokenizer, f"{flag} {source}")
+        lengths = [len(row) for row in encode_prompts(plain, tokenizer)]
+    kept = [prompt for prompt, length in zip(plain, lengths) if length <= max_length]
+    require(kept, f"{flag} {source}: every prompt is longer than --max_prompt_length "
+                  f"{max_length}; the shortest has {min(lengths)} tokens")
+
+    steering = ""
+    if len(plain) < len(distinct):
+        steering = f", {len(distinct) - len(plain):,} prompts that spell special tokens"
+    say(f"{flag}: {len(pairs) - len(distinct):,} duplicates{steering} and "
+        f"{len(plain) - len(kept):,} prompts longer than --max_prompt_length dropped, "
+        f"{len(kept):,} left")
+    return kept
+
+
+def without_special_tokens(prompts: list[str], tokenizer, source: str) -> list[str]:
+    """Those prompts that spell none of the tokenizer's special tokens, which would end their turn
+    and write the next. Raises UserError if none is left."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()
+               if token.special and token.content]
+    if not special:
+        return prompts
+    spelled = re.compile("|".join(map(re.escape, special)))
+    kept = [prompt for prompt in prompts if not spelled.search(prompt)]
+    require(kept, f"{source}: every prompt contains one of the tokenizer's special tokens, "
+                  f"{', '.join(special[:9])}")
+    return kept
+
+
+def split_prompts(config, tokenizer) -> tuple[list[str], list[str]]:
+    """(training prompts, held-out prompts), distinct, with none in common: --eval_dataset, or a
+    seeded share of --dataset. Raises UserError if nothing is left to train on."""
+    prompts = load_prompts(config.dataset, config.prompt_column, "--dataset",
+                           tokenizer, config.max_prompt_length)
+    if config.eval_dataset:
+        held_out = load_prompts(config.eval_dataset, config.prompt_column, "--eval_dataset",
+                                tokenizer, config.max_prompt_length)
+    else:
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(prompts), generator=generator).tolist()
+        count = max(16, round(0.05 * len(prompts)))
+        held_out = [prompts[i] for i in order[:count]]
+
+    unseen = set(held_out)
+    train = [prompt for prompt in prompts if prompt not in unseen]
+    require(train, f"--dataset {config.dataset}: its {len(prompts)} prompts are all held out, by "
+                   "--eval_dataset or as the 16 at least; bring more, or other ones to hold out")
+    say(f"prompts: {len(train):,} for training, {len(held_out):,} held out")
+    return train, held_out
+
+
+def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int]]]:
+    """Supervised (prompt ids, answer ids with EOS) that fit --max_length. Raises UserError."""
+    pairs = encode_pairs(load_pairs(config.ptx_dataset, flag="--ptx_dataset"), tokenizer)
+    kept = [(prompt, answer) for prompt, answer in pairs
+            if len(answer) > 1 and len(prompt) + len(answer) <= config.max_length]
+    require(kept, f"--ptx_dataset {config.ptx_dataset}: no row has both a prompt and an answer "
+                  f"within --max_length {config.max_length}")
+    say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(pairs) - len(kept):,} "
+        "without an answer or too long (--max_length) dropped")
+    return kept
+
+
+def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
+    """The items of a step (from 0): epoch after epoch, each in its own order. A function of the
+    step alone, so a checkpoint need not hold it."""
+    chosen = []
+    for n in range(step * size, (step + 1) * size):
+        epoch, i = divmod(n, len(items))
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(len(items), generator=generator)
+        chosen.append(items[order[i]])
+    return chosen

@@ -1,0 +1,138 @@
+"""Several processes under torchrun: every rank samples, scores and learns from its share of each
+batch, and knows the whole rollout.
+
+FSDP2 keeps the models in shares, gathers a layer's weights when its turn comes, and sums the
+gradients. All ranks call a sharded model equally often.
+"""
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# torchrun tells each process which it is, and of how many.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks() -> None:
+    """Meets the other ranks, if torchrun has started any."""
+    if RANKS == 1 or "RANK" not in os.environ or distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # Time for a slow judge; that a rank has died, torchrun sees at once.
+    distributed.init_process_group(timeout=timedelta(hours=1))
+
+
+def barrier() -> None:
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+@contextmanager
+def rank_0_first():
+    """What is inside is done by rank 0, and then by the others, who find it done."""
+    if RANK > 0:
+        barrier()
+    yield
+    if RANK == 0:
+        barrier()
+
+
+def all_reduce(tensor: Tensor, op=distributed.ReduceOp.SUM) -> Tensor:
+    """The sum (or maximum) of all ranks' tensors, in place, the same bits on each."""
+    if RANKS > 1:
+        distributed.all_reduce(tensor, op)
+    return tensor
+
+
+def reduced_over_ranks(numbers: dict, device, op=distributed.ReduceOp.SUM) -> dict:
+    """Each number's sum (or maximum) over the ranks."""
+    values = torch.tensor([*numbers.values()], dtype=torch.float64, device=device)
+    return dict(zip(numbers, all_reduce(values, op).tolist()))
+
+
+def from_all_ranks(mine: dict) -> dict:
+    """All ranks' dicts as one."""
+    if RANKS == 1:
+        return mine
+    parts = [None] * RANKS
+    distributed.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def rank_chunks(rows, size: int) -> list:
+    """This rank's part of some rows (a list or tensor), cut into chunks of `size`.
+
+    Sharded models move in step, so each rank gets as many chunks; some may be empty.
+    """
+    mine = rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
+    largest_part = -(-len(rows) // RANKS)  # rounded up
+    return [mine[start:start + size] for start in range(0, largest_part, size)]
+
+
+def sharded(model: nn.Module, config) -> nn.Module:
+    """The model in its place on the device.
+
+    With several ranks (FSDP2) each keeps a share of every weight; a layer's are gathered when its
+    turn comes, in the compute dtype; what lies outside the layers, embeddings, last norm and LM
+    head, is whole inside call_as_forward().
+    """
+    if RANKS == 1 or config.dry_run:
+        return model.to(config.device)
+
+    mesh = distributed.init_device_mesh(config.device, (RANKS,))
+    kept_whole = set()  # the normaliser's few numbers
+    if hasattr(model, "normalizer"):
+        kept_whole = set(model.normalizer.to(config.device).parameters())
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    heads = [model.score_head] if hasattr(model, "score_head") else []
+
+    for unit in [*layers, *heads, model]:
+        compute_dtype = torch.float32 if unit in heads else getattr(torch, config.dtype)
+        precision = MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=precision,
+                    ignored_params=kept_whole & set(unit.parameters()))
+    model.call = lambda function, *arguments: function(model, *arguments)
+    register_fsdp_forward_method(model, "call")
+    return model
+
+
+def call_as_forward(model: nn.Module, function, *arguments):
+    """function(model, *arguments); of a sharded model, in the place of its forward: whatever
+    weights the function uses are whole, and get their gradients."""
+    if isinstance(model, FSDPModule):
+        return model.call(function, *arguments)
+    return function(model, *arguments)
+
+
+@contextmanager
+def gathered(model: nn.Module):
+    """A sharded model with all its weights whole on every rank, so that no rank's forward waits
+    for another's."""
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+        barrier()  # whoever has ended early waits here
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+
+def clip_gradients(model: nn.Module) -> float:
+    """Cuts the gradient's norm, over all ranks' shares, to 1. Returns what it was."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return (norm if RANKS == 1 else norm.full_tensor()).item()
