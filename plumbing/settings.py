@@ -270,6 +270,8 @@ def check_together(config) -> None:
             f"--max_prompt_length {config.max_prompt_length}")
     require(not (config.eval_only and config.resume),
             "--eval_only evaluates a policy, --resume goes on training; use one of them")
+    require(not (config.eval_only and config.dry_run),
+            "--dry_run plans a run that trains; leave one of --eval_only and --dry_run out")
 
 
 def check_folder(config) -> None:
