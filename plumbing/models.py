@@ -326,7 +326,7 @@ class Scorer:
             else:
                 values = []
             for i, value in zip(chunk, values):
-                scores[i] = self.as_number(value, responses[i])
+                self.put(value, scores, i, responses[i])
         return all_reduce(scores)                                                    # [B]
 
     def encode(self, prompts, responses, finished) -> list[list[int]]:
@@ -344,12 +344,13 @@ class Scorer:
         ids, mask = ids.to(self.config.device), mask.to(self.config.device)
         return call_as_forward(self.model, type(self.model).score, ids, mask).tolist()
 
-    def as_number(self, value, response: str) -> float:
-        sentence = (f"{self.flag} {self.source}: gave {value!r}, not a number, "
-                    f"to the response {response[:60]!r}")
-        with blame(sentence):
-            require(isinstance(value, SupportsFloat), sentence)
-            return float(value)
+    def put(self, value, scores: Tensor, i: int, response: str) -> None:
+        """scores[i] = value. Raises UserError for what is no fp32 number."""
+        problem = (f"{self.flag} {self.source}: gave {value!r}, not a number, "
+                   f"to the response {response[:60]!r}")
+        with blame(problem):
+            require(isinstance(value, SupportsFloat), problem)
+            scores[i] = float(value)  # raises for what fp32 cannot hold
 
 
 def reads_alike(tokenizer, policy_tokenizer) -> bool:
