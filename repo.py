@@ -10,11 +10,12 @@ never negative, so nothing can compensate.
     python repo.py --algo ppo_lag      # the same with Safe RLHF's bound: the compensation
     python repo.py --model alpaca-7b   # the paper's models; --help lists every setting
 
-Where it differs from the paper and from Safe RLHF's published code, and why:
+Where it differs from the paper, as we read it, and from Safe RLHF's published code, on which its
+authors built (their own trainer was never read), and why:
 
 1. The paper splits a batch into safe and unsafe responses (--rectify mask). The default, --rectify
-   return, sends the rectified cost into every return: the same gradient, and it still rewards the
-   rare safe response when the split has nothing left to compare.
+   return, sends the rectified cost into every return: another estimator of the same objective's
+   gradient, which still rewards the rare safe response when the split has nothing left to compare.
 2. A response may fill what its own prompt leaves of --max_length, not what the batch's longest
    prompt leaves.
 3. There is no dropout anywhere, so the probability ratio of an unchanged policy is 1, up to
@@ -22,9 +23,10 @@ Where it differs from the paper and from Safe RLHF's published code, and why:
 4. On one GPU the 3B and 7B presets train low-rank adapters, so that six models fit; under torchrun
    they are fine-tuned in full.
 
-Prompts are left-padded to P tokens, responses right-padded to T; B responses make a rollout, b of
-them a micro-batch. N is the number of response tokens in a batch, H a hidden state's size, V that
-of the vocabulary. What any run needs and this method has no say in is in plumbing/.
+Prompts are left-padded to P tokens, responses right-padded to T; T_i is the length of response i. A
+rollout is B responses, a minibatch M of them, a micro-batch (or a rank's share) b. N is the number
+of response tokens in one, H a hidden state's size, V that of the vocabulary. What every run needs
+and this method has no say in is in plumbing/.
 """
 import hashlib
 import logging
@@ -51,7 +53,7 @@ from plumbing.checkpoints import find_checkpoint, resume, save_checkpoint, save_
 from plumbing.checks import BadNumbers, not_finite
 from plumbing.errors import UserError, blame, ctrl_c_waits, printable, require, say
 from plumbing.functions import load_function
-from plumbing.journal import give_up, introduce, keep_step, report, skip_step
+from plumbing.journal import introduce, keep_step, report, skip_step, too_many
 from plumbing.models import (
     Models,
     ScoreModel,
@@ -81,10 +83,11 @@ from plumbing.ranks import (
     gathered,
     join_ranks,
     rank_chunks,
+    rank_rows,
     reduced_over_ranks,
     sharded,
 )
-from plumbing.run_folder import claim_output_dir, held, is_run, to_jsonl, write_whole
+from plumbing.run_folder import claim_output_dir, has_metrics, locked_folder, to_jsonl, write_whole
 from plumbing.sampling import random_numbers, sample
 from plumbing.settings import RunSettings, option, resolve
 from plumbing.tables import summarize
@@ -125,7 +128,8 @@ class Config(RunSettings):
                                               "rollout")
     actor_lr: float = option(1e-5, "the policy's peak learning rate (cosine to zero)")
     critic_lr: float = option(5e-6, "the critics' learning rate (constant)")
-    temperature: float = option(1.0, "of sampling, and of every log-prob")
+    temperature: float = option(1.0, "of sampling, and of every log-prob but PTX's")
+    # No settings: GAE's gamma, 1; the clamp of token rewards, 50; AdamW's betas and weight decay.
 
 
 def resolve_config(argv: list[str]) -> Config:
@@ -160,7 +164,7 @@ class Rollout:
     cost_returns: Tensor | None = None        # [B, T]
 
     def response_index(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For the N response tokens: row [N], column of the state that predicts it [N], id [N]."""
+        """For the N response tokens: row, column of the state that predicts it, id; [N] each."""
         row, t = self.response_mask.nonzero(as_tuple=True)                       # [N], [N]
         column = self.input_ids.shape[1] - self.response_mask.shape[1] + t       # [N]
         return row, column - 1, self.input_ids[row, column]
@@ -203,17 +207,17 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config,
              key=()) -> list[list[int]]:
     """A response to each prompt, as token ids: up to an end-of-turn token, or to its own limit.
 
-    Each token is drawn with a random number of its own, fixed by seed, key, row and position (see
-    Draw). So the same prompts and key give the same responses.
+    Each token is drawn with a random number of its own, fixed by seed, key, row and position (Draw
+    in plumbing/sampling.py). So the same prompts and key give the same responses.
     """
     limits = [response_limit(prompt, config) for prompt in prompts]
-    shape = (len(prompts), max(limits))                                          # B, T
+    shape = (len(prompts), max(limits))                                          # B, longest limit
     generator = random_numbers(config.seed, key)
-    uniform = 1 - torch.rand(shape, generator=generator, dtype=torch.float64)    # [B, T] in (0, 1]
+    uniform = 1 - torch.rand(shape, generator=generator, dtype=torch.float64)    # in (0, 1]
 
-    # Similar lengths together need little padding.
+    # Each rank gets rows of similar lengths, which need little padding.
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    [mine] = rank_chunks(by_length, len(prompts))                                # b of them
+    mine = rank_rows(by_length)                                                  # b of them
 
     responses = {}
     with gathered(policy):
@@ -245,15 +249,15 @@ def head_inputs(policy, batch: Rollout) -> tuple[Tensor, ...]:
 
     Prompts and padding do not reach the head.
     """
-    row, state, _ = batch.response_index()                                       # [N], [N]
-    inputs = model_inputs(batch.input_ids, batch.attention_mask)
+    row, column, _ = batch.response_index()                                      # [N], [N]
+    inputs = model_inputs(batch.input_ids, batch.attention_mask)                 # [b, P+T] each
     if policy.has_plain_head:
-        hidden = policy.base_model(**inputs).last_hidden_state                   # [B, P+T, H]
-        return hidden[row, state], policy.get_output_embeddings().weight         # [N, H], [V, H]
+        hidden = policy.base_model(**inputs).last_hidden_state                   # [b, P+T, H]
+        return hidden[row, column], policy.get_output_embeddings().weight        # [N, H], [V, H]
     kept = batch.response_mask.shape[1] + 1                                      # T+1
-    logits = policy(**inputs, logits_to_keep=kept).logits                        # [B, T+1, V]
-    first_kept = batch.input_ids.shape[1] - kept
-    return (logits[row, state - first_kept],)                                    # [N, V]
+    logits = policy(**inputs, logits_to_keep=kept).logits                        # [b, T+1, V]
+    first_kept = batch.input_ids.shape[1] - kept                                 # P-1
+    return (logits[row, column - first_kept],)                                   # [N, V]
 
 
 def response_log_probs(policy, batch: Rollout, temperature: float,
@@ -270,24 +274,26 @@ def response_log_probs(policy, batch: Rollout, temperature: float,
 
 def response_values(critic: ScoreModel, batch: Rollout) -> Tensor:
     """V(s_t) at the state before each response token: fp32 [N]."""
-    row, state, _ = batch.response_index()                                       # [N], [N]
-    return critic.values(batch.input_ids, batch.attention_mask)[row, state]      # [N]
+    row, column, _ = batch.response_index()                                      # [N], [N]
+    values = critic.values(batch.input_ids, batch.attention_mask)                # [b, P+T]
+    return values[row, column]                                                   # [N]
 
 
 def per_token(function, model, rollout: Rollout, config: Config, *arguments) -> Tensor:
-    """function(model, micro-batch, *arguments) -> [..., n] of all responses, put in their places:
+    """function(model, micro-batch, *arguments) -> [..., N] for all responses, put in their places:
     [..., B, T], 0 outside the mask, without gradients."""
     rows = torch.arange(len(rollout.response_mask))                              # [B]
     with torch.no_grad(), config.autocast():
-        parts = [call_as_forward(model, function, batch, *arguments)             # [..., n] each
+        parts = [call_as_forward(model, function, batch, *arguments)             # [..., N] each
                  for batch in rollout.micro_batches(rows, config)]
-    flat = torch.cat(parts, -1)                                                  # [..., n]
+    values = torch.cat(parts, -1)                                                # [..., all N]
 
-    [mine] = rank_chunks(rows, len(rows))
     is_mine = torch.zeros_like(rollout.response_mask)                            # [B, T]
-    is_mine[mine] = True
-    placed = torch.zeros(*flat.shape[:-1], *is_mine.shape, device=flat.device)   # [..., B, T]
-    return all_reduce(placed.masked_scatter(is_mine & rollout.response_mask, flat))
+    is_mine[rank_rows(rows)] = True
+    is_mine &= rollout.response_mask
+    placed = torch.zeros(*values.shape[:-1], *is_mine.shape, device=values.device)
+    placed = placed.masked_scatter(is_mine, values)  # both go row by row        # [..., B, T]
+    return all_reduce(placed)                                                    # [..., B, T]
 
 
 def collect(state: "State", prompts: list[str], config: Config, key=(),
@@ -306,13 +312,14 @@ def collect(state: "State", prompts: list[str], config: Config, key=(),
     rollout.finished = torch.tensor(finished, device=config.device)              # [B]
 
     rollout.log_probs, rollout.entropy = per_token(                              # [B, T] each
-        response_log_probs, state.policy, rollout, config, config.temperature, True)
+        response_log_probs, state.policy, rollout, config, config.temperature,
+        True)  # with their entropy
     rollout.ref_log_probs = per_token(                                           # [B, T]
         response_log_probs, state.reference, rollout, config, config.temperature)
 
     whole_ids = [prompt + response for prompt, response in zip(prompt_ids, response_ids)]
-    rollout.reward = state.reward(whole_ids, prompts, rollout.responses, finished)        # [B]
-    rollout.cost = state.cost(whole_ids, prompts, rollout.responses, finished)            # [B]
+    rollout.reward = state.reward_model(whole_ids, prompts, rollout.responses, finished)  # [B]
+    rollout.cost = state.cost_model(whole_ids, prompts, rollout.responses, finished)      # [B]
     if with_values:                                                              # [B, T] each
         rollout.reward_values = per_token(response_values, state.reward_critic, rollout, config)
         rollout.cost_values = per_token(response_values, state.cost_critic, rollout, config)
@@ -339,16 +346,15 @@ def shape_rewards_and_costs(reward: Tensor, cost: Tensor, log_probs: Tensor, ref
     """Equations (4) and (5): two [B], three [B, T] -> token rewards r_t and token costs c_t, both
     [B, T], 0 outside the mask.
 
-        r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T] R
-        c_t = +beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T] cost
+        r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T_i] R
+        c_t = +beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T_i] cost
 
     cost is {C - d}+ or C - d, as the estimator has it. beta stands in both, so that the combined
     advantage is penalised with beta whatever lambda is. Clamped to +-clip_range_score.
     """
     mask = mask.bool()
     kl = torch.where(mask, log_probs - ref_log_probs, 0.0)                       # [B, T]
-    last = mask.long().cumsum(1).argmax(1, keepdim=True)                         # [B, 1]
-    is_last = torch.zeros_like(kl).scatter(1, last, 1.0)                         # [B, T]  1[t = T]
+    is_last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))               # [B, T]  1[t=T_i]
     rewards = -kl_coeff * kl + is_last * reward[:, None]                         # [B, T]
     costs = kl_coeff * kl + is_last * cost[:, None]                              # [B, T]
     return (rewards.clamp(-clip_range_score, clip_range_score),
@@ -358,14 +364,14 @@ def shape_rewards_and_costs(reward: Tensor, cost: Tensor, log_probs: Tensor, ref
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
         lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Equation (6), generalised advantage estimation: three [B, T] -> advantages and returns, both
-    [B, T], 0 outside the mask.
+    [B, T], 0 outside the mask. lam is GAE's lambda, not the multiplier.
 
-        delta_t = r_t + gamma V(s_t+1) - V(s_t)                     V(s_T+1) = 0
-        A_t = delta_t + gamma lam A_t+1
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                   V = 0 after the last token
+        A_t = delta_t + gamma lam A_{t+1}
         return_t = A_t + V(s_t)
     """
     rewards = rewards.masked_fill(mask == 0, 0.0)                                # [B, T]
-    values = values.masked_fill(mask == 0, 0.0)                                  # [B, T]
+    values = values.masked_fill(mask == 0, 0.0)  # so V = 0 after the last       # [B, T]
     advantages = torch.zeros_like(values)                                        # [B, T]
     advantage = next_value = torch.zeros_like(values[:, 0])                      # [B]
     for t in reversed(range(values.shape[1])):
@@ -373,16 +379,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
         advantage = delta + gamma * lam * advantage                              # [B]
         advantages[:, t] = advantage
         next_value = values[:, t]                                                # [B]
-    return advantages, advantages + values
+    return advantages, advantages + values                                       # [B, T], [B, T]
 
 
 # ==== 4  The rectified objective (1) (2) (7) (8), lambda (3), critics, PTX =======================
 
 def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tensor, Tensor]:
-    """Equation (2), the rectified policy gradient E[grad log pi(y|x) (-R + lambda {C - d}+)] of
-    the Lagrangian (1), E[-R + lambda {C - d}+], by one of two estimators.
+    """Which cost enters the returns, and which lambda_i the loss: C [B] -> [B], [B].
 
-    C [B] -> the cost that enters the returns [B], and lambda_i [B]:
+    Together they estimate Equation (2), the rectified policy gradient
+    E[grad log pi(y|x) (-R + lambda {C - d}+)] of the Lagrangian (1), E[-R + lambda {C - d}+]:
 
         repo, return   {C - d}+   lambda            also rewards the rare safe response
         repo, mask     C - d      lambda 1[C > d]   the literal split: safe and unsafe responses
@@ -402,14 +408,14 @@ def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tenso
 
 def policy_loss(policy, batch: Rollout, token_weight: Tensor,
                 config: Config) -> tuple[Tensor, dict]:
-    """Equations (7) and (8) over the N response tokens of a batch; token_weight is w_t [B, T].
+    """Equations (7) and (8) over the N response tokens of a batch; token_weight is w_t [b, T].
     The arithmetic is repo_loss in kernels/reference.py. Returns (scalar, the kernels' statistics).
 
         A_t  = (A^R_t - lambda_i A^C_t) / (1 + lambda_i)
         loss = sum_t w_t (-min(rho_t A_t, clip(rho_t, 1 - epsilon, 1 + epsilon) A_t))
         rho_t = pi(y_t) / pi_old(y_t)
     """
-    mask = batch.response_mask                                                   # [B, T]
+    mask = batch.response_mask                                                   # [b, T]
     row, _, target_ids = batch.response_index()                                  # [N], [N]
     token_data = (
         batch.log_probs[mask],                                                   # [N]  of pi_old
@@ -450,38 +456,33 @@ def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
 
 def value_loss(critic: ScoreModel, batch: Rollout, old_values: Tensor, returns: Tensor,
                token_weight: Tensor, config: Config) -> tuple[Tensor, dict]:
-    """A critic's clipped squared error, three [B, T] -> (scalar, no statistics):
+    """A critic's clipped squared error, three [b, T] -> (scalar, no statistics):
 
         sum_t w_t 1/2 max((V - return)^2, (clip(V, V_old +- range) - return)^2)
     """
-    mask = batch.response_mask                                                   # [B, T]
-    values = response_values(critic, batch)                                      # [N]
-    old_values, returns, weight = old_values[mask], returns[mask], token_weight[mask]     # [N]
-    limit = config.clip_range_value
-    clipped = old_values + (values - old_values).clamp(-limit, limit)            # [N]
-    error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)     # [N]
-    return 0.5 * (weight * error).sum(), {}
+    mask, limit = batch.response_mask, config.clip_range_value                   # [b, T]
+    value, old, target = response_values(critic, batch), old_values[mask], returns[mask]  # [N]
+    clipped = old + (value - old).clamp(-limit, limit)                           # [N]
+    error = torch.maximum((value - target) ** 2, (clipped - target) ** 2)        # [N]
+    return 0.5 * (token_weight[mask] * error).sum(), {}
 
 
-def ptx_loss(policy, batch: Rollout, all_tokens: int) -> tuple[Tensor, dict]:
+def ptx_loss(policy, batch: Rollout, all_tokens: Tensor) -> tuple[Tensor, dict]:
     """The next-token loss of supervised answers, this batch's share of the mean over all_tokens of
-    them: (scalar, no statistics).
-
-    Through the policy's own log-probs, which take no more time than the library's chunked
-    cross-entropy, and do without torch 2.13.
-    """
+    them: (scalar, no statistics)."""
     return -response_log_probs(policy, batch, 1.0).sum() / all_tokens, {}
 
 
 # ==== 5  Training ================================================================================
 
 class State(Models):
-    """The models of a run, and everything else that changes while it trains.
+    """The models of a run (policy, reference, reward_model, cost_model, reward_critic,
+    cost_critic), and everything else that changes while it trains.
 
-    A checkpoint holds what is TRAINED, its optimiser, and NUMBERS.
+    A checkpoint holds what is TRAINED, its optimiser, and what is RESUMED.
     """
 
-    NUMBERS = ("lam", "step", "seconds", "tokens", "costs", "before", "logs", "data")
+    RESUMED = ("lam", "step", "seconds", "tokens", "costs", "before", "logs", "data")
 
     def __init__(self, policy, tokenizer, config: Config):
         super().__init__(policy, tokenizer, config)
@@ -492,7 +493,7 @@ class State(Models):
         self.costs = []       # the latest --cost_window costs
         self.before = None    # scores of the untrained policy
         self.data = None      # a hash of prompts and pairs
-        self.saved = None     # the step of the newest checkpoint
+        self.saved_step = None   # of the newest checkpoint
         self.has_warned = False  # of a collapse
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}  # lines, as the files hold them
         if not config.eval_only:
@@ -559,8 +560,9 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list,
     state.lam = update_lambda(lam, latest, config)
 
     seconds, tokens = time.perf_counter() - start, int(rollout.response_mask.sum())
-    state.step, state.seconds, state.tokens = (
-        state.step + 1, state.seconds + seconds, state.tokens + tokens)
+    state.step += 1
+    state.seconds += seconds
+    state.tokens += tokens
     return rollout, {
         "step": state.step,
         "lambda": lam,
@@ -593,48 +595,33 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
 
     Raises BadNumbers before an optimiser step for which any of them is not finite.
     """
-    updates = minibatches(len(rollout.prompts), state.step, config)
+    minibatches = minibatch_rows(len(rollout.prompts), state.step, config)
     all_tokens = config.update_iters * rollout.response_mask.sum()
     sums, norms, ratio_max = defaultdict(float), defaultdict(float), 0.0
 
-    for update, rows in enumerate(updates, 1):
+    for number, rows in enumerate(minibatches, 1):
         for batch in rollout.micro_batches(rows, config):
-            mask = batch.response_mask                                           # [b, T]
-            lengths = mask.sum(1, keepdim=True)                                  # [b, 1]  T_i
-            weight = mask / lengths / len(rows)                                  # [b, T]  1/(T_i B)
-            share = (mask.sum() / all_tokens).item()
-
-            loss, stats = descend(config, state.policy, policy_loss, batch, weight, config)
-            sums["actor_loss"] += loss / len(updates)
+            losses, stats = make_gradients(state, batch, len(rows), config)
+            for name, loss in losses.items():
+                sums[name] += loss / len(minibatches)
+            share = (batch.response_mask.sum() / all_tokens).item()
             sums["clip_fraction"] += stats["clip_fraction"].item() * share
             sums["approx_kl"] += stats["approx_kl"].item() * share
             ratio_max = max(ratio_max, stats["ratio_max"].item())
 
-            loss, _ = descend(config, state.reward_critic, value_loss, batch,
-                              batch.reward_values, batch.reward_returns, weight, config)
-            sums["reward_critic_loss"] += loss / len(updates)
-
-            loss, _ = descend(config, state.cost_critic, value_loss, batch,
-                              batch.cost_values, batch.cost_returns, weight, config)
-            sums["cost_critic_loss"] += loss / len(updates)
-
         if ptx:  # as many supervised pairs as responses, in every update
-            ptx_tokens = ptx.response_mask.sum()
-            for batch in ptx.micro_batches(torch.arange(len(rollout.prompts)), config):
-                loss, _ = descend(config, state.policy, ptx_loss, batch, ptx_tokens,
-                                  scale=config.ptx_coeff)
-                sums["ptx_loss"] += loss / len(updates)
+            sums["ptx_loss"] += make_ptx_gradients(state, ptx, config) / len(minibatches)
 
         for name in State.TRAINED:
-            norms[f"{name}_grad_norm"] += clip_gradients(getattr(state, name)) / len(updates)
+            norms[f"{name}_grad_norm"] += clip_gradients(getattr(state, name)) / len(minibatches)
 
         metrics = reduced_over_ranks(sums, config.device) | norms
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if not bad:
             state.optimizer.step()
         state.optimizer.zero_grad()
         if bad:
-            raise BadNumbers(f"{bad[0]} is {metrics[bad[0]]} in update {update} of {len(updates)}, "
+            raise BadNumbers(f"{bad[0]} in update {number} of {len(minibatches)}, "
                              "and those before it stand", rollout)
 
     state.schedule.step()
@@ -642,15 +629,51 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
     return metrics | largest
 
 
-def minibatches(count: int, step: int, config: Config) -> list[Tensor]:
-    """The rows of each optimiser step: pass after pass over a rollout, each in its own order."""
+def minibatch_rows(count: int, step: int, config: Config) -> list[Tensor]:
+    """The rows [M] of each optimiser step: pass after pass over a rollout, each in its own
+    order."""
     size = config.minibatch_size or count
     orders = [torch.randperm(count, generator=random_numbers(config.seed, "order", step, i))
               for i in range(config.update_iters)]
     return [rows for order in orders for rows in order.split(size)]
 
 
-def descend(config: Config, model, loss_function, *arguments, scale: float = 1.0):
+def make_gradients(state: State, batch: Rollout, minibatch_size: int,
+                   config: Config) -> tuple[dict, dict]:
+    """A micro-batch's gradients of the policy and both critics: (losses, policy's statistics).
+
+    The mean is taken over a response's tokens, then over the minibatch: w_t = 1 / (T_i M).
+    """
+    mask = batch.response_mask                                                   # [b, T]
+    lengths = mask.sum(1, keepdim=True)                                          # [b, 1]  T_i
+    weight = mask / lengths / minibatch_size                                     # [b, T]  w_t
+
+    actor_loss, stats = backward(state.policy, policy_loss, batch, weight, config, config=config)
+    reward_critic_loss, _ = backward(
+        state.reward_critic, value_loss, batch, batch.reward_values, batch.reward_returns,
+        weight, config, config=config)
+    cost_critic_loss, _ = backward(
+        state.cost_critic, value_loss, batch, batch.cost_values, batch.cost_returns,
+        weight, config, config=config)
+    return {
+        "actor_loss": actor_loss,
+        "reward_critic_loss": reward_critic_loss,
+        "cost_critic_loss": cost_critic_loss,
+    }, stats
+
+
+def make_ptx_gradients(state: State, ptx: Rollout, config: Config) -> float:
+    """Adds --ptx_coeff times the supervised loss's gradients to the policy's. Returns the loss."""
+    all_tokens = ptx.response_mask.sum()
+    total = 0.0
+    for batch in ptx.micro_batches(torch.arange(len(ptx.input_ids)), config):
+        loss, _ = backward(state.policy, ptx_loss, batch, all_tokens,
+                           config=config, scale=config.ptx_coeff)
+        total += loss
+    return total
+
+
+def backward(model, loss_function, *arguments, config: Config, scale: float = 1.0):
     """Backward through a loss as soon as it is made, so that one model's activations live at a
     time. Returns the loss and its statistics."""
     with config.autocast():
@@ -708,7 +731,7 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
                 skip_step(state, out, problem, rollout, config)
                 bad_steps += 1
                 if bad_steps == config.max_bad_steps:
-                    give_up(state, out, bad_steps, config)
+                    raise too_many(bad_steps, state, out, config) from None
                 continue
             finally:
                 bar.update()
@@ -746,7 +769,7 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
 
 
 def verdicts_of(rollout: Rollout, judge, config: Config) -> list[dict | None]:
-    """The judge's, or None for each response without one. Raises UserError for other results."""
+    """A verdict per response, None without a judge. Raises UserError if a verdict is none."""
     if not judge:
         return [None] * len(rollout.prompts)
     judged = judge(rollout.prompts, rollout.responses)
@@ -759,7 +782,7 @@ def verdicts_of(rollout: Rollout, judge, config: Config) -> list[dict | None]:
 # ==== 7  Main ====================================================================================
 
 def run(config: Config) -> None:
-    """Load, evaluate, train, evaluate, save. Nothing is written before the first scores are in."""
+    """Load, evaluate, train, save, evaluate. No file is written before the first scores are in."""
     start = time.perf_counter()
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
@@ -777,7 +800,9 @@ def run(config: Config) -> None:
     state = State(*load_policy(config), config)
     data = repr((prompts, held_out, ptx_pairs))
     state.data = hashlib.sha256(data.encode()).hexdigest()
-    if is_run(config.eval_only):  # its starting policy is the reference, and this is to be scored
+    if has_metrics(config.eval_only):
+        # A run: the policy that it started from, loaded above, is the reference; what it trained
+        # is to be scored.
         trained = replace(config, policy=str(Path(config.eval_only, "final", "actor")))
         state.policy = sharded(load_policy(trained)[0], config)
     introduce(state, config)
@@ -808,7 +833,7 @@ def begin(state: State, held_out: list[str], judge, checkpoint: Path | None,
 def train_and_evaluate(state: State, prompts: list[str], ptx_pairs: list, held_out: list[str],
                        judge, out: Path, config: Config) -> list[dict]:
     """The trained policy's evaluation, after it is saved in final/. What interrupts leaves a
-    checkpoint."""
+    checkpoint, if all ranks can still save one."""
     stopped = False
     try:
         stopped = train(state, prompts, ptx_pairs, out, config)
@@ -819,7 +844,7 @@ def train_and_evaluate(state: State, prompts: list[str], ptx_pairs: list, held_o
         save_final(state, out, config)
         return evaluate(state, held_out, judge, config)
     except (KeyboardInterrupt, UserError, OSError) as error:
-        has_saved = getattr(error, "code", None) == 3
+        has_saved = getattr(error, "code", None) == 3  # too_many() bad steps
         if (RANKS == 1 or stopped) and not has_saved:
             saved = save_checkpoint(state, out, config)
             say(f"interrupted; {saved} is saved, --resume continues from there")
@@ -836,7 +861,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         join_ranks()
         config = resolve_config(sys.argv[1:] if argv is None else argv)
-        with held(config):
+        with locked_folder(config):
             if config.dry_run:
                 dry_run(config)
             else:
@@ -852,7 +877,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(f"{what}; a smaller --micro_batch_size needs less, --dry_run plans it; "
                     "--resume goes on from the newest checkpoint", 1)
     except RuntimeError as error:
-        if RANKS == 1 or "onnection" not in str(error):
+        if RANKS == 1 or "connection" not in str(error).lower():
             raise
         return fail(f"rank {RANK} has lost another rank; what that one printed, or its exit code "
                     "below, says why", 1)

@@ -42,7 +42,7 @@ def save_checkpoint(state, out: Path, config) -> Path:
     """Writes checkpoints/step-N, each rank its shares of the tensors as safetensors, and drops all
     but the newest --keep_checkpoints."""
     folder = out / "checkpoints" / f"step-{state.step}"
-    if state.saved == state.step:
+    if state.saved_step == state.step:
         return folder
     tensors = tensors_of(state)
     with renamed_when_complete(folder) as temporary:
@@ -50,12 +50,12 @@ def save_checkpoint(state, out: Path, config) -> Path:
             writer = dcp.HuggingFaceStorageWriter(temporary, save_distributed=True)
             dcp.save(tensors, storage_writer=writer, no_dist=RANKS == 1)
         if RANK == 0:
-            numbers = {name: getattr(state, name) for name in state.NUMBERS}
+            numbers = {name: getattr(state, name) for name in state.RESUMED}
             numbers["schedule"] = state.schedule.state_dict()
             text = json.dumps({"state": numbers, "config": vars(config)})
             write_whole(temporary / "state.json", text)
         write_manifest(temporary)
-    state.saved = state.step
+    state.saved_step = state.step
     if RANK == 0:
         prune(out, state.step, config.keep_checkpoints)
         # Later ones are damaged, and the run went on from before them.
@@ -189,13 +189,13 @@ def find_checkpoint(config) -> Path | None:
 
 def newest_undamaged(checkpoints: list[Path]) -> Path:
     """Of a run's checkpoints, oldest first. Raises UserError if all are damaged."""
-    for checkpoint in reversed(checkpoints):
-        damage = damage_of(checkpoint)
-        if not damage:
-            return checkpoint
-        require(checkpoint != checkpoints[0],
-                f"--resume {checkpoint}: {damage}; no checkpoint before it is left")
-        say(f"--resume: {checkpoint} cannot be used, {damage}; trying the one before it")
+    *earlier, checkpoint = checkpoints
+    damage = damage_of(checkpoint)
+    if not damage:
+        return checkpoint
+    require(earlier, f"--resume {checkpoint}: {damage}; no checkpoint before it is left")
+    say(f"--resume: {checkpoint} cannot be used, {damage}; trying the one before it")
+    return newest_undamaged(earlier)
 
 
 def is_checkpoint_of(checkpoint: Path, out: Path) -> bool:
@@ -216,13 +216,13 @@ def resume(state, checkpoint: Path, config) -> Path:
     has changed."""
     out = Path(config.output_dir)
     saved = load_checkpoint(state, checkpoint)
-    vars(state).update({name: saved[name] for name in state.NUMBERS})
+    vars(state).update({name: saved[name] for name in state.RESUMED})
     state.schedule.load_state_dict(saved["schedule"])
     for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr()):
         group["lr"] = rate
 
     if is_checkpoint_of(checkpoint, out):
-        state.saved = state.step
+        state.saved_step = state.step
         write_config(config)
     else:
         claim_output_dir(config)

@@ -47,7 +47,7 @@ def bad_batch(rollout, threshold: float) -> list[dict]:
 
 
 def collapse(responses: list[str], entropy: float) -> str | None:
-    """What says that a policy has stopped to answer prompts, if anything does."""
+    """What says that a policy has stopped answering prompts, if anything does."""
     if not any(response.strip() for response in responses):
         return f"all {len(responses)} responses are empty"
     if len(responses) > 1 and len(set(responses)) == 1:

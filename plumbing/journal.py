@@ -20,7 +20,7 @@ def introduce(state, config) -> None:
         trained = sum(parameter.numel() for parameter in trainable(state.policy).values())
     say(f"policy {config.policy}: {state.policy.num_parameters():,} parameters, {trained:,} of "
         f"them trained; {config.dtype} on {config.device}")
-    for scorer in (state.reward, state.cost):
+    for scorer in (state.reward_model, state.cost_model):
         reads = "tokens of the policy" if scorer.same_tokens else "tokens of its own"
         if scorer.function:
             reads = "a function"
@@ -37,7 +37,7 @@ def log(state, out: Path, name: str, rows: list[dict]) -> None:
 
 def keep_step(state, out: Path, rollout, metrics: dict, config) -> None:
     """A step's line in metrics.jsonl; samples and a checkpoint if it is time for them; a warning,
-    once, if the policy has stopped to answer."""
+    once, if the policy has stopped answering."""
     sign = collapse(rollout.responses, metrics["entropy"])
     if sign and not state.has_warned:
         say(f"warning: step {state.step}: {sign}; the policy may have collapsed")
@@ -50,7 +50,7 @@ def keep_step(state, out: Path, rollout, metrics: dict, config) -> None:
         log(state, out, "samples.jsonl", samples)
     if config.save_every:
         # Counted, because a bad step on a multiple saves none.
-        saved = (state.saved or 0) // config.save_every
+        saved = (state.saved_step or 0) // config.save_every
         if state.step // config.save_every > saved:
             save_checkpoint(state, out, config)
 
@@ -69,15 +69,15 @@ def skip_step(state, out: Path, problem: str, rollout, config) -> None:
         f"in {name}")
 
 
-def give_up(state, out: Path, bad_steps: int, config) -> None:
-    """Raises UserError; there is a checkpoint to go on from."""
-    if state.saved:
-        last = out / "checkpoints" / f"step-{state.saved}"
+def too_many(bad_steps: int, state, out: Path, config) -> UserError:
+    """What to say after --max_bad_steps in a row. There is a checkpoint to go on from, then."""
+    if state.saved_step:
+        last = out / "checkpoints" / f"step-{state.saved_step}"
     else:
         last = save_checkpoint(state, out, config)
-    raise UserError(f"stopped after {bad_steps} such steps in a row (--max_bad_steps); mend the "
-                    f"cause and --resume from {last}; a lower learning rate or a higher "
-                    "--kl_coeff needs a new run", code=3) from None
+    return UserError(f"stopped after {bad_steps} such steps in a row (--max_bad_steps); mend the "
+                     f"cause and --resume from {last}; a lower learning rate or a higher "
+                     "--kl_coeff needs a new run", code=3)
 
 
 def report(state, rows: list[dict], seconds: float, out: Path, config) -> None:

@@ -29,7 +29,7 @@ from plumbing.checks import check_loaded, check_policy, check_scorer, has_plain_
 from plumbing.errors import blame, require, say
 from plumbing.functions import check_function, is_function, load_function
 from plumbing.prompts import BEAVER_TEMPLATE, READERS, encode_prompts, pad_rows, render_prompt
-from plumbing.ranks import all_reduce, call_as_forward, rank_chunks, sharded
+from plumbing.ranks import all_reduce, call_as_forward, rank_chunks, rank_rows, sharded
 from plumbing.settings import PRESETS
 
 # ---- Loading
@@ -191,7 +191,7 @@ class ScoreModel(PreTrainedModel):
 
     config_class = PreTrainedConfig
     base_model_prefix = "model"
-    # As far as the backbone does, which checks for itself.
+    # What kinds of attention there are, the backbone checks for itself.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _keep_in_fp32_modules_strict = ["score_head", "normalizer"]
     role = "reward"
@@ -311,23 +311,27 @@ class Scorer:
         """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError
         unless all are numbers."""
         scores = torch.zeros(len(prompts), device=self.config.device)                # [B]
+        mine = rank_rows(range(len(prompts)))
         if self.function:
-            chunk_size = len(prompts)
+            values = self.score_texts([prompts[i] for i in mine], [responses[i] for i in mine])
         else:
-            chunk_size = self.config.micro_batch_size
             if not self.same_tokens:
                 rows = self.encode(prompts, responses, finished)
-
-        for chunk in rank_chunks(range(len(prompts)), chunk_size):
-            if not self.function:  # a rank without rows goes along with the first
-                values = self.score_tokens([rows[i] for i in chunk or [0]])
-            elif chunk:
-                values = self.function([prompts[i] for i in chunk], [responses[i] for i in chunk])
-            else:
-                values = []
-            for i, value in zip(chunk, values):
-                self.put(value, scores, i, responses[i])
+            values = self.score_rows(rows)
+        for i, value in zip(mine, values):
+            self.put(value, scores, i, responses[i])
         return all_reduce(scores)                                                    # [B]
+
+    def score_texts(self, prompts: list[str], responses: list[str]) -> list:
+        return self.function(prompts, responses) if prompts else []
+
+    def score_rows(self, rows: list[list[int]]) -> list[float]:
+        """Of this rank's share of the rows, --micro_batch_size at a time."""
+        values = []
+        for chunk in rank_chunks(rows, self.config.micro_batch_size):
+            scored = self.score_tokens(chunk or rows[:1])  # the model is called by all ranks
+            values += scored if chunk else []
+        return values
 
     def encode(self, prompts, responses, finished) -> list[list[int]]:
         """In the score model's own tokens and template; EOS only where the response really
@@ -392,7 +396,7 @@ def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def on_shared_weights(model: nn.Module, config) -> nn.Module:
+def second_model(model: nn.Module, config) -> nn.Module:
     """A second model like this one: a full copy, or, with adapters, another on the same
     backbone's weights."""
     not_copied = {}
@@ -430,10 +434,10 @@ def make_critic(scorer: Scorer, policy, config) -> ScoreModel:
     """A trainable critic: the score model where it reads the policy's tokens, else the policy's
     body with a head of zeros."""
     if scorer.same_tokens and isinstance(scorer.model, ScoreModel):
-        critic = on_shared_weights(scorer.model, config)
+        critic = second_model(scorer.model, config)
     else:
         body = scorer.model[0].base_model if scorer.same_tokens else policy.base_model
-        critic = ScoreModel(body.config, on_shared_weights(body, config))
+        critic = ScoreModel(body.config, second_model(body, config))
         head = critic.score_head.state_dict()
         critic.score_head.load_state_dict(
             {name: torch.zeros_like(weight) for name, weight in head.items()})
@@ -449,26 +453,32 @@ class Models:
     def __init__(self, policy, tokenizer, config):
         self.tokenizer = tokenizer
         # pi_ref, computed exactly as the policy is
-        reference = on_shared_weights(policy, config).requires_grad_(False)
+        reference = second_model(policy, config).requires_grad_(False)
         if not config.eval_only:
             policy = make_trainable(policy, config)
         self.policy = sharded(policy, config)
 
         # Each model is sharded as soon as nothing is made from it any more: whole ones fill a
         # computer's memory.
-        for role in ("reward", "cost"):
-            scorer = Scorer(role, tokenizer, config)
-            if not config.eval_only:
-                critic = sharded(make_critic(scorer, reference, config), config)
-                setattr(self, f"{role}_critic", critic)
-            if not scorer.function:
-                sharded(scorer.model, config)
-            setattr(self, role, scorer)
+        self.reward_model, self.reward_critic = score_model_and_critic(
+            "reward", reference, tokenizer, config)
+        self.cost_model, self.cost_critic = score_model_and_critic(
+            "cost", reference, tokenizer, config)
         self.reference = sharded(reference, config)
 
         if not config.eval_only and recomputes(policy, config):
             for name in self.TRAINED:
                 set_checkpointing(getattr(self, name).base_model, True)
+
+
+def score_model_and_critic(role: str, reference, tokenizer, config):
+    """(Scorer, critic), the second None where nothing is trained."""
+    scorer, critic = Scorer(role, tokenizer, config), None
+    if not config.eval_only:
+        critic = sharded(make_critic(scorer, reference, config), config)
+    if not scorer.function:
+        scorer.model = sharded(scorer.model, config)
+    return scorer, critic
 
 
 # ---- Gradient checkpointing: activations made again in the backward

@@ -112,7 +112,7 @@ def show_prompts(models, prompts, pairs, config) -> None:
     first_three = prompts[:3]
     for prompt, ids in zip(first_three, encode_prompts(first_three, models.tokenizer)):
         say(f"a prompt of {len(ids)} tokens: {render_prompt(prompt, models.tokenizer)!r}")
-    for scorer in (models.reward, models.cost):
+    for scorer in (models.reward_model, models.cost_model):
         what = what_it_reads(scorer, prompts[0], models.tokenizer)
         say(f"{scorer.flag} {scorer.source} reads {what}")
     steps = config.steps or math.ceil(len(prompts) / config.batch_size)
@@ -156,10 +156,10 @@ def longest_rows(prompts, pairs, tokenizer, config) -> Longest:
 def models_of(models) -> dict:
     """The models by name; a score function is none."""
     named = {"reference": models.reference, "policy": models.policy}
-    if not models.reward.function:
-        named["reward model"] = models.reward.model
-    if not models.cost.function:
-        named["cost model"] = models.cost.model
+    if not models.reward_model.function:
+        named["reward model"] = models.reward_model.model
+    if not models.cost_model.function:
+        named["cost model"] = models.cost_model.model
     return named | {"reward critic": models.reward_critic, "cost critic": models.cost_critic}
 
 

@@ -135,7 +135,7 @@ def load_pairs(source: str, prompt_column: str | None = None,
         try:
             prompt, answer = read(row)
             if prompt.strip():
-                pairs.append((prompt, answer and answer + ""))  # raises for what is no text
+                pairs.append((prompt, text_or_none(answer)))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             require(None in row.values(),  # a row with a hole is left out; else it is other data
                     f"{flag} {source}: row {number} does not hold what its columns promise "
@@ -145,6 +145,12 @@ def load_pairs(source: str, prompt_column: str | None = None,
     say(f"{flag} {source}: {len(rows):,} rows read, "
         f"{len(rows) - len(pairs):,} without a prompt dropped")
     return pairs
+
+
+def text_or_none(answer) -> str | None:
+    if not isinstance(answer, str | None):
+        raise TypeError(f"{answer!r} is no text")
+    return answer
 
 
 # ---- Prompts -> what a model reads
@@ -284,10 +290,11 @@ def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int]]]:
 def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
     """The items of a step (from 0): epoch after epoch, each in its own order. A function of the
     step alone, so a checkpoint need not hold it."""
-    chosen = []
+    chosen, orders = [], {}
     for n in range(step * size, (step + 1) * size):
         epoch, i = divmod(n, len(items))
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(items), generator=generator)
-        chosen.append(items[order[i]])
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+            orders[epoch] = torch.randperm(len(items), generator=generator)
+        chosen.append(items[orders[epoch][i]])
     return chosen

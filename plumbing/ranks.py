@@ -70,12 +70,17 @@ def from_all_ranks(mine: dict) -> dict:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def rank_chunks(rows, size: int) -> list:
-    """This rank's part of some rows (a list or tensor), cut into chunks of `size`.
+def rank_rows(rows):
+    """This rank's part of some rows, a list or a tensor."""
+    return rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
 
-    Sharded models move in step, so each rank gets as many chunks; some may be empty.
+
+def rank_chunks(rows, size: int) -> list:
+    """This rank's part of some rows, cut into chunks of `size`.
+
+    Sharded models move in step, so all ranks get the same number of chunks; some may be empty.
     """
-    mine = rows[len(rows) * RANK // RANKS:len(rows) * (RANK + 1) // RANKS]
+    mine = rank_rows(rows)
     largest_part = -(-len(rows) // RANKS)  # rounded up
     return [mine[start:start + size] for start in range(0, largest_part, size)]
 

@@ -87,7 +87,8 @@ def cut_back(out: Path, step: int, logs: dict) -> None:
 
 # ---- Whose folder it is
 
-def is_run(folder: str | None) -> bool:
+def has_metrics(folder: str | None) -> bool:
+    """Whether a run has trained there, or a policy was evaluated."""
     return folder is not None and Path(folder, "metrics.jsonl").is_file()
 
 
@@ -119,7 +120,7 @@ def lock(out: Path) -> None:
 
 
 @contextmanager
-def held(config):
+def locked_folder(config):
     """The run's folder is this process's alone as long as it lives, however it ends."""
     if RANK > 0 or config.dry_run:
         yield
@@ -162,6 +163,7 @@ def write_config(config) -> None:
     """config.json: every resolved setting, and what the run was made with."""
     if RANK > 0:
         return
+    # Through a shell, which only fails where there is no git.
     git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True,
                          cwd=Path(__file__).resolve().parent)
     environment = {

@@ -35,7 +35,7 @@ class Draw(LogitsProcessor):
         cumulated = probs.cumsum(-1)                                             # [B, V]
         level = self.uniform[:, t:t + 1] * cumulated[:, -1:]                     # [B, 1]
         token = torch.searchsorted(cumulated, level)                             # [B, 1]
-        token = token.clamp(max=scores.shape[1] - 1)                             # [B, 1]
+        token = token.clamp(max=scores.shape[1] - 1)  # NaN are past the end      # [B, 1]
         return scores.scatter(1, token, torch.inf)  # which the library's argmax will take
 
 

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from plumbing.errors import UserError, blame, did_you_mean, require
 from plumbing.ranks import RANKS, rank_0_first
-from plumbing.run_folder import holds_run, is_run
+from plumbing.run_folder import has_metrics, holds_run
 
 
 def option(default, help: str, **argument):
@@ -101,7 +101,7 @@ class RunSettings:
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
-SAFE_RLHF = {  # models, data and settings of Safe RLHF's published PPO-Lag run
+SAFE_RLHF = {  # of Safe RLHF's published PPO-Lag run, but for the last two
     "reward_model": "PKU-Alignment/beaver-7b-v1.0-reward",
     "cost_model": "PKU-Alignment/beaver-7b-v1.0-cost",
     "dataset": "PKU-Alignment/PKU-SafeRLHF:train",
@@ -132,7 +132,7 @@ def resolve(config_class, argv: list[str], build_tiny):
     flags = given_in(parser, argv)
     file, evaluated = flags.pop("config", None), flags.get("eval_only")
 
-    if is_run(evaluated):  # its settings and data, and its starting policy as the reference
+    if has_metrics(evaluated):  # its settings and data, and its starting policy as the reference
         require(Path(evaluated, "final", "actor").is_dir(),
                 f"--eval_only {evaluated}: has no final/actor, so the run has not finished")
         file = file or str(Path(evaluated, "config.json"))
@@ -162,8 +162,8 @@ def resolve(config_class, argv: list[str], build_tiny):
 def make_parser(config_class):
     parser = HfArgumentParser(
         config_class, allow_abbrev=False,
-        description="The defaults are those of Safe RLHF's published run where it has them; a "
-                    "preset overrides them (tiny: tiny_configs/tiny.json).",
+        description="Most defaults are those of Safe RLHF's published run; a preset overrides "
+                    "them (tiny: tiny_configs/tiny.json).",
     )
     parser.add_argument("--config", help="a json file of settings; a run's own config.json will do")
 
@@ -223,7 +223,7 @@ def fill_in(config) -> None:
     config.policy = config.policy or config.model
     config.device = config.device or ("cuda" if has_gpu or config.dry_run else "cpu")
     if not config.dtype:
-        # A plan without a GPU is one for a GPU that has bf16.
+        # --dry_run may plan here for a GPU that is elsewhere: one with bf16, then.
         gpu_has_bf16 = not has_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
         uses_bf16 = config.device == "cuda" and gpu_has_bf16
         config.dtype = "bfloat16" if uses_bf16 else "float32"

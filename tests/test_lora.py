@@ -82,7 +82,7 @@ def test_it_begins_as_the_layer_it_replaces_to_the_bit(state):
     with torch.no_grad():
         assert torch.equal(state.policy(IDS).logits, state.reference(IDS).logits)
         for role in ("reward", "cost"):
-            critic, scorer = getattr(state, f"{role}_critic"), getattr(state, role).model
+            critic, scorer = getattr(state, f"{role}_critic"), getattr(state, f"{role}_model").model
             # Its head is a copy.
             assert torch.allclose(critic.values(IDS, ALL), scorer.values(IDS, ALL), atol=1e-5)
 
@@ -103,8 +103,8 @@ def test_merged_logits_are_the_unmerged_ones(state):
 def test_three_backbones_hold_six_models(state):
     families = {
         "policy": (state.policy, state.reference),
-        "reward": (state.reward_critic, state.reward.model),
-        "cost": (state.cost_critic, state.cost.model),
+        "reward": (state.reward_critic, state.reward_model.model),
+        "cost": (state.cost_critic, state.cost_model.model),
     }
     for name, (trained, frozen) in families.items():
         of_the_frozen = {weight.data_ptr() for weight in frozen.base_model.parameters()}
@@ -119,7 +119,7 @@ def test_three_backbones_hold_six_models(state):
 @torch.no_grad()
 def test_no_adapter_touches_another_model(state):
     def frozen_outputs():
-        scores = [scorer.model.score(IDS, ALL) for scorer in (state.reward, state.cost)]
+        scores = [scorer.model.score(IDS, ALL) for scorer in (state.reward_model, state.cost_model)]
         return [state.reference(IDS).logits, *scores]
 
     before = frozen_outputs()

@@ -12,7 +12,8 @@ held out of all training.
 two-layer Llama policy, a reward and a cost model in the Beaver layout (both learned from preference
 pairs, so they err like real ones, a little), and prompt files.
 
-    python -m tiny_configs.world        # build, and print what was built
+    python -m tiny_configs.world                      # build, and print what was built
+    TINY_WORLD_SEED=3 python -m tiny_configs.world    # another world of the same kind
 """
 import hashlib
 import inspect
@@ -24,6 +25,7 @@ import shutil
 import time
 from pathlib import Path
 
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -31,8 +33,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
-from plumbing.models import ScoreModel, save_score_model
-from plumbing.prompts import BEAVER_TEMPLATE, encode_pairs, pad_rows
+from plumbing.errors import require
+from plumbing.models import ScoreModel, save_score_model, typed_as_in
+from plumbing.prompts import (
+    BEAVER_TEMPLATE,
+    encode_pairs,
+    encode_prompts,
+    pad_rows,
+    render_prompt,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -325,21 +334,24 @@ def preset() -> dict:
     return json.loads((HERE / "tiny.json").read_text()) | build()
 
 
-def build(cache: Path = HERE / "cache") -> dict[str, str]:
+def build(cache: Path = HERE / "cache", seed: int | None = None) -> dict[str, str]:
     """Builds the family unless the cache has it, and returns repo.py's settings that point to it:
     policy, score models, data, judge.
 
-    The folder's name is a hash of everything the result depends on. It is written under a
-    temporary name and renamed when complete, so an interrupted build leaves nothing that could be
-    mistaken for one.
+    Another seed, here or as TINY_WORLD_SEED, gives another world of the same kind: other data,
+    other first weights. The folder's name is a hash of everything the result depends on. It is
+    written under a temporary name and renamed when complete, so an interrupted build leaves nothing
+    that could be mistaken for one.
     """
-    folder = cache / fingerprint()
+    if seed is None:
+        seed = world_seed()
+    folder = cache / fingerprint(seed)
     if not folder.exists():
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         temporary.mkdir(parents=True)
         try:
             with torch.random.fork_rng():
-                write_family(temporary)
+                write_family(temporary, seed)
             temporary.replace(folder)
         except OSError:
             if not folder.exists():  # else another process has finished the same build first
@@ -357,25 +369,35 @@ def build(cache: Path = HERE / "cache") -> dict[str, str]:
     }
 
 
-def fingerprint() -> str:
+def world_seed() -> int:
+    """TINY_WORLD_SEED of the environment, 0 without it. Raises UserError if it is no number."""
+    given = os.environ.get("TINY_WORLD_SEED", "0")
+    require(given.isdecimal(), f"TINY_WORLD_SEED={given}: must be a number, 0 or more")
+    return int(given)
+
+
+def fingerprint(seed: int) -> str:
     """A hash of what the family is made of and by."""
-    borrowed = [encode_pairs, pad_rows, ScoreModel, save_score_model]
+    borrowed = [encode_pairs, encode_prompts, pad_rows, render_prompt, ScoreModel,
+                save_score_model, typed_as_in]
     ingredients = [
         Path(__file__).read_text(),
         (HERE / "tiny_llama.json").read_text(),
+        str(seed),
         BEAVER_TEMPLATE,
         *map(inspect.getsource, borrowed),
+        tokenizers.__version__,
         torch.__version__,
         transformers.__version__,
     ]
     return hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:12]
 
 
-def write_family(folder: Path) -> None:
+def write_family(folder: Path, seed: int) -> None:
     """Makes data, tokenizer and the three models in `folder`, with a report of what was built in
     report.json."""
-    start, rng = time.perf_counter(), random.Random(0)
-    torch.manual_seed(0)
+    start, rng = time.perf_counter(), random.Random(seed)
+    torch.manual_seed(seed)
     demonstrations, pairs, held_out_pairs = write_data(folder, rng)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
