@@ -41,6 +41,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from plumbing.threads import fit_threads  # before torch
+
 import datasets
 import torch
 import transformers
@@ -890,6 +892,7 @@ def fail(sentence: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    fit_threads()
     code = main()
     with suppress(OSError):  # whoever read it may be gone
         sys.stdout.flush()

@@ -3,6 +3,8 @@ import json
 import warnings
 from pathlib import Path
 
+import torch
+
 from plumbing.checkpoints import save_checkpoint
 from plumbing.checks import bad_batch, collapse
 from plumbing.errors import UserError, say
@@ -18,8 +20,11 @@ def introduce(state, config) -> None:
     trained = 0
     if not config.eval_only:
         trained = sum(parameter.numel() for parameter in trainable(state.policy).values())
+    place = f"{config.dtype} on {config.device}"
+    if config.device == "cpu":
+        place += f", threads: {torch.get_num_threads()}"
     say(f"policy {config.policy}: {state.policy.num_parameters():,} parameters, {trained:,} of "
-        f"them trained; {config.dtype} on {config.device}")
+        f"them trained; {place}")
     for scorer in (state.reward_model, state.cost_model):
         reads = "tokens of the policy" if scorer.same_tokens else "tokens of its own"
         if scorer.function:

@@ -172,6 +172,7 @@ def write_config(config) -> None:
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
         "ranks": RANKS,
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "git_commit": git.stdout.strip() or None,
     }

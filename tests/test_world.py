@@ -159,18 +159,20 @@ def test_the_policy_complies_and_refuses_by_chance(family):
 
 def test_the_cache_is_used_and_depends_on_its_ingredients(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(world, "write_family", built.append)
+    monkeypatch.setattr(world, "write_family", lambda folder, seed: built.append(seed))
     first = world.build(tmp_path)
     assert world.build(tmp_path) == first
     assert len(built) == 1
     monkeypatch.setattr(world, "BEAVER_TEMPLATE", "B {prompt}")
     assert world.build(tmp_path) != first
     assert len(built) == 2
+    assert world.build(tmp_path, seed=7) != world.build(tmp_path)
+    assert built[-1] == 7 and len(built) == 3
     assert all(re.fullmatch("[0-9a-f]{12}", folder.name) for folder in tmp_path.iterdir())
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(folder):
+    def interrupted(folder, seed):
         (folder / "policy").mkdir()
         raise KeyboardInterrupt
 

@@ -1,0 +1,43 @@
+# pytest tests/test_threads.py
+"""How many threads a process takes: what is free, and never against the user."""
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+ASK = ("from plumbing import threads; import os, torch; threads.fit_threads(); "
+       "print(torch.get_num_threads(), os.environ.get('GOMP_SPINCOUNT'))")
+BUSY = [sys.executable, "-c", "while True: pass"]
+
+
+def ask(**environment) -> list[str]:
+    """(threads, spin count) of a fresh process in such an environment."""
+    ours = {name: value for name, value in os.environ.items()
+            if name not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", ASK]
+    done = subprocess.run(command, cwd=ROOT, env=ours | environment, text=True,
+                          capture_output=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.fixture
+def busy_machine():
+    """As many processes as there are cores, that never wait."""
+    processes = [subprocess.Popen(BUSY) for _ in range(os.cpu_count())]
+    yield
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_what_the_user_has_set_stays(busy_machine):
+    assert ask(OMP_NUM_THREADS="2", GOMP_SPINCOUNT="77") == ["2", "77"]
+    assert ask(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="active") == ["2", "None"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how busy its cores are")
+def test_on_a_busy_machine_one_thread_is_left(busy_machine):
+    threads, spins = ask()
+    assert int(threads) <= max(1, os.cpu_count() // 2) and spins == "2000"
