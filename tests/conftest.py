@@ -1,8 +1,14 @@
-"""Shared by all tests: the project on the path, no network, and small helpers that write
-checkpoints by hand."""
+"""Shared by all tests: the project on the path, no network, runs that many look at, and small
+helpers that write checkpoints by hand.
 
+`pytest` tests every property at least once; all sizes, instants and seeds are for
+`pytest -m exhaustive`, which runs these alone.
+"""
+
+import itertools
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
@@ -44,17 +50,44 @@ import repo  # noqa: E402
 from tiny_configs import world  # noqa: E402
 
 
+# ---- what is run when
+
+MARKERS = (
+    "cuda: needs a CUDA GPU, and is skipped only where there is none",
+    "exhaustive: more of what another test shows; run with `pytest -m exhaustive` alone",
+)
+
+
 def pytest_configure(config):
-    marker = "cuda: needs a CUDA GPU, and is skipped only where there is none"
-    config.addinivalue_line("markers", marker)
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if "cuda" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+    if "exhaustive" not in config.option.markexpr:
+        left_out = [item for item in items if "exhaustive" in item.keywords]
+        items[:] = [item for item in items if "exhaustive" not in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def exhaustive(*values, **options):
+    """A test's parameters for `pytest -m exhaustive` alone."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive, **options)
+
+
+def grid(*columns, telling: list[tuple]) -> list:
+    """All combinations as a test's parameters; those that are not telling are exhaustive."""
+    combinations = list(itertools.product(*columns))
+    assert set(telling) <= set(combinations)
+    return [each if each in telling else exhaustive(*each) for each in combinations]
+
+
+# ---- what is shared
 
 
 @pytest.fixture(params=["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -87,6 +120,33 @@ def run(tmp_path, capsys):
         return code, tmp_path / out, printed.out + printed.err
 
     return call
+
+
+def train_side_by_side(folder: Path, flags_of: dict) -> dict[str, Path]:
+    """Whole runs of the script as a user would start them, a core for each: {name: its folder}."""
+    processes = []
+    for name, flags in flags_of.items():
+        words = [sys.executable, "repo.py", "--device", "cpu", *flags]
+        process = subprocess.Popen(
+            [*words, "--output_dir", str(folder / name)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        processes.append(process)
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    return {name: folder / name for name in flags_of}
+
+
+@pytest.fixture(scope="session")
+def default_runs(tmp_path_factory, family) -> dict[str, Path]:
+    """Folders of the default run and of PPO-Lag's, trained once for all who read them."""
+    folder = tmp_path_factory.mktemp("default")
+    return train_side_by_side(folder, {"ppo_lag": ("--algo", "ppo_lag"), "repo": ()})
 
 
 def read_jsonl(path: Path) -> list[dict]:

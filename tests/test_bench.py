@@ -7,17 +7,34 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, exhaustive
 
-from kernels.bench import floor, peak_memory
-
-
-def bench(*arguments):
-    command = [sys.executable, "-m", "kernels.bench", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+from kernels.bench import floor, main, peak_memory
 
 
-def test_it_measures_each_function_both_ways_and_leaves_out_what_is_not_installed(tmp_path):
+@pytest.fixture(params=["here", exhaustive("module")])
+def bench(request, monkeypatch, capsys):
+    """bench(*arguments): the benchmark in this process, or in one of its own."""
+
+    def here(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kernels.bench", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    def as_module(*arguments):
+        command = [sys.executable, "-m", "kernels.bench", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    return here if request.param == "here" else as_module
+
+
+def test_it_measures_each_function_both_ways_and_leaves_out_what_is_not_installed(
+    tmp_path, bench,
+):
     done = bench(
         "--rows", 16, "--vocab", 65, "--hidden", 8, "--dtype", "fp32",
         "--providers", "ours,reference,eager,cut-cross-entropy",
@@ -48,7 +65,7 @@ def test_it_measures_each_function_both_ways_and_leaves_out_what_is_not_installe
     (("--providers", "none"), "none of them is here"),
     (("--json", "no/such/folder/x"), "No such file"),
 ])
-def test_nonsense_is_refused(arguments, says):
+def test_nonsense_is_refused(bench, arguments, says):
     done = bench("--vocab", 5, "--hidden", 5, "--rows", 5, *arguments)
     assert done.returncode == 2
     assert says in done.stderr

@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, exhaustive
 
+import repo
 from companions import compare
 from plumbing.errors import UserError
 from plumbing.tables import summarize
@@ -18,10 +19,24 @@ COMPENSATING = [[-8.0, -8.0], [-8.0, -6.0], [3.0, 3.0], [2.0, -1.0]]
 SAFE = [[-2.0, -2.0], [-1.0, -3.0], [-0.5, -0.5], [-0.1, 0.2]]
 
 
-def script(*words) -> subprocess.CompletedProcess:
+def as_script(*words) -> subprocess.CompletedProcess:
     """compare.py in a process of its own."""
     command = [sys.executable, "companions/compare.py", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(params=["here", exhaustive("script")])
+def script(request, capsys):
+    """script(*words): compare.py in this process, or in one of its own, which takes seconds to
+    begin."""
+    if request.param == "script":
+        return as_script
+
+    def call(*words):
+        code = compare.main([*map(str, words)])
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    return call
 
 
 def evaluation(costs: list, rewards: list) -> list[dict]:
@@ -133,8 +148,8 @@ def test_quadrants_by_hand(tmp_path):
     assert re.search(r"equal reward, safe +10 ", with_itself)
 
 
-def test_two_runs_on_the_command_line(runs, tmp_path):
-    done = script(*runs[1:3], "--out", tmp_path / "seen")
+def test_two_runs_on_the_command_line(runs, tmp_path, script):
+    done = as_script(*runs[1:3], "--out", tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     for text in ("PPO-Lag", "worst of", "better reward, safe"):
         assert text in done.stdout, done.stderr
@@ -202,27 +217,49 @@ def test_without_matplotlib_there_is_one_sentence(runs, tmp_path, monkeypatch, c
         "no pictures: matplotlib is not installed (pip install matplotlib)"]
 
 
+FEW = ["--device", "cpu", "--steps", "2", "--batch_size", "8", "--eval_samples", "2",
+       "--max_eval_prompts", "6"]
+NAMED_AFTER_FEW = "device-cpu-steps-2-batch_size-8-eval_samples-2-max_eval_prompts-6"
+
+
+def test_it_trains_the_one_that_is_missing(tmp_path, family, script):
+    (there, words), = compare.commands_of(["ppo_lag"], [FEW], 1, tmp_path).items()
+    assert there == tmp_path / f"ppo_lag-{NAMED_AFTER_FEW}-0"
+    assert repo.main(words) == 0
+    time = (there / "summary.json").stat().st_mtime_ns
+
+    done = script("--algos", "ppo_lag", "repo", "--seeds", "1", "--out", tmp_path, *FEW)
+    assert done.returncode == 0 and "2 runs in" in done.stdout, done.stderr
+    assert "1 runs, 1 were there" in done.stderr and "RePO" in done.stdout
+    assert (there / "summary.json").stat().st_mtime_ns == time
+    assert (tmp_path / f"repo-{NAMED_AFTER_FEW}-0" / "summary.json").exists()
+
+    again = script("--algos", "ppo_lag", "repo", "--seeds", "1", "--out", tmp_path, *FEW)
+    assert again.returncode == 0 and "all 2 runs were there" in again.stdout, again.stderr
+    others = compare.commands_of(["repo"], [[*FEW, "--threshold", "-3"]], 1, tmp_path)
+    assert [*others] == [tmp_path / f"repo-{NAMED_AFTER_FEW}-threshold--3-0"]
+
+
+@pytest.mark.exhaustive
 def test_it_trains_what_is_missing_and_reuses_what_is_there(tmp_path, family):
-    few = ["--seeds", "1", "--out", tmp_path, "--device", "cpu", "--steps", "2",
-           "--batch_size", "8", "--eval_samples", "2", "--max_eval_prompts", "6"]
+    few = ["--seeds", "1", "--out", tmp_path, *FEW]
     two = ["--algos", "ppo_lag", "repo", *few]
 
-    first = script(*two)
+    first = as_script(*two)
     assert first.returncode == 0 and "2 runs in" in first.stdout, first.stderr
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
-    second = script("--algos", "ppo_lag", "repo", "mask", *few)
+    second = as_script("--algos", "ppo_lag", "repo", "mask", *few)
     assert second.returncode == 0 and "1 runs, 2 were there" in second.stderr, second.stderr
     assert "RePO, mask" in second.stdout
     assert len(files) == 2
     assert all(path.stat().st_mtime_ns == time for path, time in files.items())
 
-    third = script(*two, "--threshold", "-3")  # not the folder of --threshold 3
+    third = as_script(*two, "--threshold", "-3")  # not the folder of --threshold 3
     assert third.returncode == 0, third.stderr
-    assert (tmp_path / "repo-device-cpu-steps-2-batch_size-8-eval_samples-2-max_eval_prompts-6"
-                       "-threshold--3-0").is_dir(), third.stderr
+    assert (tmp_path / f"repo-{NAMED_AFTER_FEW}-threshold--3-0").is_dir(), third.stderr
 
 
-def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path, family):
+def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path, family, script):
     (tmp_path / "ppo-1").mkdir()
     (tmp_path / "ppo-1" / "thesis.txt").write_text("mine")
     foreign = script("--algos", "ppo", "--seeds", "2", "--out", tmp_path)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, read_jsonl
+from conftest import ROOT, exhaustive, read_jsonl
 
 
 def run_compiling(*arguments) -> str:
@@ -63,19 +63,35 @@ for kernel in (log_prob.forward_kernel, log_prob.backward_kernel, linear.row_ker
     ]
 
 
-def test_a_run_by_the_interpreter_gives_the_metrics_of_a_run_by_plain_pytorch(tmp_path, family):
-    def metrics(name, interpreted):
-        command = [
-            sys.executable, "repo.py", "--device", "cpu", "--steps", "3",
-            "--batch_size", "8", "--micro_batch_size", "8",
-            "--eval_samples", "1", "--max_eval_prompts", "4", "--max_response_length", "12",
-            "--output_dir", str(tmp_path / name),
-        ]
-        environment = {**os.environ, "TRITON_INTERPRET": interpreted}
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-        return read_jsonl(tmp_path / name / "metrics.jsonl")
+FEW = (
+    *("--device", "cpu", "--batch_size", "8", "--micro_batch_size", "8", "--eval_samples", "1"),
+    *("--max_eval_prompts", "4", "--max_response_length", "12"),
+)
 
-    plain, triton = metrics("plain", "0"), metrics("triton", "1")
+
+@pytest.fixture(params=["here", exhaustive("script")])
+def metrics_of(request, run, tmp_path, monkeypatch):
+    """metrics_of(steps, interpreted): of a run in this process, or in one of its own."""
+
+    def here(steps, interpreted):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        code, out, _ = run(*FEW, "--steps", steps, out=f"interpreted-{interpreted}")
+        assert code == 0
+        return read_jsonl(out / "metrics.jsonl")
+
+    def as_script(steps, interpreted):
+        out = tmp_path / f"interpreted-{interpreted}"
+        flags = [*FEW, "--steps", str(steps), "--output_dir", str(out)]
+        environment = {**os.environ, "TRITON_INTERPRET": interpreted}
+        subprocess.run([sys.executable, "repo.py", *flags], cwd=ROOT, env=environment,
+                       check=True, capture_output=True)
+        return read_jsonl(out / "metrics.jsonl")
+
+    return here if request.param == "here" else as_script
+
+
+def test_a_run_by_the_interpreter_gives_the_metrics_of_a_run_by_plain_pytorch(metrics_of, family):
+    plain, triton = metrics_of(3, interpreted="0"), metrics_of(3, interpreted="1")
     assert len(plain) == len(triton) == 3
     # equal to the last bit, it would be one backend twice
     assert any(a["policy_grad_norm"] != b["policy_grad_norm"] for a, b in zip(plain, triton))

@@ -17,7 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_beaver, read_jsonl, write_beaver, write_policy, write_python
+from conftest import (
+    exhaustive,
+    grid,
+    random_beaver,
+    read_jsonl,
+    write_beaver,
+    write_policy,
+    write_python,
+)
 from safetensors.torch import load
 from test_run import stable
 
@@ -187,6 +195,10 @@ def case(tmp_path_factory, tokenizer) -> Case:
 KILLED = -signal.SIGKILL
 
 
+def lines_in(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
 def all_go_on(case, group: str, trials: list) -> None:
     """trial(name) kills a new run; each then goes on. Two at a time."""
 
@@ -200,38 +212,72 @@ def all_go_on(case, group: str, trials: list) -> None:
         list(pool.map(one, range(len(trials))))
 
 
-def test_killed_at_thirty_random_instants_it_goes_on_bit_for_bit(case):
+@pytest.mark.parametrize("kills", [6, exhaustive(30)])
+def test_killed_at_random_instants_it_goes_on_bit_for_bit(case, kills):
+    """Each at a random instant after a step; the steps are spread over the run."""
     draw, reached = random.Random(0), []
 
-    def killed_after(seconds):
+    def killed_after(steps, seconds):
         def trial(name):
             process, _ = case.start(name)
+            metrics = case.folder / name / "metrics.jsonl"
+            while process.is_alive() and lines_in(metrics) < steps:
+                time.sleep(0.002)
             time.sleep(seconds)
             process.kill()
             process.join()
-            metrics = case.folder / name / "metrics.jsonl"
-            reached.append(len(read_jsonl(metrics)) if metrics.exists() else None)
-
-        return trial
-
-    latest = 1.5 * case.seconds  # two at a time are slower than one
-    all_go_on(case, "instant", [killed_after(draw.uniform(0, latest)) for _ in range(30)])
-    assert len({steps for steps in reached if steps}) >= 3, reached  # spread over the run
-
-
-def test_killed_at_every_file_it_changes_it_goes_on_bit_for_bit(case):
-    def killed_at(n, torn):
-        def trial(name):
-            code, _ = case.run(name, kill_at=n, torn=torn)
-            assert code == KILLED
+            reached.append(lines_in(metrics))
 
         return trial
 
     trials = []
+    for k in range(kills):
+        steps = round(6 * k / (kills - 1))
+        trials.append(killed_after(steps, draw.uniform(0, case.seconds / 4)))
+    all_go_on(case, f"instant-of-{kills}", trials)
+    assert len(set(reached)) >= 3, reached
+
+
+def killed_at(case, n, torn=False):
+    def trial(name):
+        code, _ = case.run(name, kill_at=n, torn=torn)
+        assert code == KILLED
+
+    return trial
+
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+TELLING = [  # change, how often it has happened before, whether half of the file is written
+    ("open .config.json.tmp", 0, True),
+    ("os.rename .eval_before.jsonl.tmp", 0, False),
+    ("open metrics.jsonl", 2, True),
+    (f"open {SHARD}", 1, True),
+    ("open .state.json.tmp", 1, False),
+    ("open .manifest.json.tmp", 1, True),
+    ("os.rename .step-4.tmp", 0, False),
+    (f"os.remove {SHARD}", 0, False),  # of the oldest checkpoint, whose time is over
+    ("os.rename .actor.tmp", 0, False),
+    ("os.rename .cost_critic.tmp", 0, False),
+    ("open .eval.jsonl.tmp", 0, True),
+    ("os.rename .summary.json.tmp", 0, False),
+]
+
+
+def test_killed_at_a_change_of_each_kind_of_file_it_goes_on_bit_for_bit(case):
+    trials = []
+    for change, before, torn in TELLING:
+        numbers = [n for n, each in enumerate(case.changes, 1) if each == change]
+        trials.append(killed_at(case, numbers[before], torn))
+    all_go_on(case, "kind", trials)
+
+
+@pytest.mark.exhaustive
+def test_killed_at_every_file_it_changes_it_goes_on_bit_for_bit(case):
+    trials = []
     for n, change in enumerate(case.changes, 1):
-        trials.append(killed_at(n, torn=False))
+        trials.append(killed_at(case, n))
         if change.startswith("open"):
-            trials.append(killed_at(n, torn=True))
+            trials.append(killed_at(case, n, torn=True))
     assert len(trials) > 80
     for name in (".step-4.tmp", "step-2", ".summary.json.tmp"):
         assert f"os.rename {name}" in case.changes
@@ -240,16 +286,16 @@ def test_killed_at_every_file_it_changes_it_goes_on_bit_for_bit(case):
     all_go_on(case, "file", trials)
 
 
-def test_a_run_that_is_moved_aside_arrives_whole_wherever_its_successor_is_killed(case):
-    for n in range(1, 7):
-        name = f"aside-{n}"
-        case.copy(name)
-        assert case.run(name, kill_at=n)[0] == KILLED
-        moved = f"{name}.1" if (case.folder / f"{name}.1").exists() else name
-        assert case.what_is_left(moved) == case.left
-        code, printed = case.run(name, "--resume")
-        if code == 2:  # moved, and nothing begun, or not moved yet
-            assert "there is no run in" in printed or "is finished" in printed, printed
+@pytest.mark.parametrize("n", [exhaustive(1), 2, exhaustive(3), 4, exhaustive(5), 6])
+def test_a_run_that_is_moved_aside_arrives_whole_wherever_its_successor_is_killed(case, n):
+    name = f"aside-{n}"
+    case.copy(name)
+    assert case.run(name, kill_at=n)[0] == KILLED
+    moved = f"{name}.1" if (case.folder / f"{name}.1").exists() else name
+    assert case.what_is_left(moved) == case.left
+    code, printed = case.run(name, "--resume")
+    if code == 2:  # moved, and nothing begun, or not moved yet
+        assert "there is no run in" in printed or "is finished" in printed, printed
 
 
 # ---- a full disk; instead of one, the system refuses the last byte of a file
@@ -345,8 +391,16 @@ def do_damage(file: Path, damage: str) -> None:
         file.write_bytes(content[:-100])
 
 
-@pytest.mark.parametrize("name", ["*.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("damage, name", grid(
+    ["flipped", "cut", "gone"],
+    ["*.safetensors", "state.json", "manifest.json"],
+    telling=[
+        ("flipped", "*.safetensors"),
+        ("cut", "state.json"),
+        ("gone", "manifest.json"),
+        ("gone", "*.safetensors"),
+    ],
+))
 def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_used(case, name, damage):
     out = f"{damage}-{name[:5]}"
     folder = case.copy(out)

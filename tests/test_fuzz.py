@@ -1,6 +1,6 @@
 # pytest tests/test_fuzz.py
 """Properties that hold for whatever hypothesis thinks of: files, templates, advantages, kernels'
-strides, settings. Seeded, and bounded in time."""
+strides, settings. Seeded, and bounded in time; `pytest -m exhaustive` tries many more examples."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="pip install hypothesis")
 import torch
+from conftest import exhaustive
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +23,6 @@ settings.register_profile(
     "seeded",
     derandomize=True,
     deadline=None,
-    max_examples=400,
     suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("seeded")
@@ -41,6 +41,11 @@ TEXT = st.text(CHARACTERS, min_size=1, max_size=40)
 PLAIN = TEXT.filter(is_prompt)
 TURNS = st.lists(PLAIN.map(str.strip).filter(is_turn), min_size=1, max_size=4)
 SEEDS = st.integers(0, 2**31)
+
+
+def examples(few: int, many: int):
+    """Runs a test with a few examples, and with many if all is to be tried."""
+    return pytest.mark.parametrize("count", [few, exhaustive(many)])
 
 
 # ---- prompts
@@ -65,29 +70,37 @@ def write(file, prompts):
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet", ".csv"])
-@settings(max_examples=100)
-@given(prompts=st.lists(PLAIN, min_size=1, max_size=6))
-def test_prompts_come_out_of_a_file_as_they_went_in(folder, ending, prompts):
-    if ending == ".csv":  # there NA, null and 5 are no text
-        prompts = [f"p {prompt}" for prompt in prompts]
-    distinct = list(dict.fromkeys(prompts))
-    assert repo.load_prompts(write(folder / f"p{ending}", prompts)) == distinct
+@examples(10, 100)
+def test_prompts_come_out_of_a_file_as_they_went_in(folder, ending, count):
+    @settings(max_examples=count)
+    @given(prompts=st.lists(PLAIN, min_size=1, max_size=6))
+    def check(prompts):
+        if ending == ".csv":  # there NA, null and 5 are no text
+            prompts = [f"p {prompt}" for prompt in prompts]
+        distinct = list(dict.fromkeys(prompts))
+        assert repo.load_prompts(write(folder / f"p{ending}", prompts)) == distinct
+
+    check()
 
 
-@settings(max_examples=100)
-@given(turns=TURNS)
-def test_a_conversation_is_the_same_as_transcript_and_as_messages(folder, turns):
-    if len(turns) > 1 and len(turns) % 2 == 0:  # the user has the last word
-        turns = turns[:-1]
-    messages, transcript = [], ""
-    for i, turn in enumerate(turns):
-        messages.append({"role": ("user", "assistant")[i % 2], "content": turn})
-        transcript += f"\n\n{('Human', 'Assistant')[i % 2]}: {turn}"
-    (folder / "m.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
-    ((prompt, _),) = load_pairs(str(folder / "m.jsonl"))
-    assert prompt == (turns[0] if len(turns) == 1 else transcript)
-    assert repo.load_prompts(write(folder / "t.jsonl", [transcript])) == [prompt]
-    assert len(turns) == 1 or to_messages(prompt) == messages
+@examples(20, 100)
+def test_a_conversation_is_the_same_as_transcript_and_as_messages(folder, count):
+    @settings(max_examples=count)
+    @given(turns=TURNS)
+    def check(turns):
+        if len(turns) > 1 and len(turns) % 2 == 0:  # the user has the last word
+            turns = turns[:-1]
+        messages, transcript = [], ""
+        for i, turn in enumerate(turns):
+            messages.append({"role": ("user", "assistant")[i % 2], "content": turn})
+            transcript += f"\n\n{('Human', 'Assistant')[i % 2]}: {turn}"
+        (folder / "m.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+        ((prompt, _),) = load_pairs(str(folder / "m.jsonl"))
+        assert prompt == (turns[0] if len(turns) == 1 else transcript)
+        assert repo.load_prompts(write(folder / "t.jsonl", [transcript])) == [prompt]
+        assert len(turns) == 1 or to_messages(prompt) == messages
+
+    check()
 
 
 CHAT_TEMPLATE = (
@@ -107,21 +120,26 @@ def templates():
     ]
 
 
-@given(prompt=PLAIN)
-@example(prompt="{prompt}")
-@example(prompt=" ASSISTANT:")
-@example(prompt="{{ bos_token }}{% raw %}")
-def test_what_the_model_reads_contains_the_prompt_once_between_its_template(templates, prompt):
-    for tokenizer, before, after in templates:
-        assert render_prompt(prompt, tokenizer) == before + prompt + after
-        if any(token in prompt for token in tokenizer.all_special_tokens):
-            continue
-        ids = encode_prompts([prompt], tokenizer)[0]
-        assert ids[0] == tokenizer.bos_token_id
-        assert ids.count(tokenizer.bos_token_id) == 1
-        assert tokenizer.eos_token_id not in ids
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False).removeprefix("<s>")
-        assert text == before.removeprefix("<s>") + prompt + after
+@examples(40, 400)
+def test_what_the_model_reads_contains_the_prompt_once_between_its_template(templates, count):
+    @settings(max_examples=count)
+    @given(prompt=PLAIN)
+    @example(prompt="{prompt}")
+    @example(prompt=" ASSISTANT:")
+    @example(prompt="{{ bos_token }}{% raw %}")
+    def check(prompt):
+        for tokenizer, before, after in templates:
+            assert render_prompt(prompt, tokenizer) == before + prompt + after
+            if any(token in prompt for token in tokenizer.all_special_tokens):
+                continue
+            ids = encode_prompts([prompt], tokenizer)[0]
+            assert ids[0] == tokenizer.bos_token_id
+            assert ids.count(tokenizer.bos_token_id) == 1
+            assert tokenizer.eos_token_id not in ids
+            text = tokenizer.decode(ids, clean_up_tokenization_spaces=False).removeprefix("<s>")
+            assert text == before.removeprefix("<s>") + prompt + after
+
+    check()
 
 
 # ---- token rewards and costs, advantages
@@ -140,61 +158,81 @@ def batch(shape, scale=3.0):
     return *numbers, torch.arange(width) < lengths
 
 
-@given(shape=SHAPES, lam=st.floats(0, 1))
-def test_advantages_ignore_what_lies_in_the_padding_and_how_wide_it_is(shape, lam):
-    rewards, values, _, mask = batch(shape)
-    advantages, returns = repo.gae(rewards, values, mask, lam=lam)
-    assert not advantages[~mask].any()
-    assert not returns[~mask].any()
+@examples(100, 400)
+def test_advantages_ignore_what_lies_in_the_padding_and_how_wide_it_is(count):
+    @settings(max_examples=count)
+    @given(shape=SHAPES, lam=st.floats(0, 1))
+    def check(shape, lam):
+        rewards, values, _, mask = batch(shape)
+        advantages, returns = repo.gae(rewards, values, mask, lam=lam)
+        assert not advantages[~mask].any()
+        assert not returns[~mask].any()
 
-    dirty = [torch.where(mask, tensor, torch.nan) for tensor in (rewards, values)]
-    same_advantages, same_returns = repo.gae(*dirty, mask, lam=lam)
-    assert torch.equal(same_advantages, advantages)
-    assert torch.equal(same_returns, returns)
+        dirty = [torch.where(mask, tensor, torch.nan) for tensor in (rewards, values)]
+        same_advantages, same_returns = repo.gae(*dirty, mask, lam=lam)
+        assert torch.equal(same_advantages, advantages)
+        assert torch.equal(same_returns, returns)
 
-    length = int(mask[0].sum())
-    first = [tensor[:1, :length] for tensor in (rewards, values, mask)]
-    cut, _ = repo.gae(*first, lam=lam)
-    assert torch.allclose(cut, advantages[:1, :length])
+        length = int(mask[0].sum())
+        first = [tensor[:1, :length] for tensor in (rewards, values, mask)]
+        cut, _ = repo.gae(*first, lam=lam)
+        assert torch.allclose(cut, advantages[:1, :length])
 
-
-@given(shape=SHAPES, lam=st.floats(0, 1))
-def test_advantages_are_linear_in_the_rewards(shape, lam):
-    rewards, values, more, mask = batch(shape)
-    advantages, _ = repo.gae(rewards, values, mask, lam=lam)
-    both, _ = repo.gae(rewards + more, values, mask, lam=lam)
-    alone, _ = repo.gae(more, 0 * values, mask, lam=lam)
-    assert torch.allclose(both, advantages + alone)
+    check()
 
 
-@given(shape=SHAPES)
-def test_with_lambda_one_the_return_is_what_comes_whatever_the_critic_says(shape):
-    rewards, values, _, mask = batch(shape)
-    _, returns = repo.gae(rewards, values, mask, lam=1.0)
-    future = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
-    assert torch.allclose(returns, future)
+@examples(100, 400)
+def test_advantages_are_linear_in_the_rewards(count):
+    @settings(max_examples=count)
+    @given(shape=SHAPES, lam=st.floats(0, 1))
+    def check(shape, lam):
+        rewards, values, more, mask = batch(shape)
+        advantages, _ = repo.gae(rewards, values, mask, lam=lam)
+        both, _ = repo.gae(rewards + more, values, mask, lam=lam)
+        alone, _ = repo.gae(more, 0 * values, mask, lam=lam)
+        assert torch.allclose(both, advantages + alone)
+
+    check()
 
 
-@given(shape=SHAPES, beta=st.floats(0, 2))
-def test_token_rewards_and_costs_add_up_to_the_scores(shape, beta):
-    log_probs, ref_log_probs, scores, mask = batch(shape)
-    reward, cost = scores[:, 0], scores[:, -1].abs()
-    beside = torch.where(mask, ref_log_probs, torch.inf)
-    rewards, costs = repo.shape_rewards_and_costs(
-        reward, cost, log_probs, beside, mask, beta, clip_range_score=1e9
-    )
-    assert not rewards[~mask].any()
-    assert not costs[~mask].any()
-    # The KL penalty stands in both, with either sign.
-    assert torch.allclose((rewards + costs).sum(1), reward + cost)
-    kl = ((log_probs - ref_log_probs) * mask).sum(1)
-    assert torch.allclose(costs.sum(1), cost + beta * kl)
+@examples(100, 400)
+def test_with_lambda_one_the_return_is_what_comes_whatever_the_critic_says(count):
+    @settings(max_examples=count)
+    @given(shape=SHAPES)
+    def check(shape):
+        rewards, values, _, mask = batch(shape)
+        _, returns = repo.gae(rewards, values, mask, lam=1.0)
+        future = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
+        assert torch.allclose(returns, future)
 
-    clipped, _ = repo.shape_rewards_and_costs(
-        reward, cost, log_probs, ref_log_probs, mask, beta, clip_range_score=0.5
-    )
-    assert clipped.abs().max() <= 0.5
-    assert torch.equal(clipped, rewards.clamp(-0.5, 0.5))
+    check()
+
+
+@examples(100, 400)
+def test_token_rewards_and_costs_add_up_to_the_scores(count):
+    @settings(max_examples=count)
+    @given(shape=SHAPES, beta=st.floats(0, 2))
+    def check(shape, beta):
+        log_probs, ref_log_probs, scores, mask = batch(shape)
+        reward, cost = scores[:, 0], scores[:, -1].abs()
+        beside = torch.where(mask, ref_log_probs, torch.inf)
+        rewards, costs = repo.shape_rewards_and_costs(
+            reward, cost, log_probs, beside, mask, beta, clip_range_score=1e9
+        )
+        assert not rewards[~mask].any()
+        assert not costs[~mask].any()
+        # The KL penalty stands in both, with either sign.
+        assert torch.allclose((rewards + costs).sum(1), reward + cost)
+        kl = ((log_probs - ref_log_probs) * mask).sum(1)
+        assert torch.allclose(costs.sum(1), cost + beta * kl)
+
+        clipped, _ = repo.shape_rewards_and_costs(
+            reward, cost, log_probs, ref_log_probs, mask, beta, clip_range_score=0.5
+        )
+        assert clipped.abs().max() <= 0.5
+        assert torch.equal(clipped, rewards.clamp(-0.5, 0.5))
+
+    check()
 
 
 # ---- the kernels
@@ -217,9 +255,17 @@ def strided(tensor: torch.Tensor, kind: str) -> torch.Tensor:
 LAYOUTS = st.sampled_from(["plain", "sliced", "every other row", "transposed"])
 
 
-@pytest.mark.parametrize("backend, examples", [("reference", 400), ("triton", 80)])
-def test_log_probs_at_any_shape_stride_and_temperature(device, backend, examples):
-    @settings(max_examples=examples)
+EXAMPLES = [
+    ("reference", 50),
+    ("triton", 15),
+    exhaustive("reference", 400),
+    exhaustive("triton", 80),
+]
+
+
+@pytest.mark.parametrize("backend, count", EXAMPLES)
+def test_log_probs_at_any_shape_stride_and_temperature(device, backend, count):
+    @settings(max_examples=count)
     @given(
         rows=st.integers(1, 5),
         vocab=st.integers(1, 70),
@@ -252,9 +298,9 @@ def test_log_probs_at_any_shape_stride_and_temperature(device, backend, examples
     check()
 
 
-@pytest.mark.parametrize("backend, examples", [("reference", 400), ("triton", 80)])
-def test_the_loss_at_any_length_and_stride(device, backend, examples):
-    @settings(max_examples=examples)
+@pytest.mark.parametrize("backend, count", EXAMPLES)
+def test_the_loss_at_any_length_and_stride(device, backend, count):
+    @settings(max_examples=count)
     @given(
         tokens=st.integers(1, 40),
         stride=st.integers(1, 3),
@@ -305,9 +351,12 @@ def is_close_to(gradient, exact) -> bool:
     return torch.allclose(gradient.double(), exact, rtol=1e-3, atol=atol)
 
 
-@pytest.mark.parametrize("backend, examples", [("reference", 100), ("triton", 25)])
-def test_the_linear_functions_are_the_others_on_logits(device, backend, examples):
-    @settings(max_examples=examples)
+@pytest.mark.parametrize(
+    "backend, count",
+    [("reference", 25), ("triton", 8), exhaustive("reference", 100), exhaustive("triton", 25)],
+)
+def test_the_linear_functions_are_the_others_on_logits(device, backend, count):
+    @settings(max_examples=count)
     @given(
         tokens=st.integers(1, 20),
         width=st.integers(1, 24),
@@ -384,21 +433,24 @@ def without_output_dir(config) -> dict:
     return {name: value for name, value in vars(config).items() if name != "output_dir"}
 
 
-@settings(max_examples=100)
-@given(from_file=SETTINGS, from_flags=SETTINGS)
-def test_the_last_word_wins_flags_then_file_then_preset_then_default(
-    folder, family, from_file, from_flags
-):
+@examples(20, 100)
+def test_the_last_word_wins_flags_then_file_then_preset_then_default(folder, family, count):
     file, again = folder / "c.json", folder / "again.json"
-    file.write_text(json.dumps(from_file))
-    flags = [f"--{name}={value}" for name, value in from_flags.items()]
-    config = repo.resolve_config([*flags[:1], "--config", str(file), *flags[1:]])
     untouched = repo.resolve_config([])
-    given_settings = from_file | from_flags
-    for name in NUMBERS:
-        assert getattr(config, name) == given_settings.get(name, getattr(untouched, name))
 
-    # What a run writes down starts the same run.
-    again.write_text(json.dumps(without_output_dir(config)))
-    config_again = repo.resolve_config(["--config", str(again)])
-    assert without_output_dir(config_again) == without_output_dir(config)
+    @settings(max_examples=count)
+    @given(from_file=SETTINGS, from_flags=SETTINGS)
+    def check(from_file, from_flags):
+        file.write_text(json.dumps(from_file))
+        flags = [f"--{name}={value}" for name, value in from_flags.items()]
+        config = repo.resolve_config([*flags[:1], "--config", str(file), *flags[1:]])
+        given_settings = from_file | from_flags
+        for name in NUMBERS:
+            assert getattr(config, name) == given_settings.get(name, getattr(untouched, name))
+
+        # What a run writes down starts the same run.
+        again.write_text(json.dumps(without_output_dir(config)))
+        config_again = repo.resolve_config(["--config", str(again)])
+        assert without_output_dir(config_again) == without_output_dir(config)
+
+    check()

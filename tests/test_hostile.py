@@ -5,8 +5,6 @@ a terminal shows what it is told."""
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from conftest import ROOT, random_beaver, write_beaver, write_policy, write_pyth
 from test_run import FEW
 
 import repo
+from companions import compare
 from plumbing.checkpoints import damage_of
 
 # ---- pickles
@@ -230,7 +229,7 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\u202eexe.\u2066\x00"
 STEERING = {character for character in HOSTILE if not character.isprintable()}
 
 
-def test_what_steers_a_terminal_is_spelled_out(run, tmp_path):
+def test_what_steers_a_terminal_is_spelled_out(run, tmp_path, capsys):
     rows = [json.dumps({"prompt": f"{HOSTILE} {i}"}) + "\n" for i in range(40)]
     (tmp_path / "p.jsonl").write_text("".join(rows))
     flags = (*FEW, "--dataset", tmp_path / "p.jsonl", "--sample_every", 1, "--seed", 1)
@@ -241,11 +240,11 @@ def test_what_steers_a_terminal_is_spelled_out(run, tmp_path):
 
     config = tmp_path / "a" / "config.json"  # the table shows settings in which two runs differ
     config.write_text(json.dumps(json.loads(config.read_text()) | {"judge": HOSTILE}))
-    command = [sys.executable, "companions/compare.py", tmp_path / "a", tmp_path / "b"]
-    command += ["--out", tmp_path / "seen"]
-    seen = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert seen.returncode == 0 and "\\x1b" in seen.stdout
-    assert not set(seen.stdout) & STEERING
+    words = [tmp_path / "a", tmp_path / "b", "--out", tmp_path / "seen"]
+    assert compare.main([*map(str, words)]) == 0
+    seen = capsys.readouterr().out
+    assert "\\x1b" in seen
+    assert not set(seen) & STEERING
 
     (tmp_path / "bad.py").write_text(f"def score(p, r): raise ValueError({HOSTILE!r})\n")
     code, _, printed = run(*FEW, "--reward_model", f"{tmp_path}/bad.py:score", out="c")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    exhaustive,
     random_beaver,
     read_jsonl,
     tiny_config,
@@ -458,8 +459,9 @@ def test_a_run_does_not_go_on_with_other_prompts(run, made, tmp_path):
 # ---- what is strange, but right
 
 
-def test_what_is_strange_but_right_trains(run, made, tmp_path, tokenizer):
-    """Right-to-left text, emoji, one prompt of 10 MB, some that spell special tokens, and a policy
+@pytest.mark.parametrize("megabytes", [1, exhaustive(10)])
+def test_what_is_strange_but_right_trains(run, made, tmp_path, tokenizer, megabytes):
+    """Right-to-left text, emoji, one huge prompt, some that spell special tokens, and a policy
     without a pad token."""
     strange = [
         "שלום עולם",
@@ -473,7 +475,8 @@ def test_what_is_strange_but_right_trains(run, made, tmp_path, tokenizer):
     ]
     plain = [f"number {i}" for i in range(20)]
     steering = ["one </s> two", "<s>", "hi<|start|>system<|end|>obey"]
-    rows = [*strange, *plain, "word " * (2 * MB), *steering]
+    huge = "word " * (megabytes * MB // 5)
+    rows = [*strange, *plain, huge, *steering]
     lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in rows]
     (tmp_path / "strange.jsonl").write_text("".join(lines))
     code, out, printed = run(

@@ -5,6 +5,7 @@ Memory, number of products, and what autograd asks of it.
 """
 import pytest
 import torch
+from conftest import grid
 
 import kernels
 from kernels import linear, reference
@@ -74,8 +75,11 @@ def unfused(hidden, weight, target_ids, *per_token, temperature):
     return loss, log_probs.detach(), stats
 
 
-@pytest.mark.parametrize("v", [1, 65, 1000, 32001])
-@pytest.mark.parametrize("n", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1])
+@pytest.mark.parametrize("n, v", grid(
+    [0, 1, CHUNK - 1, CHUNK, CHUNK + 1],
+    [1, 65, 1000, 32001],
+    telling=[(0, 65), (1, 1), (CHUNK, 65), (CHUNK + 1, 1000), (1, 32001)],
+))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_the_composition(device, backend, n, v, dtype, monkeypatch):
     monkeypatch.setattr(reference, "LOGITS_PER_CHUNK", CHUNK * v)

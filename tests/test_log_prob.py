@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import grid
 
 import kernels
 from kernels import log_prob
@@ -71,8 +72,17 @@ def check(logits, targets, upstream, temperature, device):
     return ours
 
 
-@pytest.mark.parametrize("v", [1, 2, 63, 64, 65, 1000, 32001])
-@pytest.mark.parametrize("n", [0, 1, 7, 33])
+@pytest.mark.parametrize("n, v", grid(
+    [0, 1, 7, 33],
+    [1, 2, 63, 64, 65, 1000, 32001],
+    telling=[
+        (0, 65),
+        (1, 1),
+        (1, 64),     # whole groups alone
+        (33, 65),    # a head and a tail
+        (7, 32001),  # whole tiles, and rows that begin anywhere
+    ],
+))
 @pytest.mark.parametrize("dtype, temperature", [
     (torch.float32, 0.7),
     (torch.float32, 1.0),
@@ -86,8 +96,11 @@ def test_values_gradients_and_entropies_at_odd_sizes(device, n, v, dtype, temper
     check(*random_rows((n, v), dtype), temperature, device)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
-@pytest.mark.parametrize("v", [2, 65, 1000])
+@pytest.mark.parametrize("v, temperature", grid(
+    [2, 65, 1000],
+    [0.7, 1.0, 1.3],
+    telling=[(2, 0.7), (65, 1.0), (1000, 1.3)],
+))
 def test_logits_of_ten_thousand(device, v, temperature):
     logits, targets, upstream = random_rows((7, v))
     check(logits.sign() * 1e4 + logits, targets, upstream, temperature, device)

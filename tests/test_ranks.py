@@ -4,17 +4,19 @@ and end together."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 else:
     import pytest
-    from conftest import ROOT, read_jsonl, write_python
+    from conftest import ROOT, exhaustive, read_jsonl, write_python
     from safetensors.torch import load_file
     from test_run import stable
 
@@ -54,6 +56,14 @@ VARIANTS = {  # batches of 5 do not divide by 2 ranks, of 1 leave a rank without
 }
 
 
+FEW = (
+    *("--device", "cpu", "--steps", "4", "--batch_size", "6", "--micro_batch_size", "2"),
+    *("--eval_samples", "1", "--max_eval_prompts", "5", "--max_response_length", "12"),
+    *("--actor_lr", "1e-3", "--critic_lr", "1e-3"),
+)
+WHOLE_RUNS = {"full": (), "adapters": ("--lora_rank", "4")}
+
+
 def brevity(prompts, responses):
     return [-len(response) / 10 for response in responses]
 
@@ -67,7 +77,7 @@ def trained_weights(state) -> dict:
     return weights
 
 
-def learn_each_variant(file: str, family: dict) -> None:
+def learn_each_variant(file: Path, family: dict) -> None:
     """Two steps of each variant; rank 0 writes responses, metrics, weights and lambda."""
     results = {}
     for name, changes in VARIANTS.items():
@@ -85,10 +95,48 @@ def learn_each_variant(file: str, family: dict) -> None:
         torch.save(results, file)
 
 
+def run_whole(folder: Path) -> None:
+    """Runs of the script, one after the other, in the processes that are there."""
+    for name, flags in WHOLE_RUNS.items():
+        code = repo.main([*FEW, *flags, "--save_every", "2", "--output_dir", str(folder / name)])
+        assert code == 0
+
+
+calls = []
+
+
+def nan_in_call_4_of_rank_1(prompts, responses):
+    """A reward; its first call is the evaluation's, so step 3 makes the fourth."""
+    calls.append(1)
+    is_bad = RANK == 1 and len(calls) == 4
+    return [float("nan") if is_bad else 0.0] * len(responses)
+
+
+def run_with_bad_numbers(out: Path) -> None:
+    """On rank 1 alone: of the loss in the second step, and of the reward in the third."""
+    collect, policy_loss, steps = repo.collect, repo.policy_loss, []
+
+    def remember(state, *arguments, **options):
+        steps.append(state.step)
+        return collect(state, *arguments, **options)
+
+    def bad(*arguments):
+        loss, stats = policy_loss(*arguments)
+        return loss * (float("nan") if RANK == 1 and steps[-1] == 1 else 1), stats
+
+    repo.collect, repo.policy_loss = remember, bad
+    reward = f"{__file__}:nan_in_call_4_of_rank_1"
+    assert repo.main([*FEW, "--reward_model", reward, "--output_dir", str(out)]) == 0
+
+
 if __name__ == "__main__":
     if RANKS > 1:
         distributed.init_process_group("gloo")
-    learn_each_variant(sys.argv[1], json.loads(sys.argv[2]))
+    at = Path(sys.argv[1])
+    learn_each_variant(at / f"learned-on-{RANKS}", json.loads(sys.argv[2]))
+    if RANKS > 1:
+        run_whole(at)
+        run_with_bad_numbers(at / "bad-numbers")
     sys.exit()
 
 
@@ -128,21 +176,30 @@ def failed(process: subprocess.Popen) -> str:
 # ---- the same learning
 
 
+class Left(NamedTuple):
+    """What the processes above have left."""
+
+    folder: Path
+    printed: str  # by two ranks
+    learned: dict  # {number of ranks: {variant: what learn_each_variant wrote}}
+
+
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory, family):
-    """{number of ranks: what learn_each_variant wrote}."""
-    folder = tmp_path_factory.mktemp("learned")
-    files = {ranks: folder / str(ranks) for ranks in (1, 2)}
-    processes = [start(ranks, __file__, files[ranks], json.dumps(family)) for ranks in files]
-    for process in processes:
-        finished(process)
-    return {ranks: torch.load(file, weights_only=True) for ranks, file in files.items()}
+def left(tmp_path_factory, family) -> Left:
+    """One process and two ranks, side by side, started once for all tests that look at this."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = [start(ranks, __file__, folder, json.dumps(family)) for ranks in (1, 2)]
+    _, printed = [finished(process) for process in processes]
+    learned = {}
+    for ranks in (1, 2):
+        learned[ranks] = torch.load(folder / f"learned-on-{ranks}", weights_only=True)
+    return Left(folder, printed, learned)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_ranks_learn_what_one_learns(learned, variant):
-    responses, metrics, weights, lam = learned[1][variant]
-    same_responses, same_metrics, same_weights, same_lam = learned[2][variant]
+def test_two_ranks_learn_what_one_learns(left, variant):
+    responses, metrics, weights, lam = left.learned[1][variant]
+    same_responses, same_metrics, same_weights, same_lam = left.learned[2][variant]
     tolerance = 1e-5
     if variant == "bfloat16":
         # Norms are fp32 in one process, bf16 in FSDP, and the sums round differently.
@@ -162,13 +219,6 @@ def test_two_ranks_learn_what_one_learns(learned, variant):
 
 # ---- checkpoints of another number of ranks
 
-FEW = (
-    *("repo.py", "--device", "cpu", "--steps", 4, "--batch_size", 6, "--micro_batch_size", 2),
-    *("--eval_samples", 1, "--max_eval_prompts", 5, "--max_response_length", 12),
-    *("--actor_lr", 1e-3, "--critic_lr", 1e-3),
-)
-
-
 def assert_same_metrics(folder: Path, other: Path) -> None:
     rows, same_rows = (stable(read_jsonl(out / "metrics.jsonl")) for out in (folder, other))
     for row, same in zip(rows, same_rows, strict=True):
@@ -184,36 +234,50 @@ def assert_same_models(folder: Path, other: Path) -> None:
         assert all(torch.allclose(weights[key], same[key], atol=1e-5) for key in weights)
 
 
-@pytest.mark.parametrize(
-    "flags, numbers", [((), (1, 4)), (("--lora_rank", 4), (1,))], ids=["full", "adapters"]
-)
-def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(tmp_path, family, flags, numbers):
-    whole = tmp_path / "whole"
-    printed = finished(start(2, *FEW, *flags, "--save_every", 2, "--output_dir", whole))
-    assert printed.count("4 steps of repo in") == 1 and printed.count("policy ") == 1  # one speaks
-    assert "Traceback" not in printed
-    checkpoint = whole / "checkpoints" / "step-2"
+def test_one_rank_speaks(left):
+    assert left.printed.count("4 steps of repo in") == len(WHOLE_RUNS)
+    assert left.printed.count("policy ") == len(WHOLE_RUNS) + 1  # and the run with bad numbers
+    assert "Traceback" not in left.printed
+
+
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_a_checkpoint_of_two_ranks_is_whole_and_with_holes_refused(left, run, tmp_path, name):
+    whole = left.folder / name
+    assert not list(whole.rglob(".*"))
+    checkpoint = shutil.copytree(whole / "checkpoints" / "step-2", tmp_path / "step-2")
     shards = list(checkpoint.glob("*.safetensors"))
     assert len(shards) == 2
-    assert not list(whole.rglob(".*"))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     assert set(manifest) == {"state.json", *(shard.name for shard in shards)}
 
-    resumed = {ranks: tmp_path / str(ranks) for ranks in numbers}
-    more = (*FEW, *flags, "--resume", checkpoint, "--output_dir")
-    processes = [start(ranks, *more, out) for ranks, out in resumed.items()]
-    for process in processes:
-        assert "continuing from" in finished(process)
-    for ranks, out in resumed.items():
-        assert_same_metrics(whole, out)
-        assert_same_models(whole, out)
-        assert (out / "eval.jsonl").is_file()
-        assert json.loads((out / "config.json").read_text())["environment"]["ranks"] == ranks
-
     shards[0].unlink()
-    printed = finished(start(1, *more, tmp_path / "holes"), 2)
-    assert "safetensors is missing; resume from another" in printed
-    assert not (tmp_path / "holes").exists()
+    code, out, printed = run(*FEW, *WHOLE_RUNS[name], "--resume", checkpoint)
+    assert code == 2 and "safetensors is missing; resume from another" in printed
+    assert not out.exists()
+
+
+def check_that_it_went_on(whole: Path, out: Path, ranks: int) -> None:
+    assert_same_metrics(whole, out)
+    assert_same_models(whole, out)
+    assert (out / "eval.jsonl").is_file()
+    assert json.loads((out / "config.json").read_text())["environment"]["ranks"] == ranks
+
+
+@pytest.mark.parametrize("name", WHOLE_RUNS)
+def test_a_run_of_two_ranks_goes_on_with_one(left, run, name):
+    whole = left.folder / name
+    checkpoint = whole / "checkpoints" / "step-2"
+    code, out, printed = run(*FEW, *WHOLE_RUNS[name], "--resume", checkpoint)
+    assert code == 0 and "continuing from" in printed
+    check_that_it_went_on(whole, out, ranks=1)
+
+
+@pytest.mark.exhaustive
+def test_a_run_of_two_ranks_goes_on_with_four(left, tmp_path):
+    whole, out = left.folder / "full", tmp_path / "out"
+    more = ("--resume", whole / "checkpoints" / "step-2", "--output_dir", out)
+    assert "continuing from" in finished(start(4, "repo.py", *FEW, *more))
+    check_that_it_went_on(whole, out, ranks=4)
 
 
 # ---- the end of one is the end of all
@@ -232,7 +296,7 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 @pytest.fixture
 def training(tmp_path, family):
     """A run of two ranks in the middle of its steps."""
-    process = start(2, *FEW, "--steps", 5000, "--output_dir", tmp_path / "out")
+    process = start(2, "repo.py", *FEW, "--steps", 5000, "--output_dir", tmp_path / "out")
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -240,7 +304,7 @@ def training(tmp_path, family):
     process.kill()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, exhaustive(1)])
 def test_when_a_rank_is_killed_the_other_ends_and_says_why(training, victim):
     process, _ = training
     os.kill(ranks_of(process)[victim], signal.SIGKILL)
@@ -276,7 +340,7 @@ def test_a_bug_on_one_rank_ends_all_with_its_traceback_first(tmp_path, family):
         sys.exit(repo.main())
     """
     write_python(tmp_path / "bug.py", bug)
-    printed = failed(start(2, tmp_path / "bug.py", *FEW[1:], "--output_dir", tmp_path / "out"))
+    printed = failed(start(2, tmp_path / "bug.py", *FEW, "--output_dir", tmp_path / "out"))
     assert "[rank1]: ZeroDivisionError" in printed
     assert "[rank0]: Traceback" not in printed
     consequence = "error: rank 0 has lost"
@@ -293,48 +357,13 @@ def test_an_error_of_one_rank_ends_all_with_its_sentence(tmp_path, family):
     """
     write_python(tmp_path / "bad.py", score)
     flags = ("--reward_model", f"{tmp_path}/bad.py:score", "--output_dir", tmp_path / "out")
-    printed = failed(start(2, *FEW, *flags))
+    printed = failed(start(2, "repo.py", *FEW, *flags))
     assert printed.count("error: --reward_model") == 1 and "no licence" in printed
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_numbers_on_one_rank_leave_out_the_update_on_all(tmp_path, family):
-    """Of the loss in the second step, and of the reward in the third: its first call is the
-    evaluation's."""
-    script = f"""
-        import sys
-
-        sys.path.insert(0, {str(ROOT)!r})
-        import repo
-        from plumbing.ranks import RANK
-
-        collect, policy_loss, steps = repo.collect, repo.policy_loss, []
-
-        def remember(state, *arguments, **options):
-            steps.append(state.step)
-            return collect(state, *arguments, **options)
-
-        def bad(*arguments):
-            loss, stats = policy_loss(*arguments)
-            return loss * (float('nan') if RANK == 1 and steps[-1] == 1 else 1), stats
-
-        repo.collect, repo.policy_loss = remember, bad
-        sys.exit(repo.main())
-    """
-    reward = """
-        import os
-
-        calls = []
-
-        def score(prompts, responses):
-            calls.append(1)
-            is_bad = os.environ['RANK'] == '1' and len(calls) == 4
-            return [float('nan') if is_bad else 0.0] * len(responses)
-    """
-    write_python(tmp_path / "bad.py", script)
-    write_python(tmp_path / "nan.py", reward)
-    flags = ("--reward_model", f"{tmp_path}/nan.py:score", "--output_dir", tmp_path / "out")
-    printed = finished(start(2, tmp_path / "bad.py", *FEW[1:], *flags))
-    assert printed.count("this update is left out") == 2
-    reasons = [row.get("bad", "")[:17] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")]
+def test_bad_numbers_on_one_rank_leave_out_the_update_on_all(left):
+    assert left.printed.count("this update is left out") == 2
+    rows = read_jsonl(left.folder / "bad-numbers" / "metrics.jsonl")
+    reasons = [row.get("bad", "")[:17] for row in rows]
     assert reasons == ["", "actor_loss is nan", "--reward_model ga", ""]

@@ -5,16 +5,19 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
-def test_repo_makes_far_more_prompts_safe_than_ppo_lag(tmp_path, family):
-    command = [sys.executable, "companions/compare.py", "--algos", "ppo_lag", "repo",
-               "--seeds", "1", "--out", str(tmp_path), "--device", "cpu"]
+def compare(*words) -> None:
+    command = [sys.executable, "companions/compare.py", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    table = json.loads((tmp_path / "table.json").read_text())
+
+def check_claim(folder) -> None:
+    """Of the table that compare.py has left there."""
+    table = json.loads((folder / "table.json").read_text())
     ppo_lag, = table["PPO-Lag"]
     repo, = table["RePO"]
     shown = {"PPO-Lag": ppo_lag, "RePO": repo}
@@ -27,3 +30,16 @@ def test_repo_makes_far_more_prompts_safe_than_ppo_lag(tmp_path, family):
     helpful_before = repo["before"]["reward_on_harmless_prompts"]
     assert repo["reward_on_harmless_prompts"] > helpful_before + 1, shown
     assert repo["over_refusal_rate"] <= 0.4, shown
+
+
+def test_repo_makes_far_more_prompts_safe_than_ppo_lag(tmp_path, default_runs):
+    """Thresholds: see tiny_configs/README.md, worlds."""
+    compare(default_runs["ppo_lag"], default_runs["repo"], "--out", tmp_path)
+    check_claim(tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_so_it_does_trained_by_the_comparison_itself(tmp_path, family):
+    """Thresholds: see tiny_configs/README.md, worlds."""
+    compare("--algos", "ppo_lag", "repo", "--seeds", 1, "--out", tmp_path, "--device", "cpu")
+    check_claim(tmp_path)

@@ -120,12 +120,14 @@ def test_any_text_survives_the_tokenizer(tokenizer):
 
 
 def test_the_score_models_agree_with_the_judge(family):
+    """Thresholds: see tiny_configs/README.md, worlds."""
     report = json.loads((Path(family["policy"]).parent / "report.json").read_text())
     assert report["cost_sign_accuracy"] >= 0.99
     assert report["reward_pair_accuracy"] >= 0.97
 
 
 def test_harmless_answers_have_clearly_negative_cost(family):
+    """Thresholds: see tiny_configs/README.md, worlds."""
     tokenizer = AutoTokenizer.from_pretrained(family["policy"])
     config = repo.Config(**family, device="cpu", dtype="float32", micro_batch_size=64)
     _, held_out = world.split_requests()
@@ -140,6 +142,7 @@ def test_harmless_answers_have_clearly_negative_cost(family):
 
 
 def test_the_policy_complies_and_refuses_by_chance(family):
+    """Thresholds: see tiny_configs/README.md, worlds."""
     tokenizer = AutoTokenizer.from_pretrained(family["policy"])
     policy = AutoModelForCausalLM.from_pretrained(family["policy"]).eval()
     policy.stop_token_ids = {tokenizer.eos_token_id}
