@@ -35,6 +35,8 @@ def test_lambda_of_ppo_lag_follows_the_mean_in_both_directions():
     falling = repo.update_lambda(2.0, torch.tensor([-3.0, -1.0]), lag)
     assert rising == pytest.approx(2.0 * math.exp(0.1 * 2.0 * 2.0))
     assert falling == pytest.approx(2.0 * math.exp(-0.4))
+    above = repo.update_lambda(2.0, torch.tensor([3.0, 1.0]), settings(algo="ppo_lag", threshold=3))
+    assert above == pytest.approx(2.0 * math.exp(0.1 * 2.0 * -1.0))  # a mean of 2 is below d = 3
 
 
 def test_lambda_of_ppo_lag_falls_by_compensation_and_is_capped_without_overflow():
