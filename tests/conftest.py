@@ -17,6 +17,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a network; asking for o
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from plumbing.threads import fit_threads  # noqa: E402, before torch
+
+fit_threads()
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
