@@ -23,6 +23,7 @@ import os
 import random
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
@@ -350,7 +351,7 @@ def build(cache: Path = HERE / "cache", seed: int | None = None) -> dict[str, st
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         temporary.mkdir(parents=True)
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), one_thread():
                 write_family(temporary, seed)
             temporary.replace(folder)
         except OSError:
@@ -367,6 +368,18 @@ def build(cache: Path = HERE / "cache", seed: int | None = None) -> dict[str, st
         "ptx_dataset": str(folder / "demonstrations.jsonl"),
         "judge": f"{Path(__file__).resolve()}:judge",
     }
+
+
+@contextmanager
+def one_thread():
+    """More threads add up in another order: a busy machine would get another world than an idle
+    one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def world_seed() -> int:
@@ -407,7 +420,7 @@ def write_family(folder: Path, seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    print(f"building the tiny family in {folder.parent} (once; about half a minute): "
+    print(f"building the tiny family in {folder.parent} (once; about a minute): "
           f"{len(REQUESTS)} requests, {len(demonstrations)} demonstrations, "
           f"{len(pairs)} preference pairs, vocabulary {len(tokenizer)}", flush=True)
 
