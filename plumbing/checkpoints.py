@@ -66,16 +66,21 @@ def save_checkpoint(state, out: Path, config) -> Path:
 def save_final(state, out: Path, config) -> None:
     """Writes final/: the policy as a plain model and the critics as score models, adapters merged,
     in the compute dtype."""
-    for name, folder in zip(state.TRAINED, ("actor", "reward_critic", "cost_critic")):
-        model = getattr(state, name)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model, options=options)
-        path = out / "final" / folder
-        with renamed_when_complete(path) as temporary, room_for(weights, temporary):
-            if RANK == 0:
-                save = save_policy if name == "policy" else save_critic
-                save(temporary, model, merged(weights), config)
-                state.tokenizer.save_pretrained(temporary)
+    save_whole(state.policy, out / "final" / "actor", save_policy, state.tokenizer, config)
+    save_whole(state.reward_critic, out / "final" / "reward_critic", save_critic,
+               state.tokenizer, config)
+    save_whole(state.cost_critic, out / "final" / "cost_critic", save_critic,
+               state.tokenizer, config)
+
+
+def save_whole(model, folder: Path, save, tokenizer, config) -> None:
+    """Gathers a model's weights from all ranks, and has rank 0 write them."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    with renamed_when_complete(folder) as temporary, room_for(weights, temporary):
+        if RANK == 0:
+            save(temporary, model, merged(weights), config)
+            tokenizer.save_pretrained(temporary)
 
 
 def room_for(tensors: dict, path: Path):

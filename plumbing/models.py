@@ -533,19 +533,21 @@ def save_critic(folder: Path, critic: ScoreModel, weights: dict[str, Tensor], co
     """
     weights = {name: weight for name, weight in weights.items()
                if not name.startswith("normalizer.")}
-    save_score_model(folder, critic.config, weights, getattr(torch, config.dtype))
+    save_score_model(folder, critic, weights, getattr(torch, config.dtype))
 
 
-def save_score_model(folder: Path, config, weights: dict[str, Tensor], dtype) -> None:
-    """Writes the Beaver layout: weights as a ScoreModel names them, and the backbone's config."""
-    config = copy.deepcopy(config)
+def save_score_model(folder: Path, model: ScoreModel, weights: dict[str, Tensor], dtype) -> None:
+    """Writes the Beaver layout: weights as a plain model like this one names them, and the
+    backbone's config."""
+    config = copy.deepcopy(model.config)
     config.update({"score_dim": 1, "score_bias": True, "do_normalize": False})
+    body = type(model.model)  # which may come with the checkpoint, and is in no list of classes
     with torch.device("meta"):
-        plain = ScoreModel(config)
+        plain = ScoreModel(config, body(config))
     plain.model.to(dtype)
     plain.save_pretrained(folder, state_dict=typed_as_in(plain, weights))
-    body = type(plain.model).__name__.removesuffix("Model")
-    plain.config.architectures = [f"{body}ForScore"]  # the library wrote its own name for the class
+    name = body.__name__.removesuffix("Model")
+    plain.config.architectures = [f"{name}ForScore"]  # the library wrote its own name for the class
     plain.config.save_pretrained(folder)
 
 

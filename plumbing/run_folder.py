@@ -88,7 +88,7 @@ def cut_back(out: Path, step: int, logs: dict) -> None:
 # ---- Whose folder it is
 
 def has_metrics(folder: str | None) -> bool:
-    """Whether a run has trained there, or a policy was evaluated."""
+    """Whether a run has trained there."""
     return folder is not None and Path(folder, "metrics.jsonl").is_file()
 
 

@@ -117,7 +117,7 @@ PRESETS = {
     "alpaca-7b": SAFE_RLHF | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
     "llama-3.2-3b": SAFE_RLHF | {"policy": "meta-llama/Llama-3.2-3B-Instruct"},
 }
-NOT_FROM_A_FILE = ("environment", "trust_remote_code", "output_dir", "eval_only")
+NOT_FROM_A_FILE = ("config", "environment", "trust_remote_code", "output_dir", "eval_only")
 MAY_BE_ZERO = ("lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda",
                "ptx_coeff", "seed", "save_every", "sample_every")
 
@@ -142,7 +142,7 @@ def resolve(config_class, argv: list[str], build_tiny):
     saved = given_in_file(parser, file) if file else {}
     if "model" in flags:  # and not what was trained for the file's own
         saved = without(saved, "policy")
-    model = flags.get("model") or saved.get("model") or RunSettings.model
+    model = flags.get("model", saved.get("model", RunSettings.model))
     is_path = model.startswith((".", "/", "~"))
     require(not is_path or Path(model).expanduser().is_dir(), f"--model {model}: no such folder")
 
@@ -150,6 +150,7 @@ def resolve(config_class, argv: list[str], build_tiny):
     if model == "tiny":
         with rank_0_first():
             preset = build_tiny()
+    preset = given_in(parser, as_words(preset))
     config = config_class(**layered(preset, saved, flags))
     fill_in(config)
     check_numbers(config)
@@ -196,9 +197,11 @@ def given_in_file(parser, path: str) -> dict:
     unknown = sorted(settings.keys() - {*known, "environment"})
     require(not unknown, f"--config {path}: there is no setting {', '.join(unknown)}"
                          f"{did_you_mean(unknown, known)}; python repo.py --help lists them")
-    settings = without(settings, *NOT_FROM_A_FILE)
-    words = [f"--{name}={value}" for name, value in settings.items() if value is not None]
-    return given_in(parser, words)
+    return given_in(parser, as_words(without(settings, *NOT_FROM_A_FILE)))
+
+
+def as_words(settings: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
 def without(settings: dict, *names: str) -> dict:

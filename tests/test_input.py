@@ -355,6 +355,7 @@ CASES = [
     ("--resume {}/finished/checkpoints/step-2 --eval_only",
      "--eval_only evaluates a policy, --resume goes on training"),
     ("--dry_run --eval_only", "--dry_run plans a run that trains"),
+    ("--model=", "--reward_model is missing"),
     ("--resume {}/nowhere", "nowhere: not a checkpoint"),
     ("--eval_only {}/nowhere", "nowhere: is none of tiny, alpaca-7b, llama-3.2-3b, no folder here"),
     ("--output_dir {}/policy", "exists and is not a run of this script"),

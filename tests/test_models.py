@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 from conftest import random_beaver, tiny_config, write_beaver, write_policy
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
     PreTrainedTokenizerFast,
@@ -422,3 +424,18 @@ def test_with_a_plain_head_whole_logits_are_never_made_and_the_loss_is_the_same(
         policy.zero_grad()
         hook.remove()
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results))
+
+
+def test_a_critic_whose_class_is_in_no_list_is_saved_all_the_same(tmp_path, tokenizer):
+    """Such classes come with checkpoints, by --trust_remote_code."""
+    class OwnConfig(LlamaConfig):
+        model_type = "own"
+
+    class OwnModel(LlamaModel):
+        config_class = OwnConfig
+
+    settings = tiny_config(tokenizer).to_dict() | {"model_type": "own"}
+    critic = repo.ScoreModel(OwnConfig(**settings), OwnModel(OwnConfig(**settings)))
+    save_critic(tmp_path / "critic", critic, critic.state_dict(), repo.Config(dtype="float32"))
+    saved = load_file(tmp_path / "critic" / "model.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in critic.state_dict().items())

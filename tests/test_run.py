@@ -375,7 +375,7 @@ def test_what_is_no_run_is_not_touched(run, tmp_path):
 
 def test_precedence_is_defaults_preset_file_flags(tmp_path):
     file = tmp_path / "c.json"
-    settings = {"batch_size": 3, "lambda_max": 7.5, "tf32": True, "judge": None}
+    settings = {"batch_size": 3, "lambda_max": 7.5, "tf32": True, "judge": None, "config": "x"}
     file.write_text(json.dumps(settings))
     config = repo.resolve_config(["--config", str(file), "--batch_size", "5"])
     assert config.batch_size == 5  # the flag's

@@ -385,7 +385,8 @@ def one_thread():
 def world_seed() -> int:
     """TINY_WORLD_SEED of the environment, 0 without it. Raises UserError if it is no number."""
     given = os.environ.get("TINY_WORLD_SEED", "0")
-    require(given.isdecimal(), f"TINY_WORLD_SEED={given}: must be a number, 0 or more")
+    require(given.isdecimal() and int(given) < 2**63,
+            f"TINY_WORLD_SEED={given}: must be a number, 0 or more, below 2^63")
     return int(given)
 
 
@@ -432,7 +433,7 @@ def write_family(folder: Path, seed: int) -> None:
     reward_model, cost_model, reward_loss, cost_loss = train_score_models(
         config, policy.model.state_dict(), tokenizer, pairs, rng)
     for name, model in (("reward", reward_model), ("cost", cost_model)):
-        save_score_model(folder / name, config, model.state_dict(), torch.float32)
+        save_score_model(folder / name, model, model.state_dict(), torch.float32)
         tokenizer.save_pretrained(folder / name)
 
     order, sign = accuracies(reward_model, cost_model, tokenizer, held_out_pairs)
