@@ -1,0 +1,504 @@
+"""Deliberate bugs, a line each: would the tests notice?
+
+    python tests/mutations.py                        # every bug; an hour or two
+    python tests/mutations.py --only gae lambda      # those with such a word in their name
+    python tests/mutations.py --likely-only          # without the whole suite for survivors
+
+Each bug is put into a fresh copy of the project. The test files that should notice it run there;
+if they pass, the whole fast suite does. Code 1 if a bug survives in what an equation or a README
+promises.
+"""
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 1800  # seconds for one run of pytest; a bug that makes it hang is noticed by that
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`old`, which stands in the file once, becomes `new`."""
+
+    file: str
+    tests: str  # the files likely to notice: "run faults" is test_run.py, then test_faults.py
+    name: str
+    old: str
+    new: str
+    is_covered: bool = True  # by an equation, or by what one of the README.md files promises
+
+
+BUGS = [
+    # ---- repo.py: lambda (3), estimators (2), the rectifier
+    Bug("repo.py", "equations", "rectifier: no clamp",
+        "return (cost - threshold).clamp(min=0.0)", "return cost - threshold"),
+    Bug("repo.py", "equations", "rectifier: threshold with the wrong sign",
+        "return (cost - threshold).clamp", "return (cost + threshold).clamp"),
+    Bug("repo.py", "equations", "lambda: falls on safe steps",
+        "rectify(costs, config.threshold).mean()", "(costs - config.threshold).mean()"),
+    Bug("repo.py", "equations", "lambda: the sum of violations for their mean",
+        "rectify(costs, config.threshold).mean()", "rectify(costs, config.threshold).sum()"),
+    Bug("repo.py", "equations", "lambda: no cap",
+        "return min(lam + config.lambda_lr * violation, config.lambda_max)",
+        "return lam + config.lambda_lr * violation"),
+    Bug("repo.py", "equations", "lambda: PPO-Lag's rule is linear",
+        "growth = math.exp(min(exponent, 700.0))", "growth = 1 + exponent"),
+    Bug("repo.py", "equations", "lambda: PPO-Lag forgets the threshold",
+        "(costs.mean().item() - config.threshold)", "costs.mean().item()"),
+    Bug("repo.py", "run equations", "lambda: PPO-Lag looks at this step's costs alone",
+        'latest = torch.tensor(state.costs) if config.algo == "ppo_lag" else rollout.cost',
+        "latest = rollout.cost"),
+    Bug("repo.py", "run numbers", "lambda: a step updates it before it is used",
+        "estimate_advantages(rollout, lam, config)",
+        "estimate_advantages(rollout, update_lambda(lam, rollout.cost, config), config)"),
+    Bug("repo.py", "equations", "estimator: mask takes a cost at the threshold for unsafe",
+        "lambdas * (excess > 0)", "lambdas * (excess >= 0)"),
+    Bug("repo.py", "equations", "estimator: mask penalises safe responses too",
+        "return excess, lambdas * (excess > 0)", "return excess, lambdas * 1"),
+    Bug("repo.py", "equations", "estimator: PPO is penalised",
+        "return excess, torch.zeros_like(cost)", "return excess, lambdas"),
+    Bug("repo.py", "equations", "estimator: PPO-Lag is rectified",
+        'config.algo == "repo" and config.rectify', 'config.algo != "ppo" and config.rectify'),
+
+    # ---- repo.py: token rewards and costs (4) (5), advantages (6)
+    Bug("repo.py", "equations", "shaping: the KL in the costs has the rewards' sign",
+        "costs = kl_coeff * kl", "costs = -kl_coeff * kl"),
+    Bug("repo.py", "equations", "shaping: the KL is the other way round",
+        "torch.where(mask, log_probs - ref_log_probs, 0.0)",
+        "torch.where(mask, ref_log_probs - log_probs, 0.0)"),
+    Bug("repo.py", "equations", "shaping: the score stands in the last column",
+        "is_last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))",
+        "is_last = torch.arange(mask.shape[1]) == mask.shape[1] - 1"),
+    Bug("repo.py", "equations", "shaping: the score stands in the padding too",
+        "is_last = mask & (mask.cumsum(1)", "is_last = (mask.cumsum(1)"),
+    Bug("repo.py", "equations", "shaping: the clamp comes before the sum",
+        "is_last * reward[:, None]              ", "is_last * reward[:, None].clip(-50, 50)"),
+    Bug("repo.py", "equations", "shaping: costs are not clamped",
+        "costs.clamp(-clip_range_score, clip_range_score))", "costs)"),
+    Bug("repo.py", "equations", "GAE: no next value",
+        "+ gamma * next_value - values[:, t]", "- values[:, t]"),
+    Bug("repo.py", "equations", "GAE: no gamma before the next value",
+        "+ gamma * next_value", "+ next_value"),
+    Bug("repo.py", "equations", "GAE: no gamma before the next advantage",
+        "delta + gamma * lam * advantage", "delta + lam * advantage"),
+    Bug("repo.py", "equations", "GAE: no lambda",
+        "delta + gamma * lam * advantage", "delta + gamma * advantage"),
+    Bug("repo.py", "equations", "GAE: starts anew at each token",
+        "advantage = delta + gamma * lam * advantage", "advantage = delta"),
+    Bug("repo.py", "equations", "GAE: the last token has a next value",
+        "advantage = next_value = torch.zeros_like(values[:, 0])",
+        "advantage, next_value = torch.zeros_like(values[:, 0]), values[:, -1]"),
+    Bug("repo.py", "equations", "GAE: values outside the mask stay",
+        "values = values.masked_fill(mask == 0, 0.0)", "values = values.clone()"),
+    Bug("repo.py", "equations", "GAE: returns without the value",
+        "return advantages, advantages + values", "return advantages, advantages"),
+    Bug("repo.py", "ranks run", "GAE: costs with the rewards' values",
+        "costs, rollout.cost_values, mask", "costs, rollout.reward_values, mask"),
+
+    # ---- (7) (8), weights, critics, PTX
+    Bug("kernels/reference.py", "equations", "(7): not divided by 1 + lambda",
+        "(reward_advantages - penalty * cost_advantages) / (1 + penalty)",
+        "(reward_advantages - penalty * cost_advantages)"),
+    Bug("kernels/reference.py", "equations", "(7): plus the penalty",
+        "(reward_advantages - penalty * cost", "(reward_advantages + penalty * cost"),
+    Bug("kernels/reference.py", "equations", "(8): the larger of the two",
+        "torch.minimum(ratio * advantages", "torch.maximum(ratio * advantages"),
+    Bug("kernels/reference.py", "equations", "(8): the clip has one side",
+        "ratio.clamp(1 - clip_range, 1 + clip_range)", "ratio.clamp(max=1 + clip_range)"),
+    Bug("kernels/reference.py", "repo_loss", "(8): approx_kl without rho - 1",
+        "(ratio - 1 - log_ratio).sum()", "(-log_ratio).sum()"),
+    Bug("repo.py", "models", "(8): the temperature is dropped",
+        "config.clip_range, config.temperature)", "config.clip_range)"),
+    Bug("repo.py", "rollout ranks", "w_t: per batch, not per response",
+        "weight = mask / lengths / minibatch_size", "weight = mask / mask.sum()"),
+    Bug("repo.py", "rollout ranks", "w_t: over the micro-batch, not the minibatch",
+        "weight = mask / lengths / minibatch_size", "weight = mask / lengths / len(mask)"),
+    Bug("repo.py", "equations", "critic: the smaller of the plain and the clipped error",
+        "error = torch.maximum((value", "error = torch.minimum((value"),
+    Bug("repo.py", "equations", "critic: the clip has one side",
+        "(value - old).clamp(-limit, limit)", "(value - old).clamp(max=limit)"),
+    Bug("repo.py", "rollout models", "critic: the value of the state after the token",
+        "return values[row, column]", "return values[row, column + 1]"),
+    Bug("plumbing/models.py", "models", "critic: its head begins as it happens to be",
+        "{name: torch.zeros_like(weight) for name, weight in head.items()}",
+        "{name: torch.ones_like(weight) for name, weight in head.items()}"),
+    Bug("repo.py", "numbers run", "critic: learns at the policy's rate",
+        'config.actor_lr if name == "policy" else config.critic_lr', "config.actor_lr",
+        is_covered=False),
+    Bug("repo.py", "rollout run", "PTX: its weight is ignored",
+        "(scale * RANKS * loss).backward()", "(RANKS * loss).backward()"),
+    Bug("repo.py", "models ranks", "PTX: a sum, not a mean over tokens",
+        "1.0).sum() / all_tokens, {}", "1.0).sum(), {}"),
+    Bug("repo.py", "run", "policy's rate: no cosine",
+        "return min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * step / steps)) / 2",
+        "return min((step + 1) / warmup, 1.0)", is_covered=False),
+    Bug("plumbing/ranks.py", "rollout run", "gradients: not cut to a norm of 1",
+        "clip_grad_norm_(model.parameters(), 1.0)", "clip_grad_norm_(model.parameters(), 1e9)"),
+    Bug("repo.py", "numbers", "gradients: a step with bad numbers is taken",
+        "if not bad:", "if True:"),
+
+    # ---- rollout: log-probs, masks, sampling, minibatches
+    Bug("kernels/reference.py", "kernels", "gather: the temperature is dropped",
+        "scaled = at_least_fp32(logits) / temperature", "scaled = at_least_fp32(logits)"),
+    Bug("kernels/reference.py", "log_prob kernels", "gather: in bf16 if that comes in",
+        "return tensor.to(torch.promote_types(tensor.dtype, torch.float32))", "return tensor"),
+    Bug("repo.py", "rollout", "gather: the target is one too early",
+        "return row, column - 1, self.input_ids[row, column]",
+        "return row, column - 1, self.input_ids[row, column - 1]"),
+    Bug("repo.py", "rollout", "gather: the token's own position, not the one before",
+        "return row, column - 1, self", "return row, column, self"),
+    Bug("repo.py", "models", "gather: whole logits from one position too late",
+        "first_kept = batch.input_ids.shape[1] - kept",
+        "first_kept = batch.input_ids.shape[1] - kept + 1"),
+    Bug("kernels/reference.py", "kernels", "entropy: a mean over the vocabulary",
+        "entr(probs).sum(-1)", "entr(probs).mean(-1)"),
+    Bug("repo.py", "rollout run", "old log-probs: at temperature 1",
+        "response_log_probs, state.policy, rollout, config, config.temperature,",
+        "response_log_probs, state.policy, rollout, config, 1.0,"),
+    Bug("repo.py", "rollout run", "reference's log-probs: at temperature 1",
+        "response_log_probs, state.reference, rollout, config, config.temperature)",
+        "response_log_probs, state.reference, rollout, config, 1.0)"),
+    Bug("plumbing/models.py", "run lora", "reference: the policy itself",
+        "reference = second_model(policy, config).requires_grad_(False)", "reference = policy"),
+    Bug("plumbing/models.py", "models", "dropout: it stays in the policy",
+        "    policy.eval()", "    policy.train()"),
+    Bug("plumbing/models.py", "models", "positions: padding counts",
+        "position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)",
+        "position_ids = torch.ones_like(input_ids).cumsum(1) - 1"),
+    Bug("plumbing/prompts.py", "rollout", "padding: prompts on the right",
+        "ids.append([pad_id] * left + prompt + response",
+        "ids.append(prompt + [pad_id] * left + response"),
+    Bug("repo.py", "rollout", "response: its EOS is dropped",
+        "return token_ids[:t + 1]", "return token_ids[:t]"),
+    Bug("repo.py", "rollout", "response: the limit of the longest prompt for all",
+        "[response_limit(prompt, config) for prompt in prompts]",
+        "[response_limit(max(prompts, key=len), config)] * len(prompts)"),
+    Bug("repo.py", "rollout run", "response: one that is cut off counts as finished",
+        "finished = [row[-1] in state.policy.stop_token_ids for", "finished = [True for"),
+    Bug("plumbing/sampling.py", "rollout", "sampling: all responses share a row of numbers",
+        "self.uniform[:, t:t + 1]", "self.uniform[:1, t:t + 1]"),
+    Bug("plumbing/sampling.py", "rollout", "sampling: one number for all of a response's tokens",
+        "t = input_ids.shape[1] - self.prompt_length", "t = 0"),
+    Bug("plumbing/sampling.py", "rollout", "sampling: the temperature is dropped",
+        "(scores / self.temperature).double()", "scores.double()"),
+    Bug("repo.py", "rollout ranks", "sampling: numbers go by length, not by row",
+        "uniform[mine],", "uniform[:len(mine)],"),
+    Bug("repo.py", "run ranks", "sampling: every step draws the same numbers",
+        "collect(state, repeated, config, key=state.step)", "collect(state, repeated, config)"),
+    Bug("repo.py", "run", "evaluation: other numbers before and after",
+        'key=("held out", start)', "key=(state.step, start)"),
+    Bug("repo.py", "run", "samples_per_prompt: one response at most",
+        "for prompt in chosen for _ in range(config.samples_per_prompt)]", "for prompt in chosen]"),
+    Bug("repo.py", "run", "minibatches: their order is no function of seed and step",
+        'generator=random_numbers(config.seed, "order", step, i))', ")"),
+    Bug("repo.py", "run", "minibatches: every pass has the same order",
+        '"order", step, i))', '"order", step))', is_covered=False),
+
+    # ---- kernels in Triton
+    Bug("kernels/objective.py", "repo_loss", "Triton loss: halves are not widened",
+        "other=0.0).to(tl.float32)", "other=0.0)"),
+    Bug("kernels/objective.py", "repo_loss", "Triton loss: the gradient without rho",
+        "-weight * surrogate)", "-weight * advantage)"),
+    Bug("kernels/objective.py", "repo_loss", "Triton loss: on the edge of the clip no gradient",
+        "is_clipped = surrogate > clipped", "is_clipped = surrogate >= clipped"),
+    Bug("kernels/objective.py", "repo_loss", "Triton loss: ratio_max of tokens that are none",
+        "tl.where(exists, ratio, 0.0)", "ratio"),
+    Bug("kernels/objective.py", "repo_loss", "Triton loss: a NaN is lost in ratio_max",
+        "tl.where(kl == kl, tl.max(ratio_max, 0), kl)", "tl.max(ratio_max, 0)"),
+    Bug("kernels/objective.py", "compiled repo_loss", "Triton loss: a GPU's minimum loses a NaN",
+        "clipped_ratio * advantage, tl.PropagateNan.ALL)", "clipped_ratio * advantage)"),
+    Bug("kernels/objective.py", "repo_loss", "Triton loss: the upstream gradient is dropped",
+        "(upstream * gradients).to(ctx.dtype)", "gradients.to(ctx.dtype)"),
+    Bug("kernels/log_prob.py", "log_prob", "Triton gather: sums are not rescaled",
+        "rescale = tl.exp2((maximum - new_maximum) * scale)", "rescale = 1.0"),
+    Bug("kernels/log_prob.py", "log_prob", "Triton gather: the last tile loses a group",
+        "is_group = (full_tiles * LANES + lane < groups)",
+        "is_group = (full_tiles * LANES + lane < groups - 1)"),
+    Bug("kernels/log_prob.py", "log_prob", "Triton gather: the row's tail is lost",
+        "begin, tail_length + GROUP)", "begin, GROUP)"),
+    Bug("kernels/log_prob.py", "log_prob", "Triton gather: what is no token has a log-prob",
+        'mask=is_token, other=float("nan"))', "mask=is_token, other=0.0)"),
+    Bug("kernels/log_prob.py", "log_prob", "Triton gather: the entropy's sum does not move",
+        "so_far = rescale * weighted + (maximum - new_maximum) * (rescale * total)",
+        "so_far = rescale * weighted"),
+    Bug("kernels/log_prob.py", "log_prob", "Triton gather: the gradient without 1 / temperature",
+        "factor = upstream / temperature", "factor = upstream"),
+    Bug("kernels/log_prob.py", "log_prob", "Triton gather: 1 at the target, not 1 - p",
+        "one_minus_p = 1 - tl.exp2(log_prob * LOG2_E)", "one_minus_p = 1.0"),
+    Bug("kernels/linear.py", "linear", "Triton linear: all chunks take the first one's targets",
+        "logits[None], target_ids[rows], temperature,",
+        "logits[None], target_ids[:len(logits)], temperature,"),
+    Bug("kernels/linear.py", "linear", "Triton linear: each chunk overwrites dW",
+        "total.addmm_(a.float(), b.float())", "total.copy_(a.float() @ b.float())"),
+    Bug("kernels/linear.py", "linear", "Triton linear: dW is summed in the weight's type",
+        "torch.zeros_like(weight, dtype=torch.float32)", "torch.zeros_like(weight)"),
+    Bug("kernels/linear.py", "linear", "Triton linear: the gradient keeps its scale",
+        "factor = upstream / ctx.scale", "factor = upstream"),
+    Bug("kernels/linear.py", "linear", "Triton linear: no scale, which fp16 needs",
+        "ctx.scale = 2.0 ** len(hidden).bit_length()", "ctx.scale = 1.0", is_covered=False),
+    Bug("kernels/reference.py", "linear", "reference linear: all logits in one chunk",
+        "rows = max(LOGITS_PER_CHUNK // max(len(weight), 1), 1)", "rows = max(len(hidden), 1)"),
+    Bug("kernels/reference.py", "linear kernels", "reference linear: chunks take others' targets",
+        "target_ids.split(rows))", "target_ids.roll(1).split(rows))"),
+
+    # ---- prompts and pairs
+    Bug("plumbing/prompts.py", "prompts", "prompts: duplicates stay",
+        "list(dict.fromkeys(prompt for prompt, _ in pairs))", "[prompt for prompt, _ in pairs]"),
+    Bug("plumbing/prompts.py", "prompts", "prompts: held-out ones are trained on",
+        "[prompt for prompt in prompts if prompt not in unseen]", "list(prompts)"),
+    Bug("plumbing/prompts.py", "hostile prompts", "prompts: those with special tokens stay",
+        "[prompt for prompt in prompts if not spelled.search(prompt)]", "list(prompts)"),
+    Bug("plumbing/prompts.py", "prompts", "prompts: one of exactly the longest length goes",
+        "if length <= max_length]", "if length < max_length]"),
+    Bug("plumbing/prompts.py", "prompts", "prompts: an EOS that the tokenizer appends stays",
+        "return [row[:-1] for row in rows]", "return rows"),
+    Bug("plumbing/prompts.py", "prompts", "prompts: a second BOS beside a chat template's",
+        "adds_special = not tokenizer.chat_template", "adds_special = True"),
+    Bug("plumbing/prompts.py", "prompts", "prompts: every epoch in the same order",
+        "(seed * 1_000_003 + epoch)", "(seed * 1_000_003)"),
+    Bug("plumbing/prompts.py", "prompts", "pairs: the safer response, not the better one",
+        "row['better_response_id']", "row['safer_response_id']"),
+    Bug("plumbing/prompts.py", "prompts rollout", "pairs: answers without their EOS",
+        "whole[len(prompt):] + [tokenizer.eos_token_id])", "whole[len(prompt):])"),
+
+    # ---- models
+    Bug("plumbing/models.py", "models", "score: read at a column that ignores left padding",
+        "last = attention_mask.cumsum(1).argmax(1, keepdim=True)",
+        "last = attention_mask.sum(1, keepdim=True) - 1"),
+    Bug("plumbing/models.py", "models", "score: a normaliser shifts costs",
+        'self.normalizer["mean"] if self.role == "reward" else 0.0', 'self.normalizer["mean"]'),
+    Bug("plumbing/models.py", "models", "score: unfinished answers get an EOS",
+        "[row + [eos] if ended else row for", "[row + [eos] for"),
+    Bug("plumbing/models.py", "models", "score: a classifier's sign is turned",
+        "return logits[:, 1] - logits[:, 0]", "return logits[:, 0] - logits[:, 1]"),
+    Bug("plumbing/models.py", "models", "score: the head is not in fp32",
+        '_keep_in_fp32_modules_strict = ["score_head", "normalizer"]',
+        '_keep_in_fp32_modules_strict = ["normalizer"]'),
+    Bug("plumbing/models.py", "models", "score: trained heads may be missing",
+        'optional={"score_head.bias"})', 'optional={"score_head.bias", "score_head.weight"})'),
+    Bug("plumbing/models.py", "lora run", "LoRA: factor A is scaled as a layer's weight",
+        "scale = 2 * linear.in_features ** 0.5 / rank", "scale = linear.in_features ** -0.5"),
+    Bug("plumbing/models.py", "lora", "LoRA: factor B does not begin at zero",
+        "torch.zeros(linear.out_features, rank, device=device)",
+        "torch.full((linear.out_features, rank), 1e-3, device=device)"),
+    Bug("plumbing/models.py", "lora", "LoRA: adapters are not merged",
+        ".float() + low_rank", ".float()"),
+    Bug("plumbing/models.py", "models", "final: a critic keeps its score model's normaliser",
+        'if not name.startswith("normalizer.")}', 'if name != "normalizer."}'),
+    Bug("plumbing/models.py", "models", "final: a critic's values are normalised again",
+        '"score_bias": True, "do_normalize": False}', '"score_bias": True}'),
+    Bug("plumbing/checkpoints.py", "run lora", "final: adapters are not merged",
+        "save(temporary, model, merged(weights), config)",
+        "save(temporary, model, weights, config)"),
+
+    # ---- runs: files, resuming, ranks
+    Bug("plumbing/checkpoints.py", "run", "resume: logs are not cut back",
+        "cut_back(out, state.step, state.logs)", "cut_back(out, state.step, {})"),
+    Bug("plumbing/checkpoints.py", "run", "resume: lambda begins anew",
+        "for name in state.RESUMED})", 'for name in state.RESUMED if name != "lam"})'),
+    Bug("plumbing/checkpoints.py", "run", "resume: the schedule begins anew",
+        'state.schedule.load_state_dict(saved["schedule"])', 'saved["schedule"]'),
+    Bug("plumbing/checkpoints.py", "run", "resume: the next step has the first one's rate",
+        'group["lr"] = rate', 'group["rate"] = rate'),
+    Bug("plumbing/checkpoints.py", "input", "resume: with other prompts",
+        'require(saved["data"] == state.data,', "require(True,"),
+    Bug("plumbing/checkpoints.py", "run", "resume: with another kl_coeff",
+        '"scorer_timeout", "max_bad_steps",', '"scorer_timeout", "max_bad_steps", "kl_coeff",'),
+    Bug("plumbing/checkpoints.py", "run faults", "manifest: its hashes are not compared",
+        "if found[name] != expected[name]:", "if False:"),
+    Bug("plumbing/checkpoints.py", "run faults", "manifest: the hashes of another file",
+        "{name: sha256(checkpoint / name) for",
+        '{name: sha256(checkpoint / "manifest.json") for'),
+    Bug("plumbing/checkpoints.py", "hostile run", "manifest: unknown files are let in",
+        "for name in there - expected.keys():", "for name in ():"),
+    Bug("plumbing/checkpoints.py", "run", "prune: one checkpoint too many stays",
+        "[:-keep])", "[:-keep - 1])"),
+    Bug("plumbing/checkpoints.py", "run", "prune: the newest go",
+        "[:-keep])", "[keep:])"),
+    Bug("plumbing/run_folder.py", "faults", "lock: others may have it too",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
+    Bug("plumbing/run_folder.py", "run", "folder: an earlier run is not moved aside",
+        "if holds_run(out):", "if False:"),
+    Bug("repo.py", "ranks", "ranks: the gradient is their mean",
+        "(scale * RANKS * loss).backward()", "(scale * loss).backward()"),
+    Bug("plumbing/ranks.py", "ranks", "ranks: metrics of one rank",
+        "all_reduce(values, op).tolist()", "values.tolist()"),
+    Bug("repo.py", "ranks", "ranks: log-probs of one rank",
+        "return all_reduce(placed)", "return placed"),
+    Bug("repo.py", "ranks", "ranks: the row that fills an empty share counts",
+        "torch.zeros_like(batch.response_mask)", "batch.response_mask"),
+
+    # ---- settings
+    Bug("plumbing/settings.py", "run", "settings: a file beats the command line",
+        "layered(preset, saved, flags)", "layered(preset, flags, saved)"),
+    Bug("plumbing/settings.py", "run", "settings: a preset beats a file",
+        "layered(preset, saved, flags)", "layered(saved, preset, flags)"),
+    Bug("plumbing/settings.py", "input run", "settings: a threshold below zero is refused",
+        'fits, wanted = True, "a finite number"', 'fits, wanted = value >= 0, "a finite number"'),
+    Bug("plumbing/settings.py", "input", "settings: 0 where there must be more is taken",
+        'value > 0, "a finite number above 0"', 'value >= 0, "a finite number above 0"'),
+    Bug("plumbing/settings.py", "run", "settings: other prompts keep the preset's judge",
+        '"eval_dataset", "prompt_column", "judge")', '"eval_dataset", "prompt_column")'),
+    Bug("plumbing/settings.py", "hostile", "settings: a file lets code of checkpoints run",
+        '("config", "environment", "trust_remote_code", "output_dir"', '("environment", "output_dir"'),
+
+    # ---- metrics and scores
+    Bug("repo.py", "run rollout", "metrics: the next step's lambda",
+        '"lambda": lam,', '"lambda": state.lam,'),
+    Bug("repo.py", "run rollout", "metrics: the KL is a mean over tokens",
+        "(rollout.log_probs - rollout.ref_log_probs).sum(1)",
+        "(rollout.log_probs - rollout.ref_log_probs).mean(1)"),
+    Bug("repo.py", "run rollout", "metrics: the entropy of padding counts",
+        "rollout.entropy[mask].mean()", "rollout.entropy.mean()"),
+    Bug("repo.py", "run rollout", "metrics: a cost at the threshold is unsafe",
+        "(cost > config.threshold).float()", "(cost >= config.threshold).float()"),
+    Bug("repo.py", "equations", "metrics: explained variance of values that are shifted",
+        "(returns - values)[mask].var(correction=0)", "((returns - values)[mask] ** 2).mean()"),
+    Bug("repo.py", "run compare", "scores: a cost at the threshold is unsafe",
+        "(self.cost <= threshold)", "(self.cost < threshold)"),
+    Bug("plumbing/tables.py", "run compare", "scores: fully safe if any response is",
+        "[all(response", "[any(response"),
+    Bug("plumbing/tables.py", "run compare", "scores: over-refusal over all requests",
+        '["refused"] for response in harmless]', '["refused"] for response in judged]'),
+]
+
+
+# ---- a copy of the project with a bug in it
+
+def mutated(bug: Bug) -> str:
+    """The file's text with the bug. Exits with a sentence if its line has changed."""
+    text = (ROOT / bug.file).read_text()
+    count = text.count(bug.old)
+    if count != 1:
+        sys.exit(f"{bug.name}: {bug.old!r} is {count} times in {bug.file}, and must be once; "
+                 "mend the bug in tests/mutations.py")
+    text = text.replace(bug.old, bug.new)
+    ast.parse(text)  # a bug that is no Python would show nothing
+    return text
+
+
+def copy_project(folder: Path, bug: Bug | None) -> None:
+    """Into a new folder. Tiny worlds are shared; one that the bug would change, being another by
+    its fingerprint, is built in the copy and goes with it."""
+    left_out = shutil.ignore_patterns(
+        ".git", ".venv", "__pycache__", "runs", "cache", "*mutations.py")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    worlds = folder / "tiny_configs" / "cache"
+    worlds.mkdir()
+    for world in (ROOT / "tiny_configs" / "cache").glob("*"):
+        (worlds / world.name).symlink_to(world)
+    if bug:
+        (folder / bug.file).write_text(mutated(bug))
+
+
+def first_failure(folder: Path, files: list[str]) -> str | None:
+    """Runs pytest on test files there, or on all: the first test that fails, None if all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    printed = folder / "printed.txt"
+    with printed.open("w") as file:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        code = process.wait(LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"the limit of {LIMIT} s"
+    finally:
+        end_group_of(process)
+    if code == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", printed.read_text(), re.M)
+    if not failed:
+        sys.exit(f"pytest ended with code {code}:\n{printed.read_text()[-3000:]}")
+    return failed[1]
+
+
+def end_group_of(process: subprocess.Popen) -> None:
+    """Ends pytest, if it still runs, and whatever it has started and left behind."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+
+
+# ---- all bugs
+
+@dataclass(frozen=True)
+class Outcome:
+    noticed_by: str | None
+    seconds: float
+
+
+def try_out(bug: Bug | None, likely: list[str], likely_only: bool) -> Outcome:
+    """What becomes of a bug, or of the project as it is."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, "project")
+        copy_project(folder, bug)
+        noticed_by = first_failure(folder, likely)
+        if not noticed_by and not likely_only:
+            noticed_by = first_failure(folder, [])
+    return Outcome(noticed_by, time.monotonic() - begin)
+
+
+def likely_files(bugs: list[Bug]) -> list[str]:
+    names = dict.fromkeys(name for bug in bugs for name in bug.tests.split())
+    return [f"tests/test_{name}.py" for name in names]
+
+
+def report(bugs: list[Bug], outcomes: list[Outcome]) -> int:
+    """The last lines, and the exit code."""
+    survivors = [bug for bug, outcome in zip(bugs, outcomes) if not outcome.noticed_by]
+    covered = [bug for bug in survivors if bug.is_covered]
+    print(f"\n{len(bugs) - len(survivors)} of {len(bugs)} bugs noticed; {len(survivors)} survive, "
+          f"{len(covered)} of them in what an equation or a README promises")
+    for bug in survivors:
+        print(f"    {'promised' if bug.is_covered else 'other   '}  {bug.file}: {bug.name}")
+    return 1 if covered else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME",
+                        help="bugs whose names contain one of these")
+    parser.add_argument("--likely-only", action="store_true",
+                        help="only the test files that are likely to notice")
+    parser.add_argument("--jobs", type=int, default=1, help="so many bugs at a time")
+    flags = parser.parse_args()
+    bugs = [bug for bug in BUGS if any(part.lower() in bug.name.lower() for part in flags.only)]
+    for bug in bugs:
+        mutated(bug)  # exits before the first run if one has no line any more
+
+    subprocess.run([sys.executable, "-m", "tiny_configs.world"], cwd=ROOT, check=True,
+                   stdout=subprocess.DEVNULL)  # once, for all copies
+    healthy = try_out(None, likely_files(bugs), likely_only=True)
+    if healthy.noticed_by:
+        sys.exit(f"without any bug {healthy.noticed_by} fails; nothing can be said")
+    print(f"without a bug: all pass in {healthy.seconds:.0f} s", flush=True)
+
+    def outcome_of(bug):
+        return try_out(bug, likely_files([bug]), flags.likely_only)
+
+    outcomes = []
+    with ThreadPoolExecutor(flags.jobs) as pool:
+        for bug, outcome in zip(bugs, pool.map(outcome_of, bugs)):
+            fate = f"caught by {outcome.noticed_by}" if outcome.noticed_by else "SURVIVED"
+            print(f"{bug.name}: {fate} in {outcome.seconds:.0f} s", flush=True)
+            outcomes.append(outcome)
+    return report(bugs, outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
