@@ -352,7 +352,8 @@ BUGS = [
     Bug("plumbing/settings.py", "run", "settings: other prompts keep the preset's judge",
         '"eval_dataset", "prompt_column", "judge")', '"eval_dataset", "prompt_column")'),
     Bug("plumbing/settings.py", "hostile", "settings: a file lets code of checkpoints run",
-        '("config", "environment", "trust_remote_code", "output_dir"', '("environment", "output_dir"'),
+        '"environment", "trust_remote_code", "output_dir", "eval_only")',
+        '"environment", "output_dir", "eval_only")'),
 
     # ---- metrics and scores
     Bug("repo.py", "run rollout", "metrics: the next step's lambda",
