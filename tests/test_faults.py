@@ -233,7 +233,10 @@ def test_killed_at_random_instants_it_goes_on_bit_for_bit(case, kills):
     trials = []
     for k in range(kills):
         steps = round(6 * k / (kills - 1))
-        trials.append(killed_after(steps, draw.uniform(0, case.seconds / 4)))
+        # Short, for the machine may be much less busy now than when the whole run was timed; after
+        # the last step long enough for what is saved and evaluated then.
+        longest = case.seconds / (4 if steps == 6 else 24)
+        trials.append(killed_after(steps, draw.uniform(0, longest)))
     all_go_on(case, f"instant-of-{kills}", trials)
     assert len(set(reached)) >= 3, reached
 
