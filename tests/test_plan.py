@@ -195,7 +195,7 @@ def write_models(folder, tokenizer, shape: dict) -> dict:
     ("tiny", 0, True),
     ("tiny", 8, False),
     ("tiny", 8, True),
-    ("100M", 8, True),
+    exhaustive("100M", 8, True),
     exhaustive("100M", 0, False),
 ])
 def test_the_plan_is_what_a_step_takes(tmp_path, tokenizer, size, rank, checkpointing):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import write_policy
+from conftest import exhaustive, write_policy
 from transformers import CompileConfig
 
 import repo
@@ -199,7 +199,7 @@ def test_no_draw_is_a_token_of_probability_zero():
     assert scores.argmax(-1).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [0, exhaustive(4)])
 def test_the_librarys_compiled_steps_give_the_same_tokens(family, rank):
     """What generate() asks for on a GPU, a static cache and compiled steps, on this CPU."""
     settings = {"lora_rank": rank, "max_response_length": 12}
