@@ -269,7 +269,7 @@ def test_resume_refuses_what_it_cannot_continue_and_branches_off_elsewhere(run, 
 
     (a / "summary.json").unlink()  # as if it had been killed in the last evaluation
     code, _, printed = run(*flags, "--resume", "--kl_coeff", 0.7, out="a")
-    assert code == 2 and "--kl_coeff 0.05, not 0.7" in printed
+    assert code == 2 and "--kl_coeff 0.2, not 0.7" in printed
     assert (a / "metrics.jsonl").read_bytes() == before
 
     code, _, printed = run(*flags, "--resume", steps / "step-3", out="a")
