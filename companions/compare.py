@@ -41,8 +41,8 @@ ALGOS = {  # what --algos calls a method -> its title, and its settings
 }
 
 STUDY = [  # the settings that --study changes, a variant each
-    "", "--lambda_init 1", "--lambda_init 4", "--lambda_lr 0", "--lambda_lr 0.5",
-    "--lambda_max 10", "--threshold -3", "--threshold 3", "--kl_coeff 0.2", "--kl_coeff 0.5",
+    "", "--lambda_init 1", "--lambda_init 10", "--lambda_lr 0", "--lambda_lr 0.5",
+    "--lambda_max 4", "--threshold -3", "--threshold 3", "--kl_coeff 0.05", "--kl_coeff 0.5",
     "--ptx_coeff 0.3", "--harmful_share 0.1", "--harmful_share 0.6",
     "--batch_size 16 --samples_per_prompt 4",
 ]

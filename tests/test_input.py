@@ -433,7 +433,7 @@ def test_a_run_on_a_changed_setting_says_from_what_to_what(run, tmp_path):
     assert run(*FEW, "--save_every", 2)[0] == 0
     (tmp_path / "out" / "summary.json").unlink()
     for flags, says in [
-        (("--kl_coeff", 0.7), "was saved with --kl_coeff 0.05, not 0.7"),
+        (("--kl_coeff", 0.7), "was saved with --kl_coeff 0.2, not 0.7"),
         (("--algo", "ppo"), "was saved with --algo repo, not ppo"),
         (("--lora_rank", 4), "was saved with --lora_rank 0, not 4"),
         (("--steps", 9), "was saved with --steps 4, not 9"),

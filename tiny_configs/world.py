@@ -9,8 +9,8 @@ and safety alignment has to teach it which is which. Every eighth (action, objec
 held out of all training.
 
 `build()` writes an ordinary model family into a cache folder: a byte-level BPE tokenizer, a
-two-layer Llama policy, a reward and a cost model in the Beaver layout (both learned from rankings,
-so they err like real ones, a little), and prompt files.
+two-layer Llama policy, a reward and a cost model in the Beaver layout (both learned from preference
+pairs, so they err like real ones, a little), and prompt files.
 
     python -m tiny_configs.world                      # build, and print what was built
     TINY_WORLD_SEED=3 python -m tiny_configs.world    # another world of the same kind
@@ -153,63 +153,49 @@ def dodge(prompt: str, rng: random.Random) -> str:
     return f"Sure, to {named} {thing}, {', then '.join(steps)}."
 
 
-def ranking(prompt: str, size: int, rng: random.Random) -> dict:
-    """Different answers to one prompt, a good third of them dodges, and the judge's verdicts."""
-    answers = []
-    while len(answers) < size:
-        answer = dodge(prompt, rng) if rng.random() < 0.35 else random_answer(prompt, rng)
-        if answer not in answers:
-            answers.append(answer)
-    return {"prompt": prompt, "answers": answers, "verdicts": judge([prompt] * size, answers)}
+def preference_pair(prompt: str, rng: random.Random) -> dict:
+    """Two answers, one more helpful than the other, labelled by the judge in the PKU-SafeRLHF
+    schema.
 
-
-def helpfulness(verdict: dict) -> int:
-    return verdict["helpfulness"]
-
-
-def danger(verdict: dict) -> int:
-    """More harm is worse; of two equally harmful answers, the less helpful is."""
-    return 10 * verdict["harm"] - verdict["helpfulness"]
-
-
-def preference_pairs(ranked: dict) -> list[dict]:
-    """A ranking's answers two by two, in the PKU-SafeRLHF schema. Equally helpful ones are left
-    out."""
-    answers, verdicts = ranked["answers"], ranked["verdicts"]
-    pairs = []
-    for i in range(0, len(answers), 2):
-        first, second = verdicts[i], verdicts[i + 1]
-        if helpfulness(first) != helpfulness(second):
-            pairs.append({
-                "prompt": ranked["prompt"],
-                "response_0": answers[i],
-                "response_1": answers[i + 1],
-                "is_response_0_safe": first["safe"],
-                "is_response_1_safe": second["safe"],
-                "better_response_id": int(helpfulness(second) > helpfulness(first)),
-                "safer_response_id": int(danger(second) < danger(first)),
-            })
-    return pairs
+    The safer one is the one with less harm; between two equally harmless ones, the more helpful.
+    """
+    while True:
+        answers = [dodge(prompt, rng) if rng.random() < 0.35 else random_answer(prompt, rng)
+                   for _ in range(2)]
+        first, second = judge([prompt] * 2, answers)
+        if first["helpfulness"] != second["helpfulness"]:
+            break
+    better = int(second["helpfulness"] > first["helpfulness"])
+    safer = better if first["harm"] == second["harm"] else int(second["harm"] < first["harm"])
+    return {
+        "prompt": prompt,
+        "response_0": answers[0],
+        "response_1": answers[1],
+        "is_response_0_safe": first["safe"],
+        "is_response_1_safe": second["safe"],
+        "better_response_id": better,
+        "safer_response_id": safer,
+    }
 
 
 def write_data(folder: Path, rng: random.Random) -> tuple[list[dict], list[dict], list[dict]]:
-    """Writes prompts, demonstrations and preference pairs; returns (demonstrations, rankings,
-    held-out rankings)."""
+    """Writes prompts, demonstrations and preference pairs; returns (demonstrations, training
+    pairs, held-out pairs)."""
     train, held_out = split_requests()
     demonstrations = [{"prompt": prompt, "response": random_answer(prompt, rng)}
                       for prompt in train for _ in range(12)]
-    rankings = [ranking(prompt, 8, rng) for prompt in train for _ in range(3)]
-    held_out_rankings = [ranking(prompt, 2, rng) for prompt in held_out for _ in range(12)]
+    train_pairs = [preference_pair(prompt, rng) for prompt in train for _ in range(12)]
+    held_out_pairs = [preference_pair(prompt, rng) for prompt in held_out for _ in range(8)]
     files = {
         "train.jsonl": [{"prompt": prompt} for prompt in train],
         "held_out.jsonl": [{"prompt": prompt} for prompt in held_out],
         "demonstrations.jsonl": demonstrations,
-        "preferences.jsonl": itertools.chain(*map(preference_pairs, rankings)),
-        "preferences_held_out.jsonl": itertools.chain(*map(preference_pairs, held_out_rankings)),
+        "preferences.jsonl": train_pairs,
+        "preferences_held_out.jsonl": held_out_pairs,
     }
     for name, rows in files.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return demonstrations, rankings, held_out_rankings
+    return demonstrations, train_pairs, held_out_pairs
 
 
 # ---- its models (causal attention never looks to the right, so right padding needs no mask)
@@ -241,9 +227,9 @@ def fit(model: nn.Module, batch_loss, rows: list, batch_size: int, steps: int, l
     """AdamW, warmed up and annealed to zero, over random batches; returns the mean loss of the
     last twenty."""
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=0.3, cycle_momentum=False)
+        optimizer, max_lr=lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
     losses = []
     for _ in range(steps):
         loss = batch_loss(rng.sample(rows, batch_size))
@@ -266,11 +252,11 @@ def train_policy(config: LlamaConfig, pairs: list[tuple[list, list]],
         ids, mask = pad_rows([[]] * len(rows), rows, config.pad_token_id)                # [B, L]
         starts = torch.tensor([len(prompt) for prompt, _ in batch])                      # [B]
         is_answer = (torch.arange(ids.shape[1]) >= starts[:, None]) & mask.bool()        # [B, L]
-        hidden = policy.model(ids, use_cache=False).last_hidden_state                    # [B, L, H]
-        logits = policy.lm_head(hidden[:, :-1][is_answer[:, 1:]])                        # [N, V]
-        return F.cross_entropy(logits, ids[is_answer])
+        labels = ids.masked_fill(~is_answer, -100)                                       # [B, L]
+        logits = policy(ids, use_cache=False).logits                                     # [B, L, V]
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    return policy, fit(policy, loss, pairs, batch_size=16, steps=400, lr=6e-3, rng=rng)
+    return policy, fit(policy, loss, pairs, batch_size=32, steps=600, lr=6e-3, rng=rng)
 
 
 def new_score_model(config: LlamaConfig, body: dict) -> ScoreModel:
@@ -282,86 +268,64 @@ def new_score_model(config: LlamaConfig, body: dict) -> ScoreModel:
     return model
 
 
-def scores(model: ScoreModel, token_rows: list[list[list[int]]]) -> torch.Tensor:
-    """The scores at the last tokens of each ranking's K answers: [B, K]."""
-    rows = list(itertools.chain(*token_rows))
-    ids, mask = pad_rows([[]] * len(rows), rows, model.config.pad_token_id)              # [N, L]
-    hidden = model.model(ids, use_cache=False).last_hidden_state                         # [N, L, H]
-    last = mask.sum(1) - 1                                                               # [N]
-    at_last = model.score_head(hidden[torch.arange(len(rows)), last])                    # [N, 1]
-    return at_last.view(len(token_rows), -1)                                             # [B, K]
+def scores(model: ScoreModel, rows: list[list[int]]) -> torch.Tensor:
+    """The score at each row's last token: [B]."""
+    ids, mask = pad_rows([[]] * len(rows), rows, model.config.pad_token_id)              # [B, L]
+    hidden = model.model(ids, use_cache=False).last_hidden_state                         # [B, L, H]
+    last = mask.sum(1) - 1                                                               # [B]
+    return model.score_head(hidden[torch.arange(len(rows)), last]).squeeze(-1)           # [B]
 
 
-def tokens_of(rankings: list[dict], tokenizer) -> list[list[list[int]]]:
-    """Per ranking, its conversations as token ids."""
-    conversations = [(ranked["prompt"], answer) for ranked in rankings
-                     for answer in ranked["answers"]]
-    rows = iter(prompt + answer for prompt, answer in encode_pairs(conversations, tokenizer))
-    return [[next(rows) for _ in ranked["answers"]] for ranked in rankings]
-
-
-def above(values: torch.Tensor) -> torch.Tensor:
-    """values[b, i] - values[b, j] for all i and j: [B, K] -> [B, K, K]."""
-    return values[:, :, None] - values[:, None, :]
-
-
-def of_verdicts(number, rankings: list[dict]) -> torch.Tensor:
-    """A number of each verdict: [B, K]."""
-    return torch.tensor([[number(verdict) for verdict in ranked["verdicts"]]
-                         for ranked in rankings])
-
-
-def train_score_models(config, body, tokenizer, rankings: list[dict], rng: random.Random):
-    """(reward model, cost model, their last losses): Bradley-Terry over all comparisons of each
-    ranking, an answer being read once for all of its comparisons; the cost model learns each
-    answer's sign too, as in Safe RLHF."""
-    rows = list(zip(tokens_of(rankings, tokenizer), rankings, strict=True))
+def train_score_models(config, body, tokenizer, pairs: list[dict], rng: random.Random):
+    """(reward model, cost model, their last losses): Bradley-Terry for the reward; for the cost
+    Safe RLHF's loss, pairs plus each answer's sign."""
+    rows = list(zip(*token_rows(pairs, tokenizer), pairs))
     reward_model, cost_model = new_score_model(config, body), new_score_model(config, body)
 
+    def both_scores(model, batch):
+        ids = [row[i] for i in (0, 1) for row in batch]
+        return scores(model, ids).view(2, -1)                                            # [2, B]
+
+    def signs(batch, key):
+        return torch.tensor([1.0 if pair[key] else -1.0 for _, _, pair in batch])        # [B], +-1
+
     def reward_loss(batch):
-        token_rows, ranked = zip(*batch)
-        margins = above(scores(reward_model, token_rows))                                # [B, K, K]
-        better = above(of_verdicts(helpfulness, ranked)) > 0                             # [B, K, K]
-        return -F.logsigmoid(margins[better]).mean()
+        first, second = both_scores(reward_model, batch)                                 # [B] each
+        return -F.logsigmoid((second - first) * signs(batch, "better_response_id")).mean()
 
     def cost_loss(batch):
-        token_rows, ranked = zip(*batch)
-        costs = scores(cost_model, token_rows)                                           # [B, K]
-        worse = above(of_verdicts(danger, ranked)) > 0                                   # [B, K, K]
-        signs = 1 - 2 * of_verdicts(lambda verdict: verdict["safe"], ranked).int()       # [B, K]
-        order_loss = -F.logsigmoid(above(costs)[worse]).mean()
-        return order_loss - 2 * F.logsigmoid(signs * costs).mean()  # a comparison has two signs
+        first, second = both_scores(cost_model, batch)                                   # [B] each
+        order = -F.logsigmoid((first - second) * signs(batch, "safer_response_id"))
+        first_sign = -F.logsigmoid(-first * signs(batch, "is_response_0_safe"))
+        second_sign = -F.logsigmoid(-second * signs(batch, "is_response_1_safe"))
+        return (order + (first_sign + second_sign)).mean()
 
-    reward_end = fit(reward_model, reward_loss, rows, batch_size=4, steps=600, lr=2e-3, rng=rng)
-    cost_end = fit(cost_model, cost_loss, rows, batch_size=4, steps=120, lr=3e-3, rng=rng)
-    set_scales(reward_model, cost_model, [token_rows for token_rows, _ in rows[:200]])
+    reward_end = fit(reward_model, reward_loss, rows, batch_size=32, steps=500, lr=1.5e-3, rng=rng)
+    cost_end = fit(cost_model, cost_loss, rows, batch_size=32, steps=200, lr=1.5e-3, rng=rng)
     return reward_model, cost_model, reward_end, cost_end
 
 
-@torch.no_grad()
-def set_scales(reward_model, cost_model, token_rows: list) -> None:
-    """Comparisons fix neither a reward's zero nor the length of its unit, and one training ends
-    with larger scores than another, so that no λ would fit both: a mean reward of 0, a standard
-    deviation of 5. A cost's zero is the limit and stays; its root mean square becomes 6."""
-    rewards, costs = scores(reward_model, token_rows), scores(cost_model, token_rows)    # [B, K]
-    reward_unit = 5 / rewards.std()
-    reward_model.score_head.weight.mul_(reward_unit)
-    reward_model.score_head.bias.sub_(rewards.mean()).mul_(reward_unit)
-    cost_unit = 6 / costs.square().mean().sqrt()
-    cost_model.score_head.weight.mul_(cost_unit)
-    cost_model.score_head.bias.mul_(cost_unit)
+def token_rows(pairs: list[dict], tokenizer) -> tuple[list, list]:
+    """The conversations with response_0, and those with response_1, as token ids."""
+    rows = []
+    for name in ("response_0", "response_1"):
+        conversations = [(pair["prompt"], pair[name]) for pair in pairs]
+        rows.append([prompt + answer for prompt, answer in encode_pairs(conversations, tokenizer)])
+    return tuple(rows)
 
 
 @torch.no_grad()
-def accuracies(reward_model, cost_model, tokenizer, rankings: list[dict]) -> tuple[float, float]:
-    """Against the judge: (share of comparisons the reward orders rightly, share of answers whose
-    cost has the right sign)."""
-    token_rows = tokens_of(rankings, tokenizer)
-    better = above(of_verdicts(helpfulness, rankings)) > 0                               # [B, K, K]
-    order = above(scores(reward_model, token_rows))[better] > 0
-    safe = of_verdicts(lambda verdict: verdict["safe"], rankings)                        # [B, K]
-    sign = (scores(cost_model, token_rows) <= 0) == safe                                 # [B, K]
-    return order.float().mean().item(), sign.float().mean().item()
+def accuracies(reward_model, cost_model, tokenizer, pairs: list[dict]) -> tuple[float, float]:
+    """Against the judge, on held-out pairs: (share of pairs the reward orders rightly, share of
+    answers whose cost has the right sign)."""
+    first, second = token_rows(pairs, tokenizer)
+    rewards = scores(reward_model, first + second).view(2, -1)                           # [2, B]
+    costs = scores(cost_model, first + second).view(2, -1)                               # [2, B]
+    better = torch.tensor([pair["better_response_id"] for pair in pairs])                # [B]
+    safe = torch.tensor([[pair[f"is_response_{i}_safe"] for pair in pairs] for i in (0, 1)])
+    order = (rewards.argmax(0) == better).float().mean().item()
+    sign = ((costs <= 0) == safe).float().mean().item()
+    return order, sign
 
 
 # ---- the cache
@@ -448,7 +412,7 @@ def write_family(folder: Path, seed: int) -> None:
     report.json."""
     start, rng = time.perf_counter(), random.Random(seed)
     torch.manual_seed(seed)
-    demonstrations, rankings, held_out_rankings = write_data(folder, rng)
+    demonstrations, pairs, held_out_pairs = write_data(folder, rng)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
         **json.loads((HERE / "tiny_llama.json").read_text()),
@@ -457,9 +421,9 @@ def write_family(folder: Path, seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    print(f"building the tiny family in {folder.parent} (once; some 25 s): "
+    print(f"building the tiny family in {folder.parent} (once; about a minute): "
           f"{len(REQUESTS)} requests, {len(demonstrations)} demonstrations, "
-          f"{len(rankings)} rankings, vocabulary {len(tokenizer)}", flush=True)
+          f"{len(pairs)} preference pairs, vocabulary {len(tokenizer)}", flush=True)
 
     shown = [(row["prompt"], row["response"]) for row in demonstrations]
     policy, policy_loss = train_policy(config, encode_pairs(shown, tokenizer), rng)
@@ -467,12 +431,12 @@ def write_family(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder / "policy")
 
     reward_model, cost_model, reward_loss, cost_loss = train_score_models(
-        config, policy.model.state_dict(), tokenizer, rankings, rng)
+        config, policy.model.state_dict(), tokenizer, pairs, rng)
     for name, model in (("reward", reward_model), ("cost", cost_model)):
         save_score_model(folder / name, model, model.state_dict(), torch.float32)
         tokenizer.save_pretrained(folder / name)
 
-    order, sign = accuracies(reward_model, cost_model, tokenizer, held_out_rankings)
+    order, sign = accuracies(reward_model, cost_model, tokenizer, held_out_pairs)
     report = {
         "policy_parameters": policy.num_parameters(),
         "policy_loss": policy_loss,
@@ -484,9 +448,9 @@ def write_family(folder: Path, seed: int) -> None:
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2))
     print(f"built in {report['seconds']:.0f} s: policy {policy.num_parameters():,} parameters, "
-          f"loss {policy_loss:.3f}; on {len(held_out_rankings)} held-out rankings the reward model "
-          f"orders {order:.1%} of the pairs as the judge does, the cost model gives {sign:.1%} of "
-          "the answers the judge's sign", flush=True)
+          f"loss {policy_loss:.3f}; on {len(held_out_pairs)} held-out pairs the reward model "
+          f"orders {order:.1%} as the judge does, the cost model gives {sign:.1%} of answers the "
+          "judge's sign", flush=True)
 
 
 if __name__ == "__main__":
