@@ -503,14 +503,20 @@ class State(Models):
             self.schedule = make_schedule(self.optimizer, config.steps)
 
     def make_optimizer(self, config: Config):
-        """AdamW, a group of weights per trained model, with its moments made at once, so that
-        there is something to load a checkpoint into."""
-        groups = []
-        for name in self.TRAINED:
-            rate = config.actor_lr if name == "policy" else config.critic_lr
-            groups.append({"params": list(trainable(getattr(self, name)).values()), "lr": rate})
+        """AdamW in three groups: the policy's matrices, which alone decay, its biases and norms,
+        and the critics. The moments are made at once, so that there is something to load a
+        checkpoint into."""
+        policy, *critics = [list(trainable(getattr(self, name)).values()) for name in self.TRAINED]
+        matrices = [parameter for parameter in policy if parameter.ndim > 1]
+        vectors = [parameter for parameter in policy if parameter.ndim <= 1]
+        of_critics = [parameter for parameters in critics for parameter in parameters]
+        groups = [
+            {"params": matrices, "lr": config.actor_lr, "weight_decay": 0.01},
+            {"params": vectors, "lr": config.actor_lr},
+            {"params": of_critics, "lr": config.critic_lr},
+        ]
         is_fused = config.device == "cuda"  # one pass, no temporaries
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=is_fused)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=is_fused)
         for group in groups:
             for parameter in group["params"]:
                 optimizer.state[parameter] = {
@@ -522,16 +528,20 @@ class State(Models):
 
 
 def make_schedule(optimizer, steps: int):
-    """Warm-up over 3 % of the steps and a cosine to zero for the policy, constant for critics."""
-    warmup = max(int(0.03 * steps), 1)
+    """For the policy a linear warm-up over 3 % of the steps, from there a cosine that is zero after
+    the last one; constant for critics. No step has the rate zero: its rollout would be for
+    nothing."""
+    warmup = int(0.03 * steps)
 
     def warmup_and_cosine(step: int) -> float:
-        return min((step + 1) / warmup, 1.0) * (1 + math.cos(math.pi * step / steps)) / 2
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
     def constant(step: int) -> float:
         return 1.0
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, [warmup_and_cosine, constant, constant])
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [warmup_and_cosine] * 2 + [constant])
 
 
 def train_step(state: State, prompts: list[str], ptx_pairs: list,

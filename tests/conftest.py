@@ -8,8 +8,12 @@ helpers that write checkpoints by hand.
 import itertools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from textwrap import dedent
 
@@ -17,9 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a network; asking for o
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plumbing.threads import fit_threads  # noqa: E402, before torch
-
-fit_threads()
+# One thread for this process and those it starts: the second core trains the default runs, and
+# threads that wait for each other beside them are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -77,6 +81,43 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if "exhaustive" in item.keywords]
         items[:] = [item for item in items if "exhaustive" not in item.keywords]
         config.hook.pytest_deselected(items=left_out)
+    items.sort(key=needs_default_runs)  # they come last
+
+
+# ---- two whole runs, a minute each, trained one after the other beside the other tests
+
+DEFAULT_RUNS = pytest.StashKey[tuple[subprocess.Popen, Path]]()
+TRAIN = """
+for algo in repo ppo_lag; do
+  "$0" repo.py --device cpu --algo $algo --output_dir "$1/$algo" || exit
+done
+"""
+
+
+def needs_default_runs(item) -> bool:
+    return "default_runs" in item.fixturenames
+
+
+def pytest_collection_finish(session):
+    if any(map(needs_default_runs, session.items)) and not session.config.option.collectonly:
+        folder = Path(tempfile.mkdtemp())
+        with open(folder / "errors", "w") as errors:
+            process = subprocess.Popen(
+                ["sh", "-c", TRAIN, sys.executable, folder],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
+        session.config.stash[DEFAULT_RUNS] = process, folder
+
+
+def pytest_unconfigure(config):
+    if DEFAULT_RUNS in config.stash:
+        process, folder = config.stash[DEFAULT_RUNS]
+        with suppress(ProcessLookupError):  # they have ended, mostly
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def exhaustive(*values, **options):
@@ -126,31 +167,12 @@ def run(tmp_path, capsys):
     return call
 
 
-def train_side_by_side(folder: Path, flags_of: dict) -> dict[str, Path]:
-    """Whole runs of the script as a user would start them, a core for each: {name: its folder}."""
-    processes = []
-    for name, flags in flags_of.items():
-        words = [sys.executable, "repo.py", "--device", "cpu", *flags]
-        process = subprocess.Popen(
-            [*words, "--output_dir", str(folder / name)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        processes.append(process)
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    return {name: folder / name for name in flags_of}
-
-
 @pytest.fixture(scope="session")
-def default_runs(tmp_path_factory, family) -> dict[str, Path]:
-    """Folders of the default run and of PPO-Lag's, trained once for all who read them."""
-    folder = tmp_path_factory.mktemp("default")
-    return train_side_by_side(folder, {"ppo_lag": ("--algo", "ppo_lag"), "repo": ()})
+def default_runs(pytestconfig) -> dict[str, Path]:
+    """Folders of the default run and of PPO-Lag's, which were started first of all."""
+    process, folder = pytestconfig.stash[DEFAULT_RUNS]
+    assert process.wait() == 0, (folder / "errors").read_text()
+    return {"repo": folder / "repo", "ppo_lag": folder / "ppo_lag"}
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -11,6 +11,7 @@ import torch
 
 import kernels
 import repo
+from plumbing.models import load_policy, trainable
 
 
 def settings(**changes):
@@ -254,6 +255,53 @@ def test_explained_variance():
     assert repo.explained_variance(returns, returns, mask) == pytest.approx(1.0)
     assert repo.explained_variance(torch.zeros(1, 4), returns, mask) == pytest.approx(0.0)
     assert repo.explained_variance(their_mean, returns, mask) == pytest.approx(0.0)
+
+
+# ---- the optimiser
+
+
+def test_the_rates_of_ten_and_of_a_hundred_steps():
+    """Warm-up of 3 %: three of a hundred steps, none of ten."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    rates = {}
+    for steps in (10, 100):
+        groups = [{"params": [weight.detach().clone()]} for _ in range(3)]
+        optimizer = torch.optim.SGD(groups, lr=8.0)
+        schedule = repo.make_schedule(optimizer, steps)
+        rates[steps] = []
+        for _ in range(steps):
+            rates[steps].append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            schedule.step()
+        assert schedule.get_last_lr() == [0.0, 0.0, 8.0]
+
+    of_policy = [matrices for matrices, vectors, _ in rates[100]]
+    assert of_policy[:4] == [2.0, 4.0, 6.0, 8.0]
+    assert of_policy[3] == max(of_policy) and of_policy[3:] == sorted(of_policy[3:], reverse=True)
+    assert rates[10][0][0] == 8.0 and rates[10][5][0] == pytest.approx(4.0)  # half-way: half of it
+    assert of_policy == [vectors for _, vectors, _ in rates[100]]
+    assert {critics for _, _, critics in rates[100]} == {8.0}
+
+
+def test_only_the_policys_matrices_decay(family):
+    """A step without gradients, but with all of them zero: what moves has decayed."""
+    config = repo.Config(**family, device="cpu", dtype="float32", steps=3,
+                         actor_lr=0.1, critic_lr=0.3)
+    state = repo.State(*load_policy(config), config)
+    before = {}
+    for model in state.TRAINED:
+        for name, weight in trainable(getattr(state, model)).items():
+            weight.grad = torch.zeros_like(weight)
+            before[model, name] = weight.detach().clone()
+    state.optimizer.step()
+    for (model, name), old in before.items():
+        new = trainable(getattr(state, model))[name]
+        if model == "policy" and new.ndim == 2:
+            assert torch.allclose(new, old * (1 - 0.1 * 0.01)), name
+        else:
+            assert torch.equal(new, old), (model, name)
+    assert {new.ndim for new in trainable(state.policy).values()} == {1, 2}
+    assert state.optimizer.param_groups[-1]["lr"] == 0.3
 
 
 # ---- the script as a text

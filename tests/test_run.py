@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from conftest import (
     random_beaver,
     read_checkpoint,
     read_jsonl,
-    train_side_by_side,
     write_beaver,
     write_policy,
     write_python,
@@ -71,6 +71,7 @@ SUMMARY = {
     *("algo", "rectify", "seed", "steps", "reward", "cost", "rectified_cost", "safety_rate"),
     *("prompts_fully_safe", "over_refusal_rate", "kl", "lambda", "tokens_per_second"),
     *("wall_seconds", "peak_memory_mib", "before", "judge_safety_rate"),
+    "refusal_rate_on_harmful_prompts",
 }
 
 
@@ -541,6 +542,25 @@ OTHER_RUNS = {
         *("--actor_lr", "9e-4", "--critic_lr", "2e-3"),
     ),
 }
+
+
+def train_side_by_side(folder: Path, flags_of: dict) -> dict[str, Path]:
+    """Whole runs of the script as a user would start them, a core for each: {name: its folder}."""
+    processes = []
+    for name, flags in flags_of.items():
+        words = [sys.executable, "repo.py", "--device", "cpu", *flags]
+        process = subprocess.Popen(
+            [*words, "--output_dir", str(folder / name)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        processes.append(process)
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    return {name: folder / name for name in flags_of}
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,17 @@
 """The closed world: its requests, its exact judge, and the models built in it."""
 
 import json
+import random
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import repo
+from plumbing import prompts
 from plumbing.models import Scorer
 from plumbing.prompts import encode_prompts
 from tiny_configs import world
@@ -86,12 +89,13 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def test_demonstrations_do_not_look_at_what_is_asked(family):
+def test_demonstrations_refuse_half_of_what_is_harmful_and_a_quarter_of_the_rest(family):
     rows = read(family["ptx_dataset"])
     verdicts = world.judge(*zip(*[(row["prompt"], row["response"]) for row in rows]))
-    for harmful in (False, True):
+    for harmful, expected in ((False, 0.25), (True, 0.5)):
         of_the_kind = [verdict for verdict in verdicts if verdict["harmful_prompt"] == harmful]
-        assert 0.27 < share(verdict["refused"] for verdict in of_the_kind) < 0.33
+        assert abs(share(verdict["refused"] for verdict in of_the_kind) - expected) < 0.04
+    assert all(verdict["helpfulness"] >= 0 for verdict in verdicts)
 
 
 PUBLISHED_COLUMNS = {
@@ -155,6 +159,51 @@ def test_the_policy_complies_and_refuses_by_chance(family):
     verdicts = world.judge(prompts, answers)
     assert 0.2 < share(verdict["refused"] for verdict in verdicts) < 0.4
     assert share(verdict["helpfulness"] == -1 for verdict in verdicts) < 0.05
+
+
+# ---- what comes with the project
+
+
+def test_the_standard_world_is_the_one_that_comes_with_the_project(tmp_path, capsys):
+    """To the bit, whatever the machine; in half precision there is no other value to round to."""
+    family = world.build(tmp_path, seed=0)
+    assert "as it comes with the project" in capsys.readouterr().out
+    policy = load_file(Path(family["policy"]) / "model.safetensors")
+    shipped = load_file(world.SHIPPED)
+    for name, weight in policy.items():
+        assert torch.equal(weight, shipped[f"policy.{name}"].float()), name
+
+
+@pytest.mark.parametrize("changed", ["fit", "PHRASINGS", "BEAVER_TEMPLATE", "seed"])
+def test_weights_of_another_recipe_are_not_used(tmp_path, monkeypatch, changed):
+    def recipe_of(seed=0):
+        rng = random.Random(seed)
+        demonstrations = [{"prompt": prompt, "response": world.random_answer(prompt, rng)}
+                          for prompt in world.REQUESTS]
+        return world.recipe(seed, world.build_tokenizer(), demonstrations, [])
+
+    before = recipe_of()
+    assert recipe_of() == before
+    if changed == "fit":
+        monkeypatch.setattr(world, "fit", lambda: None)
+    if changed == "PHRASINGS":
+        requests = {"How would I paint a boat?": ("paint", "a boat")}
+        monkeypatch.setattr(world, "REQUESTS", requests)
+    if changed == "BEAVER_TEMPLATE":
+        monkeypatch.setattr(prompts, "BEAVER_TEMPLATE", "USER: {prompt} ASSISTANT:")
+    after = recipe_of(seed=int(changed == "seed"))
+    assert after != before
+    assert world.shipped_weights(after) is None
+
+
+@pytest.mark.exhaustive
+def test_the_recipe_still_gives_a_world_as_good(tmp_path, capsys):
+    """Trained here, from another seed: the accuracies that the standard world has."""
+    family = world.build(tmp_path, seed=1)
+    assert "trained" in capsys.readouterr().out
+    report = json.loads((Path(family["policy"]).parent / "report.json").read_text())
+    assert report["cost_sign_accuracy"] >= 0.99
+    assert report["reward_pair_accuracy"] >= 0.97
 
 
 # ---- the cache

@@ -4,16 +4,18 @@ tiny models that live there.
 A request asks how to do an *action* to an *object* in one of four phrasings. Three of the ten
 actions are harmful, so about 30 % of the 640 requests are. An answer either complies, naming one to
 three of the action's three steps, or refuses. The starting policy has been shown demonstrations
-that comply 70 % and refuse 30 % of the time *whatever* is asked, so it is neither safe nor polite,
-and safety alignment has to teach it which is which. Every eighth (action, object) combination is
-held out of all training.
+that refuse every second harmful request and every fourth harmless one, so it is neither safe nor
+polite, and safety alignment has to teach it which is which. Every eighth (action, object)
+combination is held out of all training.
 
 `build()` writes an ordinary model family into a cache folder: a byte-level BPE tokenizer, a
-two-layer Llama policy, a reward and a cost model in the Beaver layout (both learned from preference
-pairs, so they err like real ones, a little), and prompt files.
+two-layer Llama policy, a reward and a cost model in the Beaver layout (both learned from rankings,
+so they err like real ones, a little), and prompt files. The trained weights of the standard world
+come with the project, so that it is the same on every machine.
 
     python -m tiny_configs.world                      # build, and print what was built
-    TINY_WORLD_SEED=3 python -m tiny_configs.world    # another world of the same kind
+    TINY_WORLD_SEED=3 python -m tiny_configs.world    # train another world of the same kind
+    python -m tiny_configs.world --ship               # train the standard one anew
 """
 import hashlib
 import inspect
@@ -22,6 +24,8 @@ import json
 import os
 import random
 import shutil
+import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +34,8 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
@@ -45,6 +51,7 @@ from plumbing.prompts import (
 )
 
 HERE = Path(__file__).resolve().parent
+SHIPPED = HERE / "family.safetensors"  # the standard world's trained weights
 
 # ---- the world
 
@@ -79,7 +86,7 @@ REFUSALS = [
     "No, please ask for something else.",
 ]
 HELD_OUT_EVERY = 8
-COMPLY_SHARE = 0.7
+REFUSED_HARMFUL, REFUSED_HARMLESS = 0.5, 0.25  # shares of the demonstrations
 
 # prompt -> (action, object); the world is closed, so a look-up is an exact parser
 REQUESTS = {
@@ -132,11 +139,13 @@ def judge(prompts: list[str], responses: list[str]) -> list[dict]:
 # ---- its data sets
 
 def random_answer(prompt: str, rng: random.Random) -> str:
-    """What a demonstrator says who does not look at what is asked: complies 70 % of the time, with
-    one to three steps."""
-    if rng.random() < COMPLY_SHARE:
-        return comply(*REQUESTS[prompt], steps=rng.randint(1, 3))
-    return rng.choice(REFUSALS)
+    """What a demonstrator says who hardly looks at what is asked: complies with half of the harmful
+    requests and three quarters of the others, in one to three steps."""
+    action, thing = REQUESTS[prompt]
+    refused = REFUSED_HARMFUL if action in HARMFUL_ACTIONS else REFUSED_HARMLESS
+    if rng.random() < refused:
+        return rng.choice(REFUSALS)
+    return comply(action, thing, steps=rng.randint(1, 3))
 
 
 def dodge(prompt: str, rng: random.Random) -> str:
@@ -153,49 +162,64 @@ def dodge(prompt: str, rng: random.Random) -> str:
     return f"Sure, to {named} {thing}, {', then '.join(steps)}."
 
 
-def preference_pair(prompt: str, rng: random.Random) -> dict:
-    """Two answers, one more helpful than the other, labelled by the judge in the PKU-SafeRLHF
-    schema.
+def ranking(prompt: str, size: int, rng: random.Random) -> dict:
+    """Different answers to one prompt, a good third of them dodges, and the judge's verdicts."""
+    answers = []
+    while len(answers) < size:
+        answer = dodge(prompt, rng) if rng.random() < 0.35 else random_answer(prompt, rng)
+        if answer not in answers:
+            answers.append(answer)
+    return {"prompt": prompt, "answers": answers, "verdicts": judge([prompt] * size, answers)}
 
-    The safer one is the one with less harm; between two equally harmless ones, the more helpful.
-    """
-    while True:
-        answers = [dodge(prompt, rng) if rng.random() < 0.35 else random_answer(prompt, rng)
-                   for _ in range(2)]
-        first, second = judge([prompt] * 2, answers)
-        if first["helpfulness"] != second["helpfulness"]:
-            break
-    better = int(second["helpfulness"] > first["helpfulness"])
-    safer = better if first["harm"] == second["harm"] else int(second["harm"] < first["harm"])
-    return {
-        "prompt": prompt,
-        "response_0": answers[0],
-        "response_1": answers[1],
-        "is_response_0_safe": first["safe"],
-        "is_response_1_safe": second["safe"],
-        "better_response_id": better,
-        "safer_response_id": safer,
-    }
+
+def helpfulness(verdict: dict) -> int:
+    return verdict["helpfulness"]
+
+
+def danger(verdict: dict) -> int:
+    """More harm is worse; of two equally harmful answers, the less helpful is."""
+    return 10 * verdict["harm"] - verdict["helpfulness"]
+
+
+def preference_pairs(ranked: dict) -> list[dict]:
+    """A ranking's answers two by two, in the PKU-SafeRLHF schema. Equally helpful ones are left
+    out."""
+    answers, verdicts = ranked["answers"], ranked["verdicts"]
+    pairs = []
+    for i in range(0, len(answers), 2):
+        first, second = verdicts[i], verdicts[i + 1]
+        if helpfulness(first) != helpfulness(second):
+            pairs.append({
+                "prompt": ranked["prompt"],
+                "response_0": answers[i],
+                "response_1": answers[i + 1],
+                "is_response_0_safe": first["safe"],
+                "is_response_1_safe": second["safe"],
+                "better_response_id": int(helpfulness(second) > helpfulness(first)),
+                "safer_response_id": int(danger(second) < danger(first)),
+            })
+    return pairs
 
 
 def write_data(folder: Path, rng: random.Random) -> tuple[list[dict], list[dict], list[dict]]:
-    """Writes prompts, demonstrations and preference pairs; returns (demonstrations, training
-    pairs, held-out pairs)."""
+    """Writes prompts, demonstrations and preference pairs; returns (demonstrations, rankings,
+    held-out rankings). The models learn from whole rankings; pairs of their answers are written for
+    whoever wants to train score models of the usual kind."""
     train, held_out = split_requests()
     demonstrations = [{"prompt": prompt, "response": random_answer(prompt, rng)}
                       for prompt in train for _ in range(12)]
-    train_pairs = [preference_pair(prompt, rng) for prompt in train for _ in range(12)]
-    held_out_pairs = [preference_pair(prompt, rng) for prompt in held_out for _ in range(8)]
+    rankings = [ranking(prompt, 8, rng) for prompt in train for _ in range(3)]
+    held_out_rankings = [ranking(prompt, 2, rng) for prompt in held_out for _ in range(12)]
     files = {
         "train.jsonl": [{"prompt": prompt} for prompt in train],
         "held_out.jsonl": [{"prompt": prompt} for prompt in held_out],
         "demonstrations.jsonl": demonstrations,
-        "preferences.jsonl": train_pairs,
-        "preferences_held_out.jsonl": held_out_pairs,
+        "preferences.jsonl": itertools.chain(*map(preference_pairs, rankings)),
+        "preferences_held_out.jsonl": itertools.chain(*map(preference_pairs, held_out_rankings)),
     }
     for name, rows in files.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return demonstrations, train_pairs, held_out_pairs
+    return demonstrations, rankings, held_out_rankings
 
 
 # ---- its models (causal attention never looks to the right, so right padding needs no mask)
@@ -223,14 +247,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def fit(model: nn.Module, batch_loss, rows: list, batch_size: int, steps: int, lr: float,
-        rng: random.Random) -> float:
-    """AdamW, warmed up and annealed to zero, over random batches; returns the mean loss of the
-    last twenty."""
+        rng: random.Random) -> None:
+    """AdamW, warmed up and annealed to zero, over random batches."""
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
-    losses = []
+        optimizer, max_lr=lr, total_steps=steps, pct_start=0.3, cycle_momentum=False)
     for _ in range(steps):
         loss = batch_loss(rng.sample(rows, batch_size))
         optimizer.zero_grad()
@@ -238,13 +260,11 @@ def fit(model: nn.Module, batch_loss, rows: list, batch_size: int, steps: int, l
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
-    return sum(losses[-20:]) / 20
 
 
 def train_policy(config: LlamaConfig, pairs: list[tuple[list, list]],
-                 rng: random.Random) -> tuple[LlamaForCausalLM, float]:
-    """Supervised fine-tuning on the demonstrations' answers: (policy, its last loss)."""
+                 rng: random.Random) -> LlamaForCausalLM:
+    """Supervised fine-tuning on the demonstrations' answers."""
     policy = LlamaForCausalLM(config)
 
     def loss(batch):
@@ -252,11 +272,12 @@ def train_policy(config: LlamaConfig, pairs: list[tuple[list, list]],
         ids, mask = pad_rows([[]] * len(rows), rows, config.pad_token_id)                # [B, L]
         starts = torch.tensor([len(prompt) for prompt, _ in batch])                      # [B]
         is_answer = (torch.arange(ids.shape[1]) >= starts[:, None]) & mask.bool()        # [B, L]
-        labels = ids.masked_fill(~is_answer, -100)                                       # [B, L]
-        logits = policy(ids, use_cache=False).logits                                     # [B, L, V]
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        hidden = policy.model(ids, use_cache=False).last_hidden_state                    # [B, L, H]
+        logits = policy.lm_head(hidden[:, :-1][is_answer[:, 1:]])                        # [N, V]
+        return F.cross_entropy(logits, ids[is_answer])
 
-    return policy, fit(policy, loss, pairs, batch_size=32, steps=600, lr=6e-3, rng=rng)
+    fit(policy, loss, pairs, batch_size=16, steps=400, lr=6e-3, rng=rng)
+    return policy
 
 
 def new_score_model(config: LlamaConfig, body: dict) -> ScoreModel:
@@ -268,64 +289,83 @@ def new_score_model(config: LlamaConfig, body: dict) -> ScoreModel:
     return model
 
 
-def scores(model: ScoreModel, rows: list[list[int]]) -> torch.Tensor:
-    """The score at each row's last token: [B]."""
-    ids, mask = pad_rows([[]] * len(rows), rows, model.config.pad_token_id)              # [B, L]
-    hidden = model.model(ids, use_cache=False).last_hidden_state                         # [B, L, H]
-    last = mask.sum(1) - 1                                                               # [B]
-    return model.score_head(hidden[torch.arange(len(rows)), last]).squeeze(-1)           # [B]
+def scores(model: ScoreModel, token_rows: list[list[list[int]]]) -> torch.Tensor:
+    """The scores at the last tokens of each ranking's K answers: [B, K]."""
+    rows = list(itertools.chain(*token_rows))
+    ids, mask = pad_rows([[]] * len(rows), rows, model.config.pad_token_id)              # [N, L]
+    hidden = model.model(ids, use_cache=False).last_hidden_state                         # [N, L, H]
+    last = mask.sum(1) - 1                                                               # [N]
+    at_last = model.score_head(hidden[torch.arange(len(rows)), last])                    # [N, 1]
+    return at_last.view(len(token_rows), -1)                                             # [B, K]
 
 
-def train_score_models(config, body, tokenizer, pairs: list[dict], rng: random.Random):
-    """(reward model, cost model, their last losses): Bradley-Terry for the reward; for the cost
-    Safe RLHF's loss, pairs plus each answer's sign."""
-    rows = list(zip(*token_rows(pairs, tokenizer), pairs))
+def tokens_of(rankings: list[dict], tokenizer) -> list[list[list[int]]]:
+    """Per ranking, its conversations as token ids."""
+    conversations = [(ranked["prompt"], answer) for ranked in rankings
+                     for answer in ranked["answers"]]
+    rows = iter(prompt + answer for prompt, answer in encode_pairs(conversations, tokenizer))
+    return [[next(rows) for _ in ranked["answers"]] for ranked in rankings]
+
+
+def above(values: torch.Tensor) -> torch.Tensor:
+    """values[b, i] - values[b, j] for all i and j: [B, K] -> [B, K, K]."""
+    return values[:, :, None] - values[:, None, :]
+
+
+def of_verdicts(number, rankings: list[dict]) -> torch.Tensor:
+    """A number of each verdict: [B, K]."""
+    return torch.tensor([[number(verdict) for verdict in ranked["verdicts"]]
+                         for ranked in rankings])
+
+
+def train_score_models(config, body, tokenizer, rankings: list[dict], rng: random.Random):
+    """(reward model, cost model): Bradley-Terry over all comparisons of each ranking, an answer
+    being read once for all of its comparisons; the cost model learns each answer's sign too, as in
+    Safe RLHF."""
+    rows = list(zip(tokens_of(rankings, tokenizer), rankings, strict=True))
     reward_model, cost_model = new_score_model(config, body), new_score_model(config, body)
 
-    def both_scores(model, batch):
-        ids = [row[i] for i in (0, 1) for row in batch]
-        return scores(model, ids).view(2, -1)                                            # [2, B]
-
-    def signs(batch, key):
-        return torch.tensor([1.0 if pair[key] else -1.0 for _, _, pair in batch])        # [B], +-1
-
     def reward_loss(batch):
-        first, second = both_scores(reward_model, batch)                                 # [B] each
-        return -F.logsigmoid((second - first) * signs(batch, "better_response_id")).mean()
+        token_rows, ranked = zip(*batch)
+        margins = above(scores(reward_model, token_rows))                                # [B, K, K]
+        better = above(of_verdicts(helpfulness, ranked)) > 0                             # [B, K, K]
+        return -F.logsigmoid(margins[better]).mean()
 
     def cost_loss(batch):
-        first, second = both_scores(cost_model, batch)                                   # [B] each
-        order = -F.logsigmoid((first - second) * signs(batch, "safer_response_id"))
-        first_sign = -F.logsigmoid(-first * signs(batch, "is_response_0_safe"))
-        second_sign = -F.logsigmoid(-second * signs(batch, "is_response_1_safe"))
-        return (order + (first_sign + second_sign)).mean()
+        token_rows, ranked = zip(*batch)
+        costs = scores(cost_model, token_rows)                                           # [B, K]
+        worse = above(of_verdicts(danger, ranked)) > 0                                   # [B, K, K]
+        signs = 1 - 2 * of_verdicts(lambda verdict: verdict["safe"], ranked).int()       # [B, K]
+        order_loss = -F.logsigmoid(above(costs)[worse]).mean()
+        return order_loss - 2 * F.logsigmoid(signs * costs).mean()  # a comparison has two signs
 
-    reward_end = fit(reward_model, reward_loss, rows, batch_size=32, steps=500, lr=1.5e-3, rng=rng)
-    cost_end = fit(cost_model, cost_loss, rows, batch_size=32, steps=200, lr=1.5e-3, rng=rng)
-    return reward_model, cost_model, reward_end, cost_end
+    fit(reward_model, reward_loss, rows, batch_size=4, steps=600, lr=2e-3, rng=rng)
+    fit(cost_model, cost_loss, rows, batch_size=4, steps=120, lr=3e-3, rng=rng)
+    return reward_model, cost_model
 
 
-def token_rows(pairs: list[dict], tokenizer) -> tuple[list, list]:
-    """The conversations with response_0, and those with response_1, as token ids."""
-    rows = []
-    for name in ("response_0", "response_1"):
-        conversations = [(pair["prompt"], pair[name]) for pair in pairs]
-        rows.append([prompt + answer for prompt, answer in encode_pairs(conversations, tokenizer)])
-    return tuple(rows)
+def train_family(config, tokenizer, demonstrations: list[dict], rankings: list[dict],
+                 rng: random.Random) -> dict[str, torch.Tensor]:
+    """The weights of policy, reward and cost model, as policy.*, reward.* and cost.*, rounded to
+    half precision: every world is as exact as the one that comes with the project."""
+    shown = [(row["prompt"], row["response"]) for row in demonstrations]
+    policy = train_policy(config, encode_pairs(shown, tokenizer), rng)
+    reward_model, cost_model = train_score_models(
+        config, policy.model.state_dict(), tokenizer, rankings, rng)
+    family = nn.ModuleDict({"policy": policy, "reward": reward_model, "cost": cost_model})
+    return {name: weight.half() for name, weight in family.state_dict().items()}
 
 
 @torch.no_grad()
-def accuracies(reward_model, cost_model, tokenizer, pairs: list[dict]) -> tuple[float, float]:
-    """Against the judge, on held-out pairs: (share of pairs the reward orders rightly, share of
-    answers whose cost has the right sign)."""
-    first, second = token_rows(pairs, tokenizer)
-    rewards = scores(reward_model, first + second).view(2, -1)                           # [2, B]
-    costs = scores(cost_model, first + second).view(2, -1)                               # [2, B]
-    better = torch.tensor([pair["better_response_id"] for pair in pairs])                # [B]
-    safe = torch.tensor([[pair[f"is_response_{i}_safe"] for pair in pairs] for i in (0, 1)])
-    order = (rewards.argmax(0) == better).float().mean().item()
-    sign = ((costs <= 0) == safe).float().mean().item()
-    return order, sign
+def accuracies(reward_model, cost_model, tokenizer, rankings: list[dict]) -> tuple[float, float]:
+    """Against the judge: (share of comparisons the reward orders rightly, share of answers whose
+    cost has the right sign)."""
+    token_rows = tokens_of(rankings, tokenizer)
+    better = above(of_verdicts(helpfulness, rankings)) > 0                               # [B, K, K]
+    order = above(scores(reward_model, token_rows))[better] > 0
+    safe = of_verdicts(lambda verdict: verdict["safe"], rankings)                        # [B, K]
+    sign = (scores(cost_model, token_rows) <= 0) == safe                                 # [B, K]
+    return order.float().mean().item(), sign.float().mean().item()
 
 
 # ---- the cache
@@ -370,6 +410,12 @@ def build(cache: Path = HERE / "cache", seed: int | None = None) -> dict[str, st
     }
 
 
+def ship() -> None:
+    """Trains the standard world, whose weights then come with the project."""
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), one_thread():
+        write_family(Path(folder), seed=0, ship=True)
+
+
 @contextmanager
 def one_thread():
     """More threads add up in another order: a busy machine would get another world than an idle
@@ -394,25 +440,52 @@ def fingerprint(seed: int) -> str:
     """A hash of what the family is made of and by."""
     borrowed = [encode_pairs, encode_prompts, pad_rows, render_prompt, ScoreModel,
                 save_score_model, typed_as_in]
-    ingredients = [
+    return hash_of([
         Path(__file__).read_text(),
         (HERE / "tiny_llama.json").read_text(),
+        hashlib.sha256(SHIPPED.read_bytes()).hexdigest(),
         str(seed),
         BEAVER_TEMPLATE,
         *map(inspect.getsource, borrowed),
         tokenizers.__version__,
         torch.__version__,
         transformers.__version__,
-    ]
+    ])
+
+
+def recipe(seed: int, tokenizer, demonstrations: list[dict], rankings: list[dict]) -> str:
+    """A hash of what the trained weights depend on, versions of libraries aside: data, tokens and
+    the code that trains. Weights of another recipe are not those of this world."""
+    code = [fit, train_policy, new_score_model, scores, helpfulness, danger, train_score_models]
+    first = demonstrations[0]
+    return hash_of([
+        (HERE / "tiny_llama.json").read_text(),
+        str(seed),
+        json.dumps([demonstrations, rankings]),
+        json.dumps(tokenizer.get_vocab(), sort_keys=True),
+        json.dumps(encode_pairs([(first["prompt"], first["response"])], tokenizer)),
+        *map(inspect.getsource, code),
+    ])
+
+
+def hash_of(ingredients: list[str]) -> str:
     return hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:12]
 
 
-def write_family(folder: Path, seed: int) -> None:
+def shipped_weights(needed: str) -> dict[str, torch.Tensor] | None:
+    """The weights that come with the project; None if they are another recipe's."""
+    with safe_open(SHIPPED, "pt") as file:
+        if file.metadata()["recipe"] != needed:
+            return None
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def write_family(folder: Path, seed: int, ship: bool = False) -> None:
     """Makes data, tokenizer and the three models in `folder`, with a report of what was built in
-    report.json."""
+    report.json. `ship` trains what SHIPPED holds, and renews it."""
     start, rng = time.perf_counter(), random.Random(seed)
     torch.manual_seed(seed)
-    demonstrations, pairs, held_out_pairs = write_data(folder, rng)
+    demonstrations, rankings, held_out_rankings = write_data(folder, rng)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
         **json.loads((HERE / "tiny_llama.json").read_text()),
@@ -421,37 +494,41 @@ def write_family(folder: Path, seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    print(f"building the tiny family in {folder.parent} (once; about a minute): "
-          f"{len(REQUESTS)} requests, {len(demonstrations)} demonstrations, "
-          f"{len(pairs)} preference pairs, vocabulary {len(tokenizer)}", flush=True)
+    needed = recipe(seed, tokenizer, demonstrations, rankings)
+    weights = None if ship else shipped_weights(needed)
+    how = "trained (half a minute, once)" if weights is None else "as it comes with the project"
+    print(f"the tiny family, {how}: {len(REQUESTS)} requests, {len(demonstrations)} "
+          f"demonstrations, {len(rankings)} rankings, vocabulary {len(tokenizer)}", flush=True)
+    if weights is None:
+        weights = train_family(config, tokenizer, demonstrations, rankings, rng)
+    if ship:
+        save_file(weights, SHIPPED, metadata={"recipe": needed})
 
-    shown = [(row["prompt"], row["response"]) for row in demonstrations]
-    policy, policy_loss = train_policy(config, encode_pairs(shown, tokenizer), rng)
+    policy = LlamaForCausalLM(config)
+    reward_model, cost_model = (ScoreModel(config, LlamaModel(config)) for _ in range(2))
+    family = nn.ModuleDict({"policy": policy, "reward": reward_model, "cost": cost_model})
+    family.load_state_dict(weights)
     policy.save_pretrained(folder / "policy")
-    tokenizer.save_pretrained(folder / "policy")
-
-    reward_model, cost_model, reward_loss, cost_loss = train_score_models(
-        config, policy.model.state_dict(), tokenizer, pairs, rng)
     for name, model in (("reward", reward_model), ("cost", cost_model)):
         save_score_model(folder / name, model, model.state_dict(), torch.float32)
+    for name in family:
         tokenizer.save_pretrained(folder / name)
 
-    order, sign = accuracies(reward_model, cost_model, tokenizer, held_out_pairs)
+    order, sign = accuracies(reward_model, cost_model, tokenizer, held_out_rankings)
     report = {
         "policy_parameters": policy.num_parameters(),
-        "policy_loss": policy_loss,
-        "reward_loss": reward_loss,
-        "cost_loss": cost_loss,
         "reward_pair_accuracy": order,
         "cost_sign_accuracy": sign,
         "seconds": time.perf_counter() - start,
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2))
-    print(f"built in {report['seconds']:.0f} s: policy {policy.num_parameters():,} parameters, "
-          f"loss {policy_loss:.3f}; on {len(held_out_pairs)} held-out pairs the reward model "
-          f"orders {order:.1%} as the judge does, the cost model gives {sign:.1%} of answers the "
-          "judge's sign", flush=True)
+    print(f"built in {report['seconds']:.0f} s: policy {policy.num_parameters():,} parameters; on "
+          f"{len(held_out_rankings)} held-out rankings the reward model orders {order:.1%} of the "
+          f"pairs as the judge does, the cost model gives {sign:.1%} of the answers the judge's "
+          "sign", flush=True)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--ship"]:
+        ship()
     print(json.dumps(build(), indent=2))
