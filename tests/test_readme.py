@@ -58,6 +58,7 @@ def test_every_link_to_a_file_leads_to_one(page):
 
 BENCH = r"kernels\.bench([^`\n]*)"  # and the settings it is called with
 TORCHRUN = r"torchrun --.*? repo\.py"  # the settings between are torchrun's own
+SHIP = r"python -m tiny_configs\.world --ship"
 
 
 def settings_in(text: str) -> set[str]:
@@ -77,7 +78,7 @@ def test_every_setting_it_names_exists(page):
     of_the_bench = {word.lstrip("-") for word in bench_parser("cpu")._option_string_actions}
     assert settings_in(" ".join(re.findall(BENCH, text))) <= of_the_bench
 
-    others = re.sub(f"{BENCH}|{TORCHRUN}", "", text)
+    others = re.sub(f"{BENCH}|{TORCHRUN}|{SHIP}", "", text)
     known = set(repo.Config.__dataclass_fields__) | {"config", "help"} | settings_of_companions()
     assert settings_in(others) <= known
 
