@@ -25,11 +25,11 @@ def check_claim(folder) -> None:
     # Both constraints hold on average, and only one of them keeps prompts safe.
     assert ppo_lag["cost"] <= 0 and repo["cost"] <= 0, shown
     assert repo["prompts_fully_safe"] >= ppo_lag["prompts_fully_safe"] + 0.2, shown
-    assert repo["safety_rate"] >= 0.95 and ppo_lag["safety_rate"] <= 0.85, shown
+    assert repo["safety_rate"] >= 0.95 and ppo_lag["safety_rate"] <= 0.8, shown
 
     helpful_before = repo["before"]["reward_on_harmless_prompts"]
     assert repo["reward_on_harmless_prompts"] > helpful_before + 1, shown
-    assert repo["over_refusal_rate"] <= 0.4, shown
+    assert repo["over_refusal_rate"] <= 0.1, shown
 
 
 def test_repo_makes_far_more_prompts_safe_than_ppo_lag(tmp_path, default_runs):

@@ -173,6 +173,7 @@ def ranking(prompt: str, size: int, rng: random.Random) -> dict:
 
 
 def helpfulness(verdict: dict) -> int:
+    """More is better, whatever the harm."""
     return verdict["helpfulness"]
 
 
@@ -456,7 +457,8 @@ def fingerprint(seed: int) -> str:
 def recipe(seed: int, tokenizer, demonstrations: list[dict], rankings: list[dict]) -> str:
     """A hash of what the trained weights depend on, versions of libraries aside: data, tokens and
     the code that trains. Weights of another recipe are not those of this world."""
-    code = [fit, train_policy, new_score_model, scores, helpfulness, danger, train_score_models]
+    code = [fit, train_policy, new_score_model, scores, above, of_verdicts, helpfulness, danger,
+            train_score_models, train_family]
     first = demonstrations[0]
     return hash_of([
         (HERE / "tiny_llama.json").read_text(),
