@@ -196,6 +196,29 @@ def test_weights_of_another_recipe_are_not_used(tmp_path, monkeypatch, changed):
     assert world.shipped_weights(after) is None
 
 
+@pytest.mark.parametrize(
+    "agreed, times",
+    [
+        ([(0.97, 0.99)], 1),
+        ([(0.95, 1.0), (0.99, 1.0)], 2),
+        ([(0.99, 0.98), (0.96, 0.99), (0.98, 0.995)], 3),
+        ([(0.5, 0.5)] * 9, 3),
+    ],
+)
+def test_a_world_whose_score_models_err_is_trained_again(monkeypatch, agreed, times):
+    trained, answers = [], iter(agreed)
+
+    def train(*_):
+        trained.append({"weights of attempt": len(trained) + 1})
+        return trained[-1]
+
+    monkeypatch.setattr(world, "train_family", train)
+    monkeypatch.setattr(world, "models_of", lambda *_: {"reward": None, "cost": None})
+    monkeypatch.setattr(world, "accuracies", lambda *_: next(answers))
+    assert world.train_until_good(*[None] * 6) == {"weights of attempt": times}
+    assert len(trained) == times
+
+
 @pytest.mark.exhaustive
 def test_the_recipe_still_gives_a_world_as_good(tmp_path, capsys):
     """Trained here, from another seed: the accuracies that the standard world has."""
