@@ -14,8 +14,8 @@ SOURCES = {  # of a rollout's numbers
     "reward_values": "the reward critic",
     "cost_values": "the cost critic",
 }
-# Nats per token. In the tiny world RePO ends above 0.03, PPO and PPO-Lag below the floor: they give
-# one answer to each request.
+# Nats per token. In the tiny world RePO ends at 0.03 or above, PPO and PPO-Lag mostly below the
+# floor: they give one answer to each request.
 ENTROPY_FLOOR = 0.01
 
 
