@@ -371,13 +371,22 @@ def forward_and_loss(models, config, device, longest, checkpointing) -> tuple[in
     """Of a micro-batch through the model that takes most, in bytes: (the worst moment of forward
     and backward, what the loss takes beyond that)."""
     rows = min(config.micro_batch_size, responses_per_rank(config))
+    different = {build_of(model): model for model in trained_models(models)}
     peak, kept = max(
         activations(model, rows, longest.row, has_bf16_copies(config), checkpointing)
-        for model in trained_models(models)
+        for model in different.values()
     )
     loss = loss_chunk(models.policy.config, rows * (longest.row - longest.prompt), device, config)
     # The loss comes when the forward is over and the backward has not begun.
     return peak, max(kept + loss - peak, 0)
+
+
+def build_of(model) -> tuple:
+    """Its backbone's class, and its weights by name: models of the same build take the same."""
+    body = model.base_model
+    weights = [(name, weight.shape, weight.requires_grad)
+               for name, weight in body.named_parameters()]
+    return type(body), tuple(weights)
 
 
 def loss_chunk(policy, tokens: int, device: str, config) -> int:

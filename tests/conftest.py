@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from textwrap import dedent
 
@@ -81,41 +80,50 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if "exhaustive" in item.keywords]
         items[:] = [item for item in items if "exhaustive" not in item.keywords]
         config.hook.pytest_deselected(items=left_out)
-    items.sort(key=needs_default_runs)  # they come last
+    items.sort(key=when)
 
 
-# ---- two whole runs, a minute each, trained one after the other beside the other tests
+# ---- long runs that many tests look at, made one after the other beside the tests that need none
 
-DEFAULT_RUNS = pytest.StashKey[tuple[subprocess.Popen, Path]]()
-TRAIN = """
-for algo in repo ppo_lag; do
-  "$0" repo.py --device cpu --algo $algo --output_dir "$1/$algo" || exit
-done
-"""
+LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python, "$1" a folder
+    "by_ranks": """
+        "$0" tests/test_ranks.py "$1" > "$1/one-rank.log" 2>&1
+        "$0" -m torch.distributed.run --standalone --nproc_per_node 2 \\
+            tests/test_ranks.py "$1" > "$1/two-ranks.log" 2>&1
+    """,
+    "default_runs": """
+        "$0" repo.py --device cpu --output_dir "$1/repo" > "$1/repo.log" 2>&1
+        "$0" repo.py --device cpu --algo ppo_lag --output_dir "$1/ppo_lag" > "$1/lag.log" 2>&1
+    """,
+}
+BOTH_CORES = ("test_faults", "test_ranks")  # they start several processes at a time
+LONG_RUN = pytest.StashKey[tuple[subprocess.Popen, Path]]()
 
 
-def needs_default_runs(item) -> bool:
-    return "default_runs" in item.fixturenames
+def when(item) -> int:
+    """A test's place in the order: first what one core is enough for, last what has to wait."""
+    if not LONG_RUNS.keys().isdisjoint(item.fixturenames):
+        return 2
+    return 1 if item.path.stem in BOTH_CORES else 0
 
 
 def pytest_collection_finish(session):
-    if any(map(needs_default_runs, session.items)) and not session.config.option.collectonly:
+    needed = {name for item in session.items for name in item.fixturenames}
+    script = [commands for name, commands in LONG_RUNS.items() if name in needed]
+    if script and not session.config.option.collectonly:
         folder = Path(tempfile.mkdtemp())
-        with open(folder / "errors", "w") as errors:
-            process = subprocess.Popen(
-                ["sh", "-c", TRAIN, sys.executable, folder],
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,
-            )
-        session.config.stash[DEFAULT_RUNS] = process, folder
+        process = subprocess.Popen(
+            ["sh", "-ec", "".join(script), sys.executable, folder],
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        session.config.stash[LONG_RUN] = process, folder
 
 
 def pytest_unconfigure(config):
-    if DEFAULT_RUNS in config.stash:
-        process, folder = config.stash[DEFAULT_RUNS]
-        with suppress(ProcessLookupError):  # they have ended, mostly
+    if LONG_RUN in config.stash:
+        process, folder = config.stash[LONG_RUN]
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -168,11 +176,19 @@ def run(tmp_path, capsys):
 
 
 @pytest.fixture(scope="session")
-def default_runs(pytestconfig) -> dict[str, Path]:
-    """Folders of the default run and of PPO-Lag's, which were started first of all."""
-    process, folder = pytestconfig.stash[DEFAULT_RUNS]
-    assert process.wait() == 0, (folder / "errors").read_text()
-    return {"repo": folder / "repo", "ppo_lag": folder / "ppo_lag"}
+def long_runs(pytestconfig) -> Path:
+    """The folder of the runs that were started first of all, once they have ended."""
+    process, folder = pytestconfig.stash[LONG_RUN]
+    if process.wait() != 0:
+        newest = max(folder.glob("*.log"), key=lambda log: log.stat().st_mtime)
+        pytest.fail(newest.read_text())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def default_runs(long_runs) -> dict[str, Path]:
+    """Folders of the default run and of PPO-Lag's."""
+    return {"repo": long_runs / "repo", "ppo_lag": long_runs / "ppo_lag"}
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -28,6 +28,7 @@ import repo
 from plumbing.models import load_policy
 from plumbing.prompts import load_ptx_pairs
 from plumbing.ranks import RANK, RANKS
+from tiny_configs import world
 
 # ---- what every process does
 
@@ -77,9 +78,9 @@ def trained_weights(state) -> dict:
     return weights
 
 
-def learn_each_variant(file: Path, family: dict) -> None:
+def learn_each_variant(file: Path) -> None:
     """Two steps of each variant; rank 0 writes responses, metrics, weights and lambda."""
-    results = {}
+    results, family = {}, world.build()
     for name, changes in VARIANTS.items():
         config = repo.Config(**family | SETTINGS | changes)
         torch.manual_seed(0)
@@ -133,7 +134,7 @@ if __name__ == "__main__":
     if RANKS > 1:
         distributed.init_process_group("gloo")
     at = Path(sys.argv[1])
-    learn_each_variant(at / f"learned-on-{RANKS}", json.loads(sys.argv[2]))
+    learn_each_variant(at / f"learned-on-{RANKS}")
     if RANKS > 1:
         run_whole(at)
         run_with_bad_numbers(at / "bad-numbers")
@@ -185,21 +186,18 @@ class Left(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory, family) -> Left:
-    """One process and two ranks, side by side, started once for all tests that look at this."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = [start(ranks, __file__, folder, json.dumps(family)) for ranks in (1, 2)]
-    _, printed = [finished(process) for process in processes]
+def by_ranks(long_runs) -> Left:
+    """By one process and by two ranks; conftest.py starts them."""
     learned = {}
     for ranks in (1, 2):
-        learned[ranks] = torch.load(folder / f"learned-on-{ranks}", weights_only=True)
-    return Left(folder, printed, learned)
+        learned[ranks] = torch.load(long_runs / f"learned-on-{ranks}", weights_only=True)
+    return Left(long_runs, (long_runs / "two-ranks.log").read_text(), learned)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_ranks_learn_what_one_learns(left, variant):
-    responses, metrics, weights, lam = left.learned[1][variant]
-    same_responses, same_metrics, same_weights, same_lam = left.learned[2][variant]
+def test_two_ranks_learn_what_one_learns(by_ranks, variant):
+    responses, metrics, weights, lam = by_ranks.learned[1][variant]
+    same_responses, same_metrics, same_weights, same_lam = by_ranks.learned[2][variant]
     tolerance = 1e-5
     if variant == "bfloat16":
         # Norms are fp32 in one process, bf16 in FSDP, and the sums round differently.
@@ -234,15 +232,15 @@ def assert_same_models(folder: Path, other: Path) -> None:
         assert all(torch.allclose(weights[key], same[key], atol=1e-5) for key in weights)
 
 
-def test_one_rank_speaks(left):
-    assert left.printed.count("4 steps of repo in") == len(WHOLE_RUNS)
-    assert left.printed.count("policy ") == len(WHOLE_RUNS) + 1  # and the run with bad numbers
-    assert "Traceback" not in left.printed
+def test_one_rank_speaks(by_ranks):
+    assert by_ranks.printed.count("4 steps of repo in") == len(WHOLE_RUNS)
+    assert by_ranks.printed.count("policy ") == len(WHOLE_RUNS) + 1  # and the run with bad numbers
+    assert "Traceback" not in by_ranks.printed
 
 
 @pytest.mark.parametrize("name", WHOLE_RUNS)
-def test_a_checkpoint_of_two_ranks_is_whole_and_with_holes_refused(left, run, tmp_path, name):
-    whole = left.folder / name
+def test_a_checkpoint_of_two_ranks_is_whole_and_with_holes_refused(by_ranks, run, tmp_path, name):
+    whole = by_ranks.folder / name
     assert not list(whole.rglob(".*"))
     checkpoint = shutil.copytree(whole / "checkpoints" / "step-2", tmp_path / "step-2")
     shards = list(checkpoint.glob("*.safetensors"))
@@ -264,8 +262,8 @@ def check_that_it_went_on(whole: Path, out: Path, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE_RUNS)
-def test_a_run_of_two_ranks_goes_on_with_one(left, run, name):
-    whole = left.folder / name
+def test_a_run_of_two_ranks_goes_on_with_one(by_ranks, run, name):
+    whole = by_ranks.folder / name
     checkpoint = whole / "checkpoints" / "step-2"
     code, out, printed = run(*FEW, *WHOLE_RUNS[name], "--resume", checkpoint)
     assert code == 0 and "continuing from" in printed
@@ -273,8 +271,8 @@ def test_a_run_of_two_ranks_goes_on_with_one(left, run, name):
 
 
 @pytest.mark.exhaustive
-def test_a_run_of_two_ranks_goes_on_with_four(left, tmp_path):
-    whole, out = left.folder / "full", tmp_path / "out"
+def test_a_run_of_two_ranks_goes_on_with_four(by_ranks, tmp_path):
+    whole, out = by_ranks.folder / "full", tmp_path / "out"
     more = ("--resume", whole / "checkpoints" / "step-2", "--output_dir", out)
     assert "continuing from" in finished(start(4, "repo.py", *FEW, *more))
     check_that_it_went_on(whole, out, ranks=4)
@@ -362,8 +360,8 @@ def test_an_error_of_one_rank_ends_all_with_its_sentence(tmp_path, family):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_numbers_on_one_rank_leave_out_the_update_on_all(left):
-    assert left.printed.count("this update is left out") == 2
-    rows = read_jsonl(left.folder / "bad-numbers" / "metrics.jsonl")
+def test_bad_numbers_on_one_rank_leave_out_the_update_on_all(by_ranks):
+    assert by_ranks.printed.count("this update is left out") == 2
+    rows = read_jsonl(by_ranks.folder / "bad-numbers" / "metrics.jsonl")
     reasons = [row.get("bad", "")[:17] for row in rows]
     assert reasons == ["", "actor_loss is nan", "--reward_model ga", ""]
