@@ -114,8 +114,8 @@ class Config(RunSettings):
     lambda_init: float = option(1.0, "the multiplier's first value")
     lambda_lr: float = option(0.1, "alpha: the multiplier's step size")
     lambda_max: float = option(5.0, "the multiplier's upper bound")
-    cost_window: int = option(128, "ppo_lag: the mean cost is taken over so many of the latest "
-                                   "responses")
+    cost_window: int = option(128, "ppo_lag: the mean cost is taken over so many of each rank's "
+                                   "latest responses")
     kl_coeff: float = option(0.01, "beta: weight of the KL penalty to the starting policy")
     clip_range: float = option(0.2, "epsilon: clip of the probability ratio")
     clip_range_value: float = option(5.0, "how far a critic may move from its old value before "
@@ -440,7 +440,7 @@ def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
 
         lambda <- min(lambda + alpha mean{C - d}+, lambda_max)
 
-    For --algo ppo_lag, over the latest --cost_window costs, with the same cap:
+    For --algo ppo_lag, over the latest --cost_window costs of each rank, with the same cap:
 
         ln lambda <- ln lambda + alpha lambda (mean C - d)
 
@@ -492,7 +492,7 @@ class State(Models):
         self.step = 0         # steps done
         self.seconds = 0.0    # spent in them
         self.tokens = 0       # sampled in them
-        self.costs = []       # the latest --cost_window costs
+        self.costs = []       # the latest, --cost_window of each rank
         self.before = None    # scores of the untrained policy
         self.data = None      # a hash of prompts and pairs
         self.saved_step = None   # of the newest checkpoint
@@ -567,7 +567,8 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list,
     with recomputing(getattr(state, name) for name in State.TRAINED):
         learned = learn(state, rollout, ptx, config)
 
-    state.costs = (state.costs + rollout.cost.tolist())[-config.cost_window:]
+    window = config.cost_window * RANKS
+    state.costs = (state.costs + rollout.cost.tolist())[-window:]
     latest = torch.tensor(state.costs) if config.algo == "ppo_lag" else rollout.cost
     state.lam = update_lambda(lam, latest, config)
 

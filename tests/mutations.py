@@ -334,6 +334,8 @@ BUGS = [
         "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
     Bug("plumbing/run_folder.py", "run", "folder: an earlier run is not moved aside",
         "if holds_run(out):", "if False:"),
+    Bug("repo.py", "ranks", "ranks: PPO-Lag's window is one rank's",
+        "window = config.cost_window * RANKS", "window = config.cost_window"),
     Bug("repo.py", "ranks", "ranks: the gradient is their mean",
         "(scale * RANKS * loss).backward()", "(scale * loss).backward()"),
     Bug("plumbing/ranks.py", "ranks", "ranks: metrics of one rank",

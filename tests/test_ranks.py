@@ -45,7 +45,7 @@ SETTINGS = {
 }
 VARIANTS = {  # batches of 5 do not divide by 2 ranks, of 1 leave a rank without rows
     "repo": {},
-    "ppo_lag": {"algo": "ppo_lag"},
+    "ppo_lag": {"algo": "ppo_lag", "cost_window": 8 // RANKS},  # of the 10 costs in two steps
     "mask, passes": {"rectify": "mask", "update_iters": 2, "minibatch_size": 3},
     "one prompt": {"batch_size": 1},
     "ptx": {"ptx_coeff": 0.5},
