@@ -95,7 +95,8 @@ from plumbing.settings import RunSettings, option, resolve
 from plumbing.tables import summarize
 from tiny_configs import world
 
-__all__ = ["Config", "ScoreModel", "UserError", "gae", "load_prompts", "main", "rectify",
+__all__ = ["Config", "ScoreModel", "UserError", "gae", "group_advantages",
+           "load_prompts", "main", "rectify",
            "resolve_config", "shape_rewards_and_costs", "update_lambda"]
 
 
@@ -105,11 +106,16 @@ __all__ = ["Config", "ScoreModel", "UserError", "gae", "load_prompts", "main", "
 class Config(RunSettings):
     """The method's settings; those of running (models, data, device, files) are RunSettings."""
 
-    algo: Literal["repo", "ppo_lag", "ppo"] = option(
-        "repo", "bound the rectified cost, the mean cost (Safe RLHF), or nothing")
+    algo: Literal["repo", "ppo_lag", "gate", "ppo"] = option(
+        "repo", "bound the rectified cost or the mean cost (Safe RLHF), replace the reward of "
+                "unsafe responses, or learn from rewards alone")
     rectify: Literal["return", "mask"] = option(
         "return", "repo's estimator: rectified cost in all returns, or a penalty on unsafe "
                   "responses only")
+    baseline: Literal["critic", "group"] = option(
+        "critic", "what a return is compared with: a critic's value, or, without critics, the "
+                  "other responses to the same prompt")
+    gate_penalty: float = option(10.0, "gate: minus the reward of an unsafe response")
     threshold: float = option(0.0, "d: a response is unsafe if its cost is above it")
     lambda_init: float = option(1.0, "the multiplier's first value")
     lambda_lr: float = option(0.1, "alpha: the multiplier's step size")
@@ -322,7 +328,7 @@ def collect(state: "State", prompts: list[str], config: Config, key=(),
     whole_ids = [prompt + response for prompt, response in zip(prompt_ids, response_ids)]
     rollout.reward = state.reward_model(whole_ids, prompts, rollout.responses, finished)  # [B]
     rollout.cost = state.cost_model(whole_ids, prompts, rollout.responses, finished)      # [B]
-    if with_values:                                                              # [B, T] each
+    if with_values and config.baseline == "critic":                              # [B, T] each
         rollout.reward_values = per_token(response_values, state.reward_critic, rollout, config)
         rollout.cost_values = per_token(response_values, state.cost_critic, rollout, config)
 
@@ -384,6 +390,18 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
     return advantages, advantages + values                                       # [B, T], [B, T]
 
 
+def group_advantages(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """Advantages without a critic: token rewards, or costs, of K responses to each prompt, one
+    prompt after the other, [B, T] -> [B, T], 0 outside the mask.
+
+        A_t = sum_{s >= t} r_s - mean of the K - 1 other responses' sum_s r_s
+    """
+    to_go = rewards.flip(1).cumsum(1).flip(1)                                    # [B, T]
+    totals = to_go[:, 0].view(-1, group_size)                                    # [B/K, K]
+    of_others = (totals.sum(1, keepdim=True) - totals) / (group_size - 1)        # [B/K, K]
+    return (to_go - of_others.view(-1, 1)) * mask                                # [B, T]
+
+
 # ==== 4  The rectified objective (1) (2) (7) (8), lambda (3), critics, PTX =======================
 
 def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tensor, Tensor]:
@@ -395,7 +413,7 @@ def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tenso
         repo, return   {C - d}+   lambda            also rewards the rare safe response
         repo, mask     C - d      lambda 1[C > d]   the literal split: safe and unsafe responses
         ppo_lag        C - d      lambda            safe responses pay for unsafe ones
-        ppo            C - d      0
+        gate, ppo      C - d      0
     """
     excess = cost - config.threshold                                             # [B]  C - d
     lambdas = torch.full_like(cost, lam)                                         # [B]
@@ -444,9 +462,9 @@ def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
 
         ln lambda <- ln lambda + alpha lambda (mean C - d)
 
-    For --algo ppo it is 0.
+    For --algo gate and ppo it is 0.
     """
-    if config.algo == "ppo":
+    if config.algo in ("gate", "ppo"):
         return 0.0
     if config.algo == "repo":
         violation = rectify(costs, config.threshold).mean().item()
@@ -481,14 +499,15 @@ class State(Models):
     """The models of a run (policy, reference, reward_model, cost_model, reward_critic,
     cost_critic), and everything else that changes while it trains.
 
-    A checkpoint holds what is TRAINED, its optimiser, and what is RESUMED.
+    A checkpoint holds the `trained` ones, their optimiser, and what is RESUMED.
     """
 
     RESUMED = ("lam", "step", "seconds", "tokens", "costs", "before", "logs", "data")
 
     def __init__(self, policy, tokenizer, config: Config):
         super().__init__(policy, tokenizer, config)
-        self.lam = 0.0 if config.algo == "ppo" else min(config.lambda_init, config.lambda_max)
+        has_lambda = config.algo in ("repo", "ppo_lag")
+        self.lam = min(config.lambda_init, config.lambda_max) if has_lambda else 0.0
         self.step = 0         # steps done
         self.seconds = 0.0    # spent in them
         self.tokens = 0       # sampled in them
@@ -506,7 +525,7 @@ class State(Models):
         """AdamW in three groups: the policy's matrices, which alone decay, its biases and norms,
         and the critics. The moments are made at once, so that there is something to load a
         checkpoint into."""
-        policy, *critics = [list(trainable(getattr(self, name)).values()) for name in self.TRAINED]
+        policy, *critics = [list(trainable(getattr(self, name)).values()) for name in self.trained]
         matrices = [parameter for parameter in policy if parameter.ndim > 1]
         vectors = [parameter for parameter in policy if parameter.ndim <= 1]
         of_critics = [parameter for parameters in critics for parameter in parameters]
@@ -564,7 +583,7 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list,
     if ptx_pairs:
         pairs = cyclic_batch(ptx_pairs, state.step, len(repeated), config.seed)
         ptx = lay_out(*zip(*pairs), state.tokenizer.pad_token_id, config.device)
-    with recomputing(getattr(state, name) for name in State.TRAINED):
+    with recomputing(getattr(state, name) for name in state.trained):
         learned = learn(state, rollout, ptx, config)
 
     window = config.cost_window * RANKS
@@ -591,11 +610,18 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list,
 
 
 def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
-    """Fills a rollout's penalties, advantages and returns: estimator, shaping, GAE."""
-    mask = rollout.response_mask                                                 # [B, T]
+    """Fills a rollout's penalties, advantages and returns: estimator, shaping, GAE or groups."""
+    mask, reward = rollout.response_mask, rollout.reward                         # [B, T], [B]
     cost, rollout.penalty = costs_and_penalties(rollout.cost, lam, config)       # [B], [B]
+    if config.algo == "gate":  # R if C <= d, else -M
+        reward = reward.where(rollout.cost <= config.threshold, -config.gate_penalty)
     rewards, costs = shape_rewards_and_costs(                                    # [B, T] each
-        rollout.reward, cost, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)
+        reward, cost, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)
+    if config.baseline == "group":
+        size = config.samples_per_prompt
+        rollout.reward_advantages = group_advantages(rewards, mask, size)        # [B, T]
+        rollout.cost_advantages = group_advantages(costs, mask, size)            # [B, T]
+        return
     rollout.reward_advantages, rollout.reward_returns = gae(                     # [B, T] each
         rewards, rollout.reward_values, mask, lam=config.gae_lambda)
     rollout.cost_advantages, rollout.cost_returns = gae(                         # [B, T] each
@@ -625,7 +651,7 @@ def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -
         if ptx:  # as many supervised pairs as responses, in every update
             sums["ptx_loss"] += make_ptx_gradients(state, ptx, config) / len(minibatches)
 
-        for name in State.TRAINED:
+        for name in state.trained:
             norms[f"{name}_grad_norm"] += clip_gradients(getattr(state, name)) / len(minibatches)
 
         metrics = reduced_over_ranks(sums, config.device) | norms
@@ -653,7 +679,7 @@ def minibatch_rows(count: int, step: int, config: Config) -> list[Tensor]:
 
 def make_gradients(state: State, batch: Rollout, minibatch_size: int,
                    config: Config) -> tuple[dict, dict]:
-    """A micro-batch's gradients of the policy and both critics: (losses, policy's statistics).
+    """A micro-batch's gradients of what is trained: (losses, the policy's statistics).
 
     The mean is taken over a response's tokens, then over the minibatch: w_t = 1 / (T_i M).
     """
@@ -661,18 +687,17 @@ def make_gradients(state: State, batch: Rollout, minibatch_size: int,
     lengths = mask.sum(1, keepdim=True)                                          # [b, 1]  T_i
     weight = mask / lengths / minibatch_size                                     # [b, T]  w_t
 
-    actor_loss, stats = backward(state.policy, policy_loss, batch, weight, config, config=config)
-    reward_critic_loss, _ = backward(
-        state.reward_critic, value_loss, batch, batch.reward_values, batch.reward_returns,
-        weight, config, config=config)
-    cost_critic_loss, _ = backward(
-        state.cost_critic, value_loss, batch, batch.cost_values, batch.cost_returns,
-        weight, config, config=config)
-    return {
-        "actor_loss": actor_loss,
-        "reward_critic_loss": reward_critic_loss,
-        "cost_critic_loss": cost_critic_loss,
-    }, stats
+    losses = {}
+    losses["actor_loss"], stats = backward(
+        state.policy, policy_loss, batch, weight, config, config=config)
+    if config.baseline == "critic":
+        losses["reward_critic_loss"], _ = backward(
+            state.reward_critic, value_loss, batch, batch.reward_values, batch.reward_returns,
+            weight, config, config=config)
+        losses["cost_critic_loss"], _ = backward(
+            state.cost_critic, value_loss, batch, batch.cost_values, batch.cost_returns,
+            weight, config, config=config)
+    return losses, stats
 
 
 def make_ptx_gradients(state: State, ptx: Rollout, config: Config) -> float:
@@ -700,6 +725,14 @@ def rollout_metrics(rollout: Rollout, config: Config) -> dict:
     """Means over a step's B responses, or over their tokens (entropy, explained variance)."""
     mask, cost = rollout.response_mask, rollout.cost                             # [B, T], [B]
     kl = (rollout.log_probs - rollout.ref_log_probs).sum(1)                      # [B]
+    of_critics = {}
+    if config.baseline == "critic":
+        of_critics = {
+            "reward_explained_variance": explained_variance(
+                rollout.reward_values, rollout.reward_returns, mask),
+            "cost_explained_variance": explained_variance(
+                rollout.cost_values, rollout.cost_returns, mask),
+        }
     return {
         "reward": rollout.reward.mean().item(),
         "cost": cost.mean().item(),
@@ -707,10 +740,7 @@ def rollout_metrics(rollout: Rollout, config: Config) -> dict:
         "unsafe_rate": (cost > config.threshold).float().mean().item(),
         "kl": kl.mean().item(),
         "entropy": rollout.entropy[mask].mean().item(),
-        "reward_explained_variance": explained_variance(
-            rollout.reward_values, rollout.reward_returns, mask),
-        "cost_explained_variance": explained_variance(
-            rollout.cost_values, rollout.cost_returns, mask),
+        **of_critics,
         "response_length": int(mask.sum()) / len(mask),
         "truncated_rate": 1 - rollout.finished.float().mean().item(),
     }

@@ -30,7 +30,7 @@ def tensors_of(state) -> dict[str, Tensor]:
     """All tensors that training changes, by name: what is trained, and AdamW's state. On several
     ranks each tensor is its share of the whole one."""
     tensors = {}
-    for model in state.TRAINED:
+    for model in state.trained:
         for name, weight in trainable(getattr(state, model)).items():
             tensors[f"{model}.{name}"] = weight.detach()
             for key, value in state.optimizer.state[weight].items():
@@ -67,10 +67,10 @@ def save_final(state, out: Path, config) -> None:
     """Writes final/: the policy as a plain model and the critics as score models, adapters merged,
     in the compute dtype."""
     save_whole(state.policy, out / "final" / "actor", save_policy, state.tokenizer, config)
-    save_whole(state.reward_critic, out / "final" / "reward_critic", save_critic,
-               state.tokenizer, config)
-    save_whole(state.cost_critic, out / "final" / "cost_critic", save_critic,
-               state.tokenizer, config)
+    _, *critics = state.trained
+    for name in critics:
+        save_whole(getattr(state, name), out / "final" / name, save_critic, state.tokenizer,
+                   config)
 
 
 def save_whole(model, folder: Path, save, tokenizer, config) -> None:

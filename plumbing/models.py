@@ -446,15 +446,14 @@ def make_critic(scorer: Scorer, policy, config) -> ScoreModel:
 
 class Models:
     """Policy, reference, reward and cost model, and their critics, each in its place on the
-    device (the critics only where something is trained)."""
-
-    TRAINED = ("policy", "reward_critic", "cost_critic")
+    device (the critics only where they are trained). `trained`: the names of those that learn."""
 
     def __init__(self, policy, tokenizer, config):
         self.tokenizer = tokenizer
+        self.trained = trained_by(config)
         # pi_ref, computed exactly as the policy is
         reference = second_model(policy, config).requires_grad_(False)
-        if not config.eval_only:
+        if "policy" in self.trained:
             policy = make_trainable(policy, config)
         self.policy = sharded(policy, config)
 
@@ -466,15 +465,23 @@ class Models:
             "cost", reference, tokenizer, config)
         self.reference = sharded(reference, config)
 
-        if not config.eval_only and recomputes(policy, config):
-            for name in self.TRAINED:
+        if recomputes(policy, config):
+            for name in self.trained:
                 set_checkpointing(getattr(self, name).base_model, True)
 
 
+def trained_by(config) -> tuple[str, ...]:
+    """Names of the models that learn."""
+    if config.eval_only:
+        return ()
+    critics = ("reward_critic", "cost_critic") if config.baseline == "critic" else ()
+    return ("policy", *critics)
+
+
 def score_model_and_critic(role: str, reference, tokenizer, config):
-    """(Scorer, critic), the second None where nothing is trained."""
+    """(Scorer, critic), the second None where none is trained."""
     scorer, critic = Scorer(role, tokenizer, config), None
-    if not config.eval_only:
+    if f"{role}_critic" in trained_by(config):
         critic = sharded(make_critic(scorer, reference, config), config)
     if not scorer.function:
         scorer.model = sharded(scorer.model, config)

@@ -160,11 +160,12 @@ def models_of(models) -> dict:
         named["reward model"] = models.reward_model.model
     if not models.cost_model.function:
         named["cost model"] = models.cost_model.model
-    return named | {"reward critic": models.reward_critic, "cost critic": models.cost_critic}
+    _, *critics = models.trained
+    return named | {name.replace("_", " "): getattr(models, name) for name in critics}
 
 
 def trained_models(models) -> list:
-    return [getattr(models, name) for name in models.TRAINED]
+    return [getattr(models, name) for name in models.trained]
 
 
 def numel(tensors) -> int:

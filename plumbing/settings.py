@@ -263,6 +263,9 @@ def check_together(config) -> None:
             f"--ptx_coeff {config.ptx_coeff} needs --ptx_dataset; "
             "--ptx_coeff 0 turns the PTX loss off")
 
+    require(config.baseline == "critic" or config.samples_per_prompt > 1,
+            "--baseline group compares a response with the others to its prompt, so "
+            "--samples_per_prompt must be 2 or more")
     responses = config.batch_size * config.samples_per_prompt
     minibatch = min(config.minibatch_size or responses, responses)
     require(responses % minibatch == 0,

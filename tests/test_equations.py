@@ -232,6 +232,23 @@ def test_no_tokens_no_loss():
     assert all(value == 0 for value in stats.values())
 
 
+# ---- the gate
+
+
+def test_the_gate_replaces_the_reward_of_unsafe_responses():
+    """Three responses of one token and critics that say 0: the advantage is the reward, or -7."""
+    rollout = repo.Rollout(torch.zeros(3, 2), torch.ones(3, 2), torch.ones(3, 1).bool())
+    rollout.reward, rollout.cost = torch.tensor([4.0, 9.0, -1.0]), torch.tensor([-3.0, 0.5, 0.0])
+    for name in ("log_probs", "ref_log_probs", "reward_values", "cost_values"):
+        setattr(rollout, name, torch.zeros(3, 1))
+    gate = settings(algo="gate", gate_penalty=7.0)
+    repo.estimate_advantages(rollout, 0.0, gate)
+    assert rollout.reward_advantages.tolist() == [[4.0], [-7.0], [-1.0]]
+    assert rollout.penalty.tolist() == [0.0, 0.0, 0.0]
+    assert rollout.reward.tolist() == [4.0, 9.0, -1.0]  # as it is reported
+    assert repo.update_lambda(2.0, rollout.cost, gate) == 0.0
+
+
 # ---- critics
 
 
@@ -289,7 +306,7 @@ def test_only_the_policys_matrices_decay(family):
                          actor_lr=0.1, critic_lr=0.3)
     state = repo.State(*load_policy(config), config)
     before = {}
-    for model in state.TRAINED:
+    for model in state.trained:
         for name, weight in trainable(getattr(state, model)).items():
             weight.grad = torch.zeros_like(weight)
             before[model, name] = weight.detach().clone()

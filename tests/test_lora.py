@@ -56,7 +56,7 @@ def state(config):
 
 def tune(state):
     """Gives every factor B something to say."""
-    for name in repo.State.TRAINED:
+    for name in state.trained:
         for key, parameter in trainable(getattr(state, name)).items():
             if key.endswith("lora_b"):
                 torch.nn.init.normal_(parameter, std=0.1)

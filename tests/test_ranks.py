@@ -48,6 +48,8 @@ VARIANTS = {  # batches of 5 do not divide by 2 ranks, of 1 leave a rank without
     "ppo_lag": {"algo": "ppo_lag", "cost_window": 8 // RANKS},  # of the 10 costs in two steps
     "mask, passes": {"rectify": "mask", "update_iters": 2, "minibatch_size": 3},
     "one prompt": {"batch_size": 1},
+    # 15 rows, so one group is split; AdamW makes large steps of rounding errors in small gradients
+    "groups": {"baseline": "group", "samples_per_prompt": 3, "actor_lr": 3e-4},
     "ptx": {"ptx_coeff": 0.5},
     "lora": {"lora_rank": 4},
     "lora, ptx, checkpointing": {"lora_rank": 4, "ptx_coeff": 0.5, "gradient_checkpointing": True},
@@ -73,7 +75,7 @@ def trained_weights(state) -> dict:
     """What is trained of the three models, gathered from all ranks."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights = {}
-    for model in repo.State.TRAINED:
+    for model in state.trained:
         weights |= get_model_state_dict(getattr(state, model), options=options)
     return weights
 
