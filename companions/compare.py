@@ -4,7 +4,8 @@
                                                     # three seeds each, in the tiny world
     python companions/compare.py --algos repo --seeds 2 --kl_coeff 0.1
                                                     # other settings go to repo.py as they are
-    python companions/compare.py --study            # RePO's own settings, one changed at a time
+    python companions/compare.py --study            # RePO's own settings, one changed at a time,
+                                                    # and its neighbours
     python companions/compare.py RUN [RUN ...]      # any finished runs, tiny or 7B; of two runs
                                                     # also quadrants and worst prompts
 """
@@ -38,13 +39,21 @@ ALGOS = {  # what --algos calls a method -> its title, and its settings
     "ppo_lag": ("PPO-Lag", ["--algo", "ppo_lag"]),
     "repo": ("RePO", ["--algo", "repo"]),
     "mask": ("RePO, mask", ["--algo", "repo", "--rectify", "mask"]),
+    "gate": ("gate", ["--algo", "gate"]),
 }
+DEFAULT_ALGOS = ["ppo", "ppo_lag", "repo", "mask"]
 
 STUDY = [  # the settings that --study changes, a variant each
     "", "--lambda_init 1", "--lambda_init 10", "--lambda_lr 0", "--lambda_lr 0.5",
     "--lambda_max 4", "--threshold -3", "--threshold 3", "--kl_coeff 0.05", "--kl_coeff 0.5",
     "--ptx_coeff 0.3", "--harmful_share 0.1", "--harmful_share 0.6",
     "--batch_size 16 --samples_per_prompt 4",
+    # Neighbours: a fixed lambda is above, and here one with more weight; then no critics; then
+    # rewards replaced; then PPO-Lag's rule for each of the four updates.
+    "--lambda_lr 0 --lambda_init 5",
+    "--baseline group --batch_size 16 --samples_per_prompt 4",
+    "--algo gate",
+    "--algo ppo_lag --lambda_lr 0.8",
 ]
 
 COLUMNS = {  # what a table shows of summary.json -> the column's title
@@ -515,7 +524,7 @@ def read_command_line(words: list[str]) -> tuple[list[Path], argparse.Namespace,
         allow_abbrev=False,
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=list(ALGOS))
+    parser.add_argument("--algos", nargs="+", choices=ALGOS, default=DEFAULT_ALGOS)
     parser.add_argument("--study", action="store_true",
                         help="RePO with the settings of STUDY instead")
     parser.add_argument("--out", type=Path, help="where tables and pictures go; "
