@@ -62,6 +62,8 @@ COLUMNS = {  # what a table shows of summary.json -> the column's title
     "rectified_cost": "rectified cost",
     "safety_rate": "responses safe",
     "prompts_fully_safe": "prompts fully safe",
+    "unsafe_prompts_at_most": "unsafe prompts at most",
+    "cost_at_most": "mean cost at most",
     "over_refusal_rate": "over-refusal",
     "reward_on_harmless_prompts": "reward on harmless prompts",
     "lambda": "final λ",
@@ -71,7 +73,7 @@ COLUMNS = {  # what a table shows of summary.json -> the column's title
 
 OF_ONE_RUN = {  # no part of a method: runs that differ in these alone may be averaged
     "seed", "output_dir", "resume", "environment", "sample_every", "save_every",
-    "keep_checkpoints", "dry_run", "gpu_memory", "scorer_timeout", "max_bad_steps",
+    "keep_checkpoints", "dry_run", "gpu_memory", "scorer_timeout", "max_bad_steps", "confidence",
 }
 SET_HERE = (  # by the comparison itself, so not by its user
     "--seed", "--algo", "--rectify", "--output_dir", "--eval_only", "--dry_run", "--resume",

@@ -12,7 +12,7 @@ from plumbing.models import trainable
 from plumbing.plan import peak_memory_mib
 from plumbing.ranks import RANK
 from plumbing.run_folder import append, to_jsonl, write_whole
-from plumbing.tables import samples_table, scores_table, summarize
+from plumbing.tables import bounds_text, samples_table, scores_table, summarize, what_it_says
 
 
 def introduce(state, config) -> None:
@@ -92,7 +92,7 @@ def report(state, rows: list[dict], seconds: float, out: Path, config) -> None:
     bad_steps = sum("bad" in step for step in metrics)
     peaks = [value for step in metrics for name, value in step.items()
              if name.startswith("peak_mib")]
-    scores = summarize(rows)
+    scores, said = summarize(rows), what_it_says(rows, config.confidence)
     summary = {
         "algo": config.algo,
         "rectify": config.rectify,
@@ -105,12 +105,14 @@ def report(state, rows: list[dict], seconds: float, out: Path, config) -> None:
         "wall_seconds": seconds,
         "peak_memory_mib": max([peak_memory_mib(), *peaks]),
         "before": state.before,
+        **said,
     }
     write_whole(out / "summary.json", json.dumps(summary, indent=2))
     if config.eval_only:
-        say(scores_table(now=scores))
+        say(scores_table(said, now=scores))
     else:
-        say(scores_table(before=state.before, after=scores))
+        say(scores_table(said, before=state.before, after=scores))
+    say("\n" + bounds_text(said, config.threshold))
     left_out = f" ({bad_steps} of them with bad numbers, left out)" if bad_steps else ""
     say(f"\n{state.step} steps of {config.algo}{left_out} in {seconds:.0f} s; "
         f"everything is in {out}")

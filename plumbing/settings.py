@@ -71,6 +71,7 @@ class RunSettings:
     # ---- evaluation and planning
     eval_samples: int = option(4, "responses per held-out prompt")
     max_eval_prompts: int = option(256, "evaluate on at most so many held-out prompts")
+    confidence: float = option(0.95, "of the intervals and bounds of an evaluation's scores")
     eval_only: str | None = option(
         None, "evaluate this policy and stop: a run's folder, or a model's folder or hub name; "
               "without a value, the starting one", nargs="?", const="policy")
@@ -255,6 +256,7 @@ def check_numbers(config) -> None:
 
 def check_together(config) -> None:
     """What no setting alone can tell: something missing, or two that exclude each other."""
+    require(config.confidence < 1, f"--confidence {config.confidence}: must be below 1")
     for name in ("reward_model", "cost_model", "dataset"):
         require(getattr(config, name) is not None,
                 f"--{name} is missing; only the presets ({', '.join(PRESETS)}) bring one, "

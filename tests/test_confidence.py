@@ -1,0 +1,101 @@
+# pytest tests/test_confidence.py
+"""Intervals and upper bounds: published and hand-computed values, coverage counted exactly."""
+
+import math
+
+import pytest
+from test_compare import evaluation
+from test_run import FEW, summary_of
+
+from plumbing.confidence import bootstrapped, largest_mean, largest_share, student, wilson
+from plumbing.tables import bounds_text, scores_table, summarize, what_it_says
+
+
+def test_wilsons_interval_of_eight_of_ten():
+    """By hand: z^2 = 3.84146; (0.8 + 0.19207 +- 1.95996 sqrt(0.016 + 0.0096036)) / 1.384146."""
+    low, high = wilson(0.8, 10, 0.95)
+    assert low == pytest.approx(0.49016, abs=1e-5)
+    assert high == pytest.approx(0.94332, abs=1e-5)
+
+
+def test_wilsons_interval_of_none_and_all_of_eighty():
+    assert wilson(0.0, 80, 0.95) == pytest.approx((0.0, 0.04582), abs=1e-5)
+    assert wilson(1.0, 80, 0.95) == pytest.approx((0.95418, 1.0), abs=1e-5)
+
+
+def test_none_of_eighty_is_at_most_3_7_percent():
+    assert largest_share(0, 80, 0.95) == pytest.approx(1 - 0.05 ** (1 / 80), abs=1e-9)
+    assert largest_share(5, 10, 0.95) == pytest.approx(0.777559, abs=1e-6)  # as tables have it
+    assert largest_share(10, 10, 0.95) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.01, 0.037, 0.2, 0.5, 0.93])
+def test_the_bound_of_a_share_holds_as_often_as_it_says(share):
+    """All outcomes of 20 prompts, each with its probability."""
+    holds = 0.0
+    for hits in range(21):
+        probability = math.comb(20, hits) * share**hits * (1 - share) ** (20 - hits)
+        holds += probability * (largest_share(hits, 20, 0.9) >= share)
+    assert holds >= 0.9
+
+
+@pytest.mark.parametrize(
+    "confidence, degrees, table",
+    [(0.95, 10, 1.8125), (0.95, 79, 1.6644), (0.99, 20, 2.5280), (0.975, 30, 2.0423)],
+)
+def test_students_quantiles_are_those_of_the_tables(confidence, degrees, table):
+    assert student(confidence, degrees) == pytest.approx(table, abs=1e-3)
+
+
+def test_the_bound_of_a_mean_by_hand():
+    """0 to 10: mean 5, variance 11, so the standard error of the mean is 1."""
+    assert largest_mean([float(n) for n in range(11)], 0.95) == pytest.approx(6.8125, abs=1e-3)
+    assert largest_mean([3.0, 3.0, 3.0], 0.95) == 3.0
+    assert largest_mean([3.0], 0.95) is None
+
+
+def test_a_bootstrapped_mean_is_as_uncertain_as_the_normal_one():
+    low, high = bootstrapped([0.0, 1.0] * 200, 0.95)  # standard error 0.025
+    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
+    assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
+    assert bootstrapped([2.0, 2.0], 0.95) == (2.0, 2.0)
+
+
+def test_safe_on_eighty_prompts_is_no_proof_and_is_not_told_as_one():
+    rows = evaluation([[-1.0, -3.0]] * 80, [[1.0, 2.0]] * 80)
+    said = what_it_says(rows, 0.95)
+    text = bounds_text(said, 0.0)
+    assert "0 of 80 prompts had an unsafe response" in text
+    assert "at most 3.7 % do, with 95 % confidence" in text
+    assert "the mean rectified cost is at most 0.000, not above the limit 0" in text
+    table = scores_table(said, before=summarize(rows), after=summarize(rows))
+    (line,) = [line for line in table.splitlines() if line.startswith("prompts_fully_safe")]
+    assert line.split() == ["prompts_fully_safe", "1.000", "1.000", "0.954", "to", "1.000"]
+
+
+def test_compensation_passes_the_test_of_the_mean_and_not_of_the_rectified_one():
+    """Of 20 prompts 5 cost 2 and 15 cost -6: mean -4, sd 3.5541, se 0.7947; rectified: mean 0.5,
+    sd 0.8885, se 0.1987; t of 19 degrees 1.7291."""
+    rows = evaluation([[2.0]] * 5 + [[-6.0]] * 15, [[1.0]] * 20)
+    said = what_it_says(rows, 0.95)
+    assert said["cost_at_most"] == pytest.approx(-4 + 1.7291 * 0.7947, abs=1e-3)
+    assert said["rectified_cost_at_most"] == pytest.approx(0.5 + 1.7291 * 0.1987, abs=1e-3)
+    text = bounds_text(said, 0.0)
+    assert "the mean cost is at most -2.626, not above the limit 0" in text
+    assert "the mean rectified cost is at most 0.844, which is above the limit 0" in text
+
+
+def test_a_run_says_it(run):
+    code, out, printed = run(*FEW, "--steps", 1, "--confidence", 0.9)
+    assert code == 0
+    summary = summary_of(out)
+    assert summary["confidence"] == 0.9 and summary["prompts"] == 8
+    for name, edges in summary["intervals"].items():
+        if edges:
+            assert edges[0] - 1e-9 <= summary[name] <= edges[1] + 1e-9, name
+    assert "90 % interval" in printed and "with 90 % confidence" in printed
+
+
+def test_a_confidence_of_one_is_refused(run):
+    code, _, printed = run(*FEW, "--confidence", 1)
+    assert code == 2 and "--confidence 1.0: must be below 1" in printed
