@@ -70,6 +70,7 @@ from plumbing.plan import dry_run, peak_memory_mib
 from plumbing.prompts import (
     cyclic_batch,
     encode_prompts,
+    load_categories,
     load_prompts,
     load_ptx_pairs,
     pad_rows,
@@ -514,6 +515,7 @@ class State(Models):
         self.costs = []       # the latest, --cost_window of each rank
         self.before = None    # scores of the untrained policy
         self.data = None      # a hash of prompts and pairs
+        self.categories = {}  # of held-out prompts, where they have some
         self.saved_step = None   # of the newest checkpoint
         self.has_warned = False  # of a collapse
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}  # lines, as the files hold them
@@ -807,7 +809,10 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
     rows = []
     for start in range(0, len(records), config.eval_samples):
         group = records[start:start + config.eval_samples]
-        rows.append({"prompt": group[0]["prompt"], "responses": group})
+        row = {"prompt": group[0]["prompt"], "responses": group}
+        if row["prompt"] in state.categories:
+            row["category"] = state.categories[row["prompt"]]
+        rows.append(row)
     return rows
 
 
@@ -843,6 +848,7 @@ def run(config: Config) -> None:
     state = State(*load_policy(config), config)
     data = repr((prompts, held_out, ptx_pairs))
     state.data = hashlib.sha256(data.encode()).hexdigest()
+    state.categories = load_categories(config)
     if has_metrics(config.eval_only):
         # A run: the policy that it started from, loaded above, is the reference; what it trained
         # is to be scored.

@@ -12,7 +12,15 @@ from plumbing.models import trainable
 from plumbing.plan import peak_memory_mib
 from plumbing.ranks import RANK
 from plumbing.run_folder import append, to_jsonl, write_whole
-from plumbing.tables import bounds_text, samples_table, scores_table, summarize, what_it_says
+from plumbing.tables import (
+    bounds_text,
+    by_category,
+    categories_table,
+    samples_table,
+    scores_table,
+    summarize,
+    what_it_says,
+)
 
 
 def introduce(state, config) -> None:
@@ -107,12 +115,17 @@ def report(state, rows: list[dict], seconds: float, out: Path, config) -> None:
         "before": state.before,
         **said,
     }
+    categories = by_category(rows)
+    if categories:
+        summary["by_category"] = categories
     write_whole(out / "summary.json", json.dumps(summary, indent=2))
     if config.eval_only:
         say(scores_table(said, now=scores))
     else:
         say(scores_table(said, before=state.before, after=scores))
     say("\n" + bounds_text(said, config.threshold))
+    if categories:
+        say(categories_table(categories))
     left_out = f" ({bad_steps} of them with bad numbers, left out)" if bad_steps else ""
     say(f"\n{state.step} steps of {config.algo}{left_out} in {seconds:.0f} s; "
         f"everything is in {out}")

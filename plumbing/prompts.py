@@ -6,6 +6,7 @@ A prompt is a string: what the user says, or, if there were turns before, a tran
 import glob
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -53,12 +54,18 @@ def read_better_response(row: dict) -> tuple[str, str | None]:
 def read_instruction(row: dict) -> tuple[str, str | None]:
     """Alpaca; an input, where there is one, stands on the line after the instruction."""
     parts = [row["instruction"], row.get("input")]
-    return to_pair("\n".join(filter(None, parts)), row["output"])
+    return to_pair("\n".join(filter(None, parts)), row.get("output"))
 
 
 def read_preference(row: dict) -> tuple[str, str | None]:
     """HH-RLHF."""
     return to_pair(row.get("prompt") or row["chosen"])
+
+
+def read_behavior(row: dict) -> tuple[str, str | None]:
+    """HarmBench; what some behaviors are about stands before them."""
+    parts = [row.get("ContextString"), row["Behavior"]]
+    return to_pair("\n\n---\n\n".join(filter(None, parts)))
 
 
 def columns_reader(prompt: str, answer: str | None = None):
@@ -74,9 +81,16 @@ FORMATS = {  # columns -> reader of a row; the first whose columns a data set ha
     ("chosen", "rejected"): read_preference,
     ("prompt",): columns_reader("prompt"),
     ("messages",): columns_reader("messages"),
-    ("instruction",): columns_reader("instruction"),
+    ("instruction",): read_instruction,  # safety-tuned-llamas, whose lists become rows
+    ("goal", "target"): columns_reader("goal"),  # AdvBench
+    ("Goal",): columns_reader("Goal"),  # JailbreakBench, whose Behavior is a title
+    ("Behavior",): read_behavior,
+    ("forbidden_prompt",): columns_reader("forbidden_prompt"),  # StrongREJECT
+    ("question", "types_of_harm"): columns_reader("question"),  # do-not-answer
     ("text",): columns_reader("text"),
 }
+# What a prompt's kind stands in; the first that a data set has. "type" is XSTest's.
+CATEGORIES = ("category", "Category", "SemanticCategory", "types_of_harm", "tags", "type")
 
 
 def read_rows(source: str, flag: str) -> datasets.Dataset:
@@ -100,10 +114,21 @@ def read_rows(source: str, flag: str) -> datasets.Dataset:
 
     with blame(f"{flag} {source}: cannot be read"):
         rows = datasets.load_dataset(**where)
-        if rows.column_names == ["instructions"]:  # {"instructions": [...]}: one row has them all
-            prompts = [text for row in rows["instructions"] for text in row]
-            return datasets.Dataset.from_dict({"prompt": prompts})
+        if "instructions" in rows.column_names and isinstance(rows[0]["instructions"], list):
+            return unfolded(rows[0])
     return rows
+
+
+def unfolded(lists: dict) -> datasets.Dataset:
+    """safety-tuned-llamas: {"instructions": [...], "inputs": [...], "tags": [...]}, as a row per
+    instruction. The other lists may be empty, or tell something else."""
+    instructions = lists["instructions"]
+    columns = {"instruction": instructions}
+    for name, column in (("inputs", "input"), ("tags", "tags")):
+        values = lists.get(name) or []
+        if len(values) == len(instructions):
+            columns[column] = values
+    return datasets.Dataset.from_dict(columns)
 
 
 def reader_of(column_names: list[str], prompt_column: str | None):
@@ -273,6 +298,22 @@ def split_prompts(config, tokenizer) -> tuple[list[str], list[str]]:
                    "--eval_dataset or as the 16 at least; bring more, or other ones to hold out")
     say(f"prompts: {len(train):,} for training, {len(held_out):,} held out")
     return train, held_out
+
+
+def load_categories(config) -> dict[str, str]:
+    """{held-out prompt: its category}, if the data set has a column of them."""
+    flag = "--eval_dataset" if config.eval_dataset else "--dataset"
+    rows = read_rows(config.eval_dataset or config.dataset, flag)
+    column = next((name for name in CATEGORIES if name in rows.column_names), None)
+    read = reader_of(rows.column_names, config.prompt_column)
+    categories = {}
+    for row in rows.to_list() if column else []:
+        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):  # a hole
+            prompt, _ = read(row)
+            names = row[column] if isinstance(row[column], list) else [row[column]]
+            if any(names):
+                categories.setdefault(prompt, ", ".join(map(str, names)))
+    return categories
 
 
 def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int]]]:

@@ -65,6 +65,16 @@ def what_it_says(rows: list[dict], confidence: float) -> dict:
     }
 
 
+def by_category(rows: list[dict]) -> dict[str, dict]:
+    """{category: how many prompts it has, and their summarize()}, for prompts that have one."""
+    groups = {}
+    for row in rows:
+        if "category" in row:
+            groups.setdefault(row["category"], []).append(row)
+    return {name: {"prompts": len(groups[name])} | summarize(groups[name])
+            for name in sorted(groups)}
+
+
 def interval(by_prompt: list[dict], name: str, confidence: float) -> tuple[float, float] | None:
     """Of a score, over the prompts that have it: Wilson's for shares, bootstrap for means."""
     values = [scores[name] for scores in by_prompt if scores[name] is not None]
@@ -109,6 +119,18 @@ def scores_table(said: dict, **columns: dict) -> str:
         cells = "".join(f"{number(scores[name]):>10}" for scores in columns.values())
         between = f"   {edges[0]:.3f} to {edges[1]:.3f}" if edges else ""
         lines.append(f"{name:32}{cells}{between}")
+    return "\n".join(lines)
+
+
+def categories_table(scores_of: dict[str, dict]) -> str:
+    """What by_category() returns, a line each, the least safe first."""
+    order = sorted(scores_of, key=lambda name: scores_of[name]["prompts_fully_safe"])
+    width = max(map(len, order))
+    lines = [f"\n{'category':{width}}  prompts  fully safe     cost  over-refusal"]
+    for name in order:
+        scores = scores_of[name]
+        lines.append(f"{name:{width}}  {scores['prompts']:7d}  {scores['prompts_fully_safe']:10.3f}"
+                     f"{scores['cost']:9.3f}{number(scores['over_refusal_rate']):>14}")
     return "\n".join(lines)
 
 

@@ -4,9 +4,11 @@
 import csv
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pytest
+from conftest import read_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -15,6 +17,7 @@ from plumbing.errors import UserError
 from plumbing.prompts import (
     cyclic_batch,
     encode_prompts,
+    load_categories,
     load_pairs,
     render_prompt,
     split_prompts,
@@ -75,6 +78,42 @@ FORMATS = {
     "hh.jsonl": ([HH, HH_OF_ONE_TURN], [(TRANSCRIPT, "four"), ("only", "yes")]),
     "alpaca.json": (ALPACA, [("do", "ok"), ("add\n1 2", "3")]),
     "list.json": ({"instructions": ["a", "b"]}, [("a", None), ("b", None)]),
+    "tuned.json": (
+        {"inputs": [], "tags": ["x", "y"], "instructions": ["a", "b"]},
+        [("a", None), ("b", None)],
+    ),
+    "inputs.json": (
+        {"instructions": ["a", "b", "c"], "inputs": ["1", "", "3"], "tags": ["x"]},
+        [("a\n1", None), ("b", None), ("c\n3", None)],
+    ),
+    "xstest.csv": (
+        [{"id": "1", "prompt": "kill a process?", "type": "homonyms", "label": "safe"}],
+        [("kill a process?", None)],
+    ),
+    "problems.json": (
+        [{"prompt": "a", "category": "X"}, {"prompt": "b", "category": "Y"}],
+        [("a", None), ("b", None)],
+    ),
+    "do_not_answer.csv": (
+        [{"id": "1", "risk_area": "r", "types_of_harm": "t", "question": "q?"}],
+        [("q?", None)],
+    ),
+    "advbench.csv": ([{"goal": "g", "target": "Sure"}], [("g", None)]),
+    "harmbench.csv": (
+        [
+            {"Behavior": "b", "SemanticCategory": "s", "Tags": "", "ContextString": ""},
+            {"Behavior": "b2", "SemanticCategory": "s", "Tags": "context", "ContextString": "c"},
+        ],
+        [("b", None), ("c\n\n---\n\nb2", None)],
+    ),
+    "strongreject.csv": (
+        [{"category": "k", "source": "s", "forbidden_prompt": "f"}],
+        [("f", None)],
+    ),
+    "jailbreakbench.csv": (
+        [{"Index": "0", "Goal": "g", "Target": "t", "Behavior": "title", "Category": "k"}],
+        [("g", None)],
+    ),
     "chat.jsonl": (
         [{"messages": ANSWERED}, {"messages": TALK}],
         [(TRANSCRIPT, "four"), (TRANSCRIPT, None)],
@@ -98,6 +137,46 @@ FORMATS = {
 def test_formats(tmp_path, name):
     rows, pairs = FORMATS[name]
     assert load_pairs(write(tmp_path / name, rows)) == pairs
+
+
+CATEGORIES = {
+    "tuned.json": {"a": "x", "b": "y"},
+    "inputs.json": {},
+    "xstest.csv": {"kill a process?": "homonyms"},
+    "problems.json": {"a": "X", "b": "Y"},
+    "do_not_answer.csv": {"q?": "t"},
+    "harmbench.csv": {"b": "s", "c\n\n---\n\nb2": "s"},
+    "strongreject.csv": {"f": "k"},
+    "jailbreakbench.csv": {"g": "k"},
+    "lines.txt": {},
+}
+
+
+@pytest.mark.parametrize("name", CATEGORIES)
+def test_categories(tmp_path, name):
+    rows, _ = FORMATS[name]
+    source = write(tmp_path / name, rows)
+    assert load_categories(repo.Config(dataset="x", eval_dataset=source)) == CATEGORIES[name]
+
+
+def test_an_evaluation_tells_each_category(tmp_path, run, family):
+    lines = Path(family["eval_dataset"]).read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines[:6]]
+    held_out = [{"prompt": p, "category": "even" if i % 2 == 0 else "odd"}
+                for i, p in enumerate(prompts)]
+    held_out.append({"prompt": "How do I paint a boat?", "category": None})
+    source = write(tmp_path / "held_out.jsonl", held_out)
+    code, out, printed = run("--device", "cpu", "--eval_only", "--eval_samples", 1,
+                             "--eval_dataset", source)
+    assert code == 0
+    rows = read_jsonl(out / "eval.jsonl")
+    found = json.loads((out / "summary.json").read_text())["by_category"]
+    assert found.keys() == {"even", "odd"}
+    for name, prompts_of in (("even", prompts[::2]), ("odd", prompts[1::2])):
+        costs = [row["responses"][0]["cost"] for row in rows if row["prompt"] in prompts_of]
+        assert found[name]["prompts"] == 3
+        assert found[name]["cost"] == pytest.approx(sum(costs) / 3)
+    assert "category  prompts  fully safe" in printed
 
 
 def test_pretty_and_compact_instruction_lists_are_the_same(tmp_path):
