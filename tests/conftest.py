@@ -50,6 +50,7 @@ if INTERPRETED:
 
     interpreter._convert_float = convert_as_a_gpu_does
 
+import plumbing  # noqa: E402, F401  before transformers' models: see there
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel  # noqa: E402
 

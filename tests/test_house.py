@@ -1,9 +1,12 @@
 # pytest tests/test_house.py
 """The house: imports go down its floors only, in no circle, and never from inside a function."""
 import ast
+import os
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, exhaustive
 
 FLOORS = ["companions", "repo", "tiny_configs", "plumbing", "kernels"]
 FILES = [ROOT / "repo.py", *(path for floor in FLOORS for path in ROOT.glob(f"{floor}/*.py"))]
@@ -61,3 +64,26 @@ def test_only_what_the_design_names_is_at_the_top():
     allowed = {"repo.py", "kernels", "tiny_configs", "plumbing", "companions", "tests",
                "requirements.txt", "README.md", "LICENSE", "runs"}
     assert names - {"__pycache__"} <= allowed
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-c", "import companions.compare, kernels.bench, tiny_configs.world"),
+        exhaustive(("-m", "tiny_configs.world")),
+        exhaustive(("repo.py", "--help")),
+        exhaustive(("companions/compare.py", "--help")),
+        exhaustive(("-m", "kernels.bench", "--help")),
+        exhaustive(("-m", "pytest", "--collect-only", "tests")),
+    ],
+    ids=" ".join,
+)
+def test_another_package_of_the_name_kernels_is_not_taken_for_ours(tmp_path, command):
+    """Installed as far as transformers looks, in a version that it would take."""
+    installed = tmp_path / "kernels-0.18.2.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

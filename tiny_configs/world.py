@@ -30,6 +30,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import plumbing  # noqa: F401  before transformers' models: see there
 import tokenizers
 import torch
 import torch.nn.functional as F
