@@ -585,7 +585,7 @@ def test_bounding_the_mean_compensates(default_runs):
     """Thresholds: see tiny_configs/README.md, worlds."""
     summary = summary_of(default_runs["ppo_lag"])
     assert summary["cost"] <= 0
-    assert summary["safety_rate"] <= 0.8
+    assert summary["safety_rate"] <= 0.85
 
 
 @pytest.mark.exhaustive
