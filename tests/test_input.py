@@ -265,7 +265,7 @@ CASES = [
      "prompts are all held out, by --eval_dataset"),
     ("--dataset {}/few.jsonl", "prompts are all held out, by --eval_dataset"),
     ("--dataset {}/%s.jsonl" % ("long" * 100), "File name too long"),
-    ("--dataset {}/null.json", "null.json: cannot be read"),
+    ("--dataset {}/null.json", "null.json: has the columns instructions, but not those of any"),
     # rows
     ("--dataset {}/other.jsonl",
      "has the columns question, but not those of any known format; --prompt_column names"),
