@@ -567,7 +567,7 @@ def make_schedule(optimizer, steps: int):
 
 def train_step(state: State, prompts: list[str], ptx_pairs: list,
                config: Config) -> tuple[Rollout, dict]:
-    """Sample, score, estimate advantages, update policy and critics, then lambda. Returns the
+    """Sample, score, estimate advantages, update what is trained, then lambda. Returns the
     rollout and the step's metrics. Raises BadNumbers."""
     start, lam = time.perf_counter(), state.lam
     actor_lr = state.optimizer.param_groups[0]["lr"]
@@ -631,8 +631,8 @@ def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
 
 
 def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -> dict:
-    """--update_iters passes over a rollout; a minibatch is one step of the policy and both
-    critics. Returns losses, gradient norms and the kernels' statistics.
+    """--update_iters passes over a rollout; a minibatch is one step of all that is trained.
+    Returns losses, gradient norms and the kernels' statistics.
 
     Raises BadNumbers before an optimiser step for which any of them is not finite.
     """
@@ -793,8 +793,7 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
 def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[dict]:
     """--eval_samples responses to each held-out prompt with scores and verdicts, a row per prompt.
     The same random numbers before and after training. Raises UserError for bad numbers."""
-    repeated = [prompt for prompt in prompts[:config.max_eval_prompts]
-                for _ in range(config.eval_samples)]
+    repeated = [prompt for prompt in prompts for _ in range(config.eval_samples)]
     size = config.batch_size * config.samples_per_prompt
     records = []
     for start in range(0, len(repeated), size):

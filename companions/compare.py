@@ -73,7 +73,7 @@ COLUMNS = {  # what a table shows of summary.json -> the column's title
 
 OF_ONE_RUN = {  # no part of a method: runs that differ in these alone may be averaged
     "seed", "output_dir", "resume", "environment", "sample_every", "save_every",
-    "keep_checkpoints", "dry_run", "gpu_memory", "scorer_timeout", "max_bad_steps", "confidence",
+    "keep_checkpoints", "dry_run", "gpu_memory", "scorer_timeout", "max_bad_steps",
 }
 SET_HERE = (  # by the comparison itself, so not by its user
     "--seed", "--algo", "--rectify", "--output_dir", "--eval_only", "--dry_run", "--resume",
@@ -441,7 +441,8 @@ def is_finished(folder: Path, config: repo.Config) -> bool:
         return False
     found = json.loads((folder / "config.json").read_text())
     wanted = {name: value for name, value in vars(config).items() if name not in OF_ONE_RUN}
-    return all(value is None or found.get(name) == value for name, value in wanted.items())
+    return all(value is None or found.get(name, getattr(repo.Config, name)) == value
+               for name, value in wanted.items())
 
 
 def process_pool() -> ProcessPoolExecutor:

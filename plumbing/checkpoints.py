@@ -211,8 +211,9 @@ def check_same_settings(checkpoint: Path, config) -> None:
     with blame(f"--resume {checkpoint}: cannot be read"):
         saved = {**json.loads((checkpoint / "state.json").read_text())["config"]}
     for name, value in vars(config).items():
-        require(name in MAY_CHANGE_ON_RESUME or saved.get(name) == value,
-                f"--resume {checkpoint}: was saved with --{name} {saved.get(name)}, not {value}; "
+        before = saved.get(name, getattr(type(config), name))  # the default, of a newer setting
+        require(name in MAY_CHANGE_ON_RESUME or before == value,
+                f"--resume {checkpoint}: was saved with --{name} {before}, not {value}; "
                 "use the same settings, or start a new run")
 
 

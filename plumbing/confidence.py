@@ -17,9 +17,12 @@ def wilson(share: float, count: int, confidence: float) -> tuple[float, float]:
     return max((center - half) / scale, 0.0), min((center + half) / scale, 1.0)
 
 
-def bootstrapped(values: list[float], confidence: float, draws: int = 4000) -> tuple[float, float]:
+def bootstrapped(values: list[float], confidence: float,
+                 draws: int = 4000) -> tuple[float, float] | None:
     """The interval, two-sided, of a mean: where it falls when prompts are drawn anew, with
-    repetition; one value per prompt."""
+    repetition; one value per prompt. None where all are equal, which shows no uncertainty."""
+    if len(set(values)) == 1:
+        return None
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
     means = torch.tensor(values, dtype=torch.float64)[chosen].mean(1)            # [draws]
@@ -34,14 +37,14 @@ def largest_share(hits: int, count: int, confidence: float) -> float:
     if hits == count:
         return 1.0
 
-    def probability_of_so_few(share: float) -> float:
-        return sum(math.comb(count, k) * share**k * (1 - share)**(count - k)
-                   for k in range(hits + 1))
+    def probability_of(k: int, share: float) -> float:
+        ways = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)  # ln
+        return math.exp(ways + k * math.log(share) + (count - k) * math.log1p(-share))
 
     low, high = 0.0, 1.0
-    for _ in range(60):  # halved to the last bit
+    for _ in range(50):  # halved to the last bit, nearly
         middle = (low + high) / 2
-        if probability_of_so_few(middle) > 1 - confidence:
+        if sum(probability_of(k, middle) for k in range(hits + 1)) > 1 - confidence:
             low = middle
         else:
             high = middle
@@ -50,15 +53,15 @@ def largest_share(hits: int, count: int, confidence: float) -> float:
 
 def largest_mean(values: list[float], confidence: float) -> float | None:
     """The upper confidence bound of a mean, one-sided, by Student's t; one value per prompt. None
-    for fewer than two."""
-    if len(values) < 2:
+    for fewer than eleven, and where all are equal: zeros do not show that there is nothing else."""
+    if len(values) < 11 or len(set(values)) == 1:
         return None
     return fmean(values) + student(confidence, len(values) - 1) * stdev(values) / len(values)**0.5
 
 
 def student(confidence: float, degrees: int) -> float:
     """The quantile of Student's t, by its expansion around the normal one: within 0.001 from 10
-    degrees of freedom on, at 0.95."""
+    degrees of freedom on, at 0.99 and below."""
     z = NormalDist().inv_cdf(confidence)
     return (z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
             + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3))

@@ -4,6 +4,7 @@ A prompt is a string: what the user says, or, if there were turns before, a tran
 "\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ...".
 """
 import glob
+import random
 import re
 import sys
 from contextlib import suppress
@@ -89,6 +90,7 @@ FORMATS = {  # columns -> reader of a row; the first whose columns a data set ha
     ("question", "types_of_harm"): columns_reader("question"),  # do-not-answer
     ("text",): columns_reader("text"),
 }
+LISTS = {"instructions", "inputs", "tags"}  # columns of a file that is one json object of lists
 # What a prompt's kind stands in; the first that a data set has. "type" is XSTest's.
 CATEGORIES = ("category", "Category", "SemanticCategory", "types_of_harm", "tags", "type")
 
@@ -114,21 +116,22 @@ def read_rows(source: str, flag: str) -> datasets.Dataset:
 
     with blame(f"{flag} {source}: cannot be read"):
         rows = datasets.load_dataset(**where)
-        if "instructions" in rows.column_names and isinstance(rows[0]["instructions"], list):
-            return unfolded(rows[0])
+        is_lists = "instructions" in rows.column_names and LISTS >= set(rows.column_names)
+        if is_lists and isinstance(rows[0]["instructions"], list):
+            return datasets.Dataset.from_list([each for row in rows for each in unfolded(row)])
     return rows
 
 
-def unfolded(lists: dict) -> datasets.Dataset:
+def unfolded(lists: dict) -> list[dict]:
     """safety-tuned-llamas: {"instructions": [...], "inputs": [...], "tags": [...]}, as a row per
     instruction. The other lists may be empty, or tell something else."""
     instructions = lists["instructions"]
     columns = {"instruction": instructions}
     for name, column in (("inputs", "input"), ("tags", "tags")):
         values = lists.get(name) or []
-        if len(values) == len(instructions):
-            columns[column] = values
-    return datasets.Dataset.from_dict(columns)
+        matches = len(values) == len(instructions)
+        columns[column] = values if matches else [None] * len(instructions)
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def reader_of(column_names: list[str], prompt_column: str | None):
@@ -297,6 +300,10 @@ def split_prompts(config, tokenizer) -> tuple[list[str], list[str]]:
     require(train, f"--dataset {config.dataset}: its {len(prompts)} prompts are all held out, by "
                    "--eval_dataset or as the 16 at least; bring more, or other ones to hold out")
     say(f"prompts: {len(train):,} for training, {len(held_out):,} held out")
+    if len(held_out) > config.max_eval_prompts:  # files go by category: the first are no sample
+        chosen = random.Random(0).sample(range(len(held_out)), config.max_eval_prompts)
+        held_out = [held_out[i] for i in sorted(chosen)]
+        say(f"evaluations use {len(held_out):,} of them, drawn at random (--max_eval_prompts)")
     return train, held_out
 
 
@@ -310,10 +317,18 @@ def load_categories(config) -> dict[str, str]:
     for row in rows.to_list() if column else []:
         with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):  # a hole
             prompt, _ = read(row)
-            names = row[column] if isinstance(row[column], list) else [row[column]]
-            if any(names):
-                categories.setdefault(prompt, ", ".join(map(str, names)))
+            names = names_in(row[column])
+            if names:
+                categories.setdefault(prompt, ", ".join(names))
     return categories
+
+
+def names_in(category) -> list[str]:
+    """Of one category, of a list, or of a dict that says which ones hold."""
+    if isinstance(category, dict):
+        category = [name for name, holds in category.items() if holds]
+    names = category if isinstance(category, list) else [category]
+    return [str(name) for name in names if name not in (None, "")]
 
 
 def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int]]]:

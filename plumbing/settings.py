@@ -256,7 +256,10 @@ def check_numbers(config) -> None:
 
 def check_together(config) -> None:
     """What no setting alone can tell: something missing, or two that exclude each other."""
-    require(config.confidence < 1, f"--confidence {config.confidence}: must be below 1")
+    require(config.confidence <= 0.9999,
+            f"--confidence {config.confidence}: must be at most 0.9999")
+    require(config.algo != "gate" or config.gate_penalty <= 50,
+            f"--gate_penalty {config.gate_penalty}: token rewards are clamped to 50")
     for name in ("reward_model", "cost_model", "dataset"):
         require(getattr(config, name) is not None,
                 f"--{name} is missing; only the presets ({', '.join(PRESETS)}) bring one, "

@@ -110,11 +110,12 @@ def when(item) -> int:
 
 def pytest_collection_finish(session):
     needed = {name for item in session.items for name in item.fixturenames}
-    script = [commands for name, commands in LONG_RUNS.items() if name in needed]
+    script = [f'(set -e{commands}touch "$1/{name}.done")\n'
+              for name, commands in LONG_RUNS.items() if name in needed]
     if script and not session.config.option.collectonly:
         folder = Path(tempfile.mkdtemp())
         process = subprocess.Popen(
-            ["sh", "-ec", "".join(script), sys.executable, folder],
+            ["sh", "-c", "".join(script), sys.executable, folder],
             cwd=ROOT,
             start_new_session=True,
         )
@@ -177,19 +178,25 @@ def run(tmp_path, capsys):
 
 
 @pytest.fixture(scope="session")
-def long_runs(pytestconfig) -> Path:
-    """The folder of the runs that were started first of all, once they have ended."""
+def long_runs(pytestconfig):
+    """long_runs(fixture) -> the folder of all runs, once they have ended and those of the fixture
+    have gone well."""
     process, folder = pytestconfig.stash[LONG_RUN]
-    if process.wait() != 0:
-        newest = max(folder.glob("*.log"), key=lambda log: log.stat().st_mtime)
-        pytest.fail(newest.read_text())
-    return folder
+    process.wait(timeout=900)
+
+    def of(fixture: str) -> Path:
+        logs = "".join(log.read_text() for log in folder.glob("*.log"))
+        assert (folder / f"{fixture}.done").exists(), logs
+        return folder
+
+    return of
 
 
 @pytest.fixture(scope="session")
 def default_runs(long_runs) -> dict[str, Path]:
     """Folders of the default run and of PPO-Lag's."""
-    return {"repo": long_runs / "repo", "ppo_lag": long_runs / "ppo_lag"}
+    folder = long_runs("default_runs")
+    return {"repo": folder / "repo", "ppo_lag": folder / "ppo_lag"}
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -27,6 +27,8 @@ def test_none_of_eighty_is_at_most_3_7_percent():
     assert largest_share(0, 80, 0.95) == pytest.approx(1 - 0.05 ** (1 / 80), abs=1e-9)
     assert largest_share(5, 10, 0.95) == pytest.approx(0.777559, abs=1e-6)  # as tables have it
     assert largest_share(10, 10, 0.95) == 1.0
+    half = largest_share(600, 1200, 0.95)  # the normal one: 0.5 + 1.645 sqrt(0.25 / 1200)
+    assert half == pytest.approx(0.5237, abs=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.037, 0.2, 0.5, 0.93])
@@ -50,24 +52,26 @@ def test_students_quantiles_are_those_of_the_tables(confidence, degrees, table):
 def test_the_bound_of_a_mean_by_hand():
     """0 to 10: mean 5, variance 11, so the standard error of the mean is 1."""
     assert largest_mean([float(n) for n in range(11)], 0.95) == pytest.approx(6.8125, abs=1e-3)
-    assert largest_mean([3.0, 3.0, 3.0], 0.95) == 3.0
-    assert largest_mean([3.0], 0.95) is None
+    assert largest_mean([3.0] * 20, 0.95) is None
+    assert largest_mean([1.0, 2.0, 3.0], 0.95) is None
 
 
 def test_a_bootstrapped_mean_is_as_uncertain_as_the_normal_one():
     low, high = bootstrapped([0.0, 1.0] * 200, 0.95)  # standard error 0.025
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
     assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
-    assert bootstrapped([2.0, 2.0], 0.95) == (2.0, 2.0)
+    assert bootstrapped([2.0, 2.0], 0.95) is None
 
 
 def test_safe_on_eighty_prompts_is_no_proof_and_is_not_told_as_one():
-    rows = evaluation([[-1.0, -3.0]] * 80, [[1.0, 2.0]] * 80)
+    rows = evaluation([[-1.0, -3.0]] * 40 + [[-2.0, -1.0]] * 40, [[1.0, 2.0]] * 80)
     said = what_it_says(rows, 0.95)
     text = bounds_text(said, 0.0)
     assert "0 of 80 prompts had an unsafe response" in text
     assert "at most 3.7 % do, with 95 % confidence" in text
-    assert "the mean rectified cost is at most 0.000, not above the limit 0" in text
+    assert "the mean cost is at most -1.703, not above the limit 0" in text  # -1.75 + 1.664 se
+    assert "rectified" not in text and said["rectified_cost_at_most"] is None
+    assert said["intervals"]["rectified_cost"] is None
     table = scores_table(said, before=summarize(rows), after=summarize(rows))
     (line,) = [line for line in table.splitlines() if line.startswith("prompts_fully_safe")]
     assert line.split() == ["prompts_fully_safe", "1.000", "1.000", "0.954", "to", "1.000"]
@@ -90,6 +94,7 @@ def test_a_run_says_it(run):
     assert code == 0
     summary = summary_of(out)
     assert summary["confidence"] == 0.9 and summary["prompts"] == 8
+    assert summary["intervals"]["reward"] and summary["intervals"]["prompts_fully_safe"]
     for name, edges in summary["intervals"].items():
         if edges:
             assert edges[0] - 1e-9 <= summary[name] <= edges[1] + 1e-9, name
@@ -98,4 +103,4 @@ def test_a_run_says_it(run):
 
 def test_a_confidence_of_one_is_refused(run):
     code, _, printed = run(*FEW, "--confidence", 1)
-    assert code == 2 and "--confidence 1.0: must be below 1" in printed
+    assert code == 2 and "--confidence 1.0: must be at most 0.9999" in printed

@@ -139,6 +139,37 @@ def test_formats(tmp_path, name):
     assert load_pairs(write(tmp_path / name, rows)) == pairs
 
 
+def test_lists_of_instructions_in_several_rows_are_all_read(tmp_path):
+    rows = [{"instructions": ["a", "b"]}, {"instructions": ["c"]}]
+    assert repo.load_prompts(write(tmp_path / "rows.jsonl", rows)) == ["a", "b", "c"]
+    beside = [{"prompt": "p", "instructions": ["x"]}, {"prompt": "q", "instructions": ["y"]}]
+    assert repo.load_prompts(write(tmp_path / "beside.jsonl", beside)) == ["p", "q"]
+
+
+def test_categories_as_numbers_lists_and_flags(tmp_path):
+    for category, name in (
+        (0, "0"),
+        (["x", "y"], "x, y"),
+        ({"a": False, "b": True, "c": True}, "b, c"),
+    ):
+        source = write(tmp_path / f"{name}.jsonl", [{"prompt": "p", "category": category}])
+        config = repo.Config(dataset="x", eval_dataset=source)
+        assert load_categories(config) == {"p": name}
+
+
+def test_a_long_evaluation_is_cut_to_a_sample_of_the_whole_file(tmp_path, tokenizer, capsys):
+    train = write(tmp_path / "train.jsonl", [{"prompt": "t"}, {"prompt": "e399"}])
+    rows = [{"prompt": f"e{i}"} for i in range(400)]
+    source = write(tmp_path / "eval.jsonl", rows)
+    config = repo.Config(dataset=train, eval_dataset=source, max_eval_prompts=100)
+    train, held_out = split_prompts(config, tokenizer)
+    numbers = [int(prompt.removeprefix("e")) for prompt in held_out]
+    assert train == ["t"]  # what is held out and not used is not trained on
+    assert len(numbers) == 100 and numbers == sorted(set(numbers))
+    assert 150 < sum(numbers) / 100 < 250  # the first hundred have the mean 49.5
+    assert "evaluations use 100 of them" in capsys.readouterr().out
+
+
 CATEGORIES = {
     "tuned.json": {"a": "x", "b": "y"},
     "inputs.json": {},
@@ -176,7 +207,11 @@ def test_an_evaluation_tells_each_category(tmp_path, run, family):
         costs = [row["responses"][0]["cost"] for row in rows if row["prompt"] in prompts_of]
         assert found[name]["prompts"] == 3
         assert found[name]["cost"] == pytest.approx(sum(costs) / 3)
-    assert "category  prompts  fully safe" in printed
+    lines = printed.splitlines()
+    start = lines.index("category  prompts  fully safe     cost  over-refusal")
+    first = min(found, key=lambda name: found[name]["prompts_fully_safe"])
+    shown = f"{first:8}        3       {found[first]['prompts_fully_safe']:.3f}"
+    assert lines[start + 1].startswith(shown)
 
 
 def test_pretty_and_compact_instruction_lists_are_the_same(tmp_path):

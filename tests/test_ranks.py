@@ -190,10 +190,10 @@ class Left(NamedTuple):
 @pytest.fixture(scope="module")
 def by_ranks(long_runs) -> Left:
     """By one process and by two ranks; conftest.py starts them."""
-    learned = {}
+    folder, learned = long_runs("by_ranks"), {}
     for ranks in (1, 2):
-        learned[ranks] = torch.load(long_runs / f"learned-on-{ranks}", weights_only=True)
-    return Left(long_runs, (long_runs / "two-ranks.log").read_text(), learned)
+        learned[ranks] = torch.load(folder / f"learned-on-{ranks}", weights_only=True)
+    return Left(folder, (folder / "two-ranks.log").read_text(), learned)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
