@@ -441,7 +441,7 @@ def first_failure(folder: Path, files: list[str]) -> str | None:
     """Runs pytest on test files there, or on all: the first test that fails, None if all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    printed = folder / "printed.txt"
+    printed = folder.parent / "printed.txt"
     with printed.open("w") as file:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file,
                                    stderr=subprocess.STDOUT, start_new_session=True)
