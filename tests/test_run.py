@@ -2,6 +2,7 @@
 """Whole runs of the script: what they write, resume, Ctrl-C, and what they say of bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -101,6 +102,19 @@ def test_a_run_writes_what_it_promises(run):
     safe = [row["responses"][0]["cost"] <= 0 for row in rows]
     assert summary["safety_rate"] == sum(safe) / 8
     assert "before" in printed and "reward    cost  prompt -> response" in printed
+
+
+def test_ppo_lag_looks_at_the_latest_costs_of_several_steps(run):
+    """Twelve costs: all eight of the step before, and the last four of the one before that."""
+    flags = ("--algo", "ppo_lag", "--cost_window", 12, "--lambda_lr", 0.05, "--sample_every", 1)
+    code, out, _ = run(*FEW, *flags)
+    assert code == 0
+    costs = [row["cost"] for row in read_jsonl(out / "samples.jsonl")]
+    lambdas = [row["lambda"] for row in read_jsonl(out / "metrics.jsonl")]
+    windows = [costs[:8], costs[4:16], costs[12:24]]
+    for old, new, window in zip(lambdas, lambdas[1:], windows, strict=True):
+        mean = sum(window) / len(window)
+        assert new == pytest.approx(old * math.exp(0.05 * old * mean), rel=1e-4)
 
 
 # ---- the policy in final/actor
