@@ -1,6 +1,7 @@
 # pytest tests/test_run.py
 """Whole runs of the script: what they write, resume, Ctrl-C, and what they say of bad input."""
 
+import itertools
 import json
 import math
 import os
@@ -112,7 +113,7 @@ def test_ppo_lag_looks_at_the_latest_costs_of_several_steps(run):
     costs = [row["cost"] for row in read_jsonl(out / "samples.jsonl")]
     lambdas = [row["lambda"] for row in read_jsonl(out / "metrics.jsonl")]
     windows = [costs[:8], costs[4:16], costs[12:24]]
-    for old, new, window in zip(lambdas, lambdas[1:], windows, strict=True):
+    for (old, new), window in zip(itertools.pairwise(lambdas), windows, strict=True):
         mean = sum(window) / len(window)
         assert new == pytest.approx(old * math.exp(0.05 * old * mean), rel=1e-4)
 
