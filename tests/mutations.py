@@ -60,7 +60,7 @@ BUGS = [
     Bug("repo.py", "run equations", "lambda: PPO-Lag looks at this step's costs alone",
         'latest = torch.tensor(state.costs) if config.algo == "ppo_lag" else rollout.cost',
         "latest = rollout.cost"),
-    Bug("repo.py", "run numbers", "lambda: a step updates it before it is used",
+    Bug("repo.py", "rollout", "lambda: a step updates it before it is used",
         "estimate_advantages(rollout, lam, config)",
         "estimate_advantages(rollout, update_lambda(lam, rollout.cost, config), config)"),
     Bug("repo.py", "equations", "estimator: mask takes a cost at the threshold for unsafe",

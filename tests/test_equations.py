@@ -91,13 +91,13 @@ def test_scores_stand_at_the_last_response_token_and_beta_in_both():
 
 
 def test_token_scores_are_clamped_after_the_sum():
-    reward, cost = torch.tensor([60.0]), torch.tensor([-70.0])
+    reward, cost = torch.tensor([60.0]), torch.tensor([-90.0])
     zero, mask = torch.zeros(1, 1), torch.ones(1, 1)
     rewards, costs = repo.shape_rewards_and_costs(
         reward, cost, log_probs=zero + 40, ref_log_probs=zero, mask=mask, kl_coeff=0.5
     )
     assert rewards.item() == 40.0  # 60 - 20, not min(60, 50) - 20
-    assert costs.item() == -50.0  # -70 + 20
+    assert costs.item() == -50.0  # -90 + 20 is below
 
 
 # ---- (6)

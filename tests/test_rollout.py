@@ -258,3 +258,15 @@ def test_an_unchanged_policy_has_ratio_one(family):
     assert metrics["approx_kl"] < 1e-6
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-3)
     assert metrics["kl"] == pytest.approx(0, abs=1e-4)  # the reference is the starting policy
+
+
+def test_a_step_uses_its_lambda_and_then_updates_it(family):
+    """By hand: all eight cost 4, so with alpha 0.25 lambda rises from 2 to 3."""
+    settings = {"steps": 1, "max_response_length": 4, "lambda_init": 2.0, "lambda_lr": 0.25}
+    config = repo.Config(**family, **settings, device="cpu", dtype="float32")
+    state = repo.State(*load_policy(config), config)
+    state.cost_model = lambda ids, prompts, *_: torch.full((len(prompts),), 4.0)
+    prompts = repo.load_prompts(config.dataset)[:8]
+    rollout, metrics = repo.train_step(state, prompts, [], config)
+    assert metrics["lambda"] == 2.0 and set(rollout.penalty.tolist()) == {2.0}
+    assert state.lam == pytest.approx(3.0)
