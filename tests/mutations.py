@@ -169,7 +169,7 @@ BUGS = [
         '{"params": vectors, "lr": config.actor_lr, "weight_decay": 0.01}'),
     Bug("repo.py", "rollout run", "PTX: its weight is ignored",
         "(scale * RANKS * loss).backward()", "(RANKS * loss).backward()"),
-    Bug("repo.py", "models ranks", "PTX: a sum, not a mean over tokens",
+    Bug("repo.py", "rollout", "PTX: a sum, not a mean over tokens",
         "1.0).sum() / all_tokens, {}", "1.0).sum(), {}"),
     Bug("repo.py", "equations", "policy's rate: no cosine",
         "return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2", "return 1.0"),

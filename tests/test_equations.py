@@ -253,16 +253,16 @@ def test_the_gate_replaces_the_reward_of_unsafe_responses():
 
 
 def test_value_loss_is_the_larger_of_plain_and_clipped(monkeypatch):
-    values = torch.tensor([1.0, 12.0, 0.0])
+    values = torch.tensor([1.0, 12.0, 0.0, -12.0])
     monkeypatch.setattr(repo, "response_values", lambda critic, batch: values)
-    batch = repo.Rollout(torch.zeros(1, 4), torch.ones(1, 4), torch.tensor([[True, True, True]]))
-    old = torch.tensor([[0.0, 0.0, 0.0]])
-    returns = torch.tensor([[3.0, 11.0, 0.0]])
-    weight = torch.full((1, 3), 1 / 3)
+    batch = repo.Rollout(torch.zeros(1, 5), torch.ones(1, 5), torch.ones(1, 4).bool())
+    old = torch.zeros(1, 4)
+    returns = torch.tensor([[3.0, 11.0, 0.0, -10.0]])
+    weight = torch.full((1, 4), 1 / 4)
     loss, _ = repo.value_loss(None, batch, old, returns, weight, settings())
     # (1-3)^2 = 4; the second moved by 12, clipped to 5: max((12-11)^2, (5-11)^2) = 36; the third
-    # is exact
-    assert loss.item() == pytest.approx(0.5 * (4 + 36 + 0) / 3)
+    # is exact; the last moved by -12, clipped to -5: max((-12+10)^2, (-5+10)^2) = 25
+    assert loss.item() == pytest.approx(0.5 * (4 + 36 + 0 + 25) / 4)
 
 
 def test_explained_variance():

@@ -2,6 +2,7 @@
 """The rollout's bookkeeping: masks, limits, log-probs, and what padding may not change."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import CompileConfig
 import repo
 from plumbing.models import load_policy, make_trainable
 from plumbing.prompts import encode_prompts
+from plumbing.ranks import clip_gradients
 from plumbing.sampling import Draw, random_numbers
 
 
@@ -50,6 +52,18 @@ def test_layout_and_response_index():
     assert row.tolist() == [0, 0, 0, 1, 2]
     assert targets.tolist() == [7, 8, 1, 5, 1]
     assert state.tolist() == [3, 4, 5, 3, 3]  # the last prompt token predicts y_1
+
+
+class Positions:
+    """A critic that gives every state its position in the row."""
+
+    def values(self, input_ids, attention_mask):
+        return torch.arange(input_ids.shape[1]).expand(input_ids.shape).float()
+
+
+def test_a_value_is_that_of_the_state_before_the_token():
+    batch = repo.lay_out(PROMPTS, RESPONSES, PAD, "cpu")
+    assert repo.response_values(Positions(), batch).tolist() == [3, 4, 5, 3, 3]
 
 
 def test_an_eos_inside_a_prompt_is_prompt():
@@ -217,6 +231,38 @@ def test_the_librarys_compiled_steps_give_the_same_tokens(family, rank):
 
     policy.generate = as_on_a_gpu
     assert drawn(policy, tokenizer, config) == plain
+
+
+# ---- gradients
+
+
+def test_ptx_adds_its_weight_times_the_mean_over_all_answer_tokens(policy):
+    """Against the library's cross-entropy of whole rows, each without padding."""
+    policy, tokenizer, config = policy
+    make_trainable(policy, config)
+    answers = [[7, 8, 9, 1], [5, 1], [4, 1]]
+    total = 0.0
+    for prompt, answer in zip(PROMPTS, answers):
+        logits = policy(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+    loss = total / 8  # tokens
+    weights = list(policy.parameters())
+    wanted = torch.autograd.grad(0.25 * loss, weights)
+
+    config.ptx_coeff, config.micro_batch_size = 0.25, 2
+    state = SimpleNamespace(policy=policy)
+    found = repo.make_ptx_gradients(state, repo.lay_out(PROMPTS, answers, PAD, "cpu"), config)
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    for weight, gradient in zip(weights, wanted):
+        assert torch.allclose(weight.grad, gradient, atol=1e-6)
+
+
+def test_gradients_are_cut_to_a_norm_of_one_and_only_then():
+    model = torch.nn.Linear(2, 1, bias=False)
+    for gradient, norm, cut in (([3.0, 4.0], 5.0, [0.6, 0.8]), ([0.3, 0.4], 0.5, [0.3, 0.4])):
+        model.weight.grad = torch.tensor([gradient])
+        assert clip_gradients(model) == pytest.approx(norm)
+        assert torch.allclose(model.weight.grad, torch.tensor([cut]), atol=1e-5)
 
 
 # ---- steps
