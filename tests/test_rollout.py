@@ -233,6 +233,29 @@ def test_the_librarys_compiled_steps_give_the_same_tokens(family, rank):
     assert drawn(policy, tokenizer, config) == plain
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_log_probs_are_of_the_distribution_that_was_sampled(family, temperature):
+    """Of policy and reference, each against whole rows without padding."""
+    settings = {"steps": 1, "max_response_length": 6, "temperature": temperature}
+    config = repo.Config(**family, **settings, device="cpu", dtype="float32")
+    state = repo.State(*load_policy(config), config)
+    with torch.no_grad():
+        state.policy.lm_head.weight.mul_(1.5)  # so that the reference is another
+    rollout, _ = repo.collect(state, repo.load_prompts(config.dataset)[:3], config)
+    for model, found in (
+        (state.policy, rollout.log_probs),
+        (state.reference, rollout.ref_log_probs),
+    ):
+        for i, prompt in enumerate(encode_prompts(rollout.prompts, state.tokenizer)):
+            length = int(rollout.response_mask[i].sum())
+            whole = rollout.input_ids[i][rollout.attention_mask[i].bool()][None]
+            with torch.no_grad():
+                logits = model(whole).logits[0, len(prompt) - 1:-1]
+            log_probs = (logits / temperature).log_softmax(-1)
+            wanted = log_probs.gather(1, whole[0, len(prompt):, None])[:, 0]
+            assert torch.allclose(found[i, :length], wanted, atol=1e-4)
+
+
 # ---- gradients
 
 
