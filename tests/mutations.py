@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of the files that are likely to notice, tests that wait two minutes for whole runs; the whole suite
-# has them.
+# Tests that wait for whole runs of two minutes: left out of the files that are likely to notice.
 SLOW = "the_default_run or bounding_the_mean or far_more_prompts"
 LIMIT = 1800  # seconds for one run of pytest; a bug that makes it hang is noticed by that
 
