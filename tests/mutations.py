@@ -232,12 +232,12 @@ BUGS = [
         "collect(state, repeated, config, key=state.step)", "collect(state, repeated, config)"),
     Bug("repo.py", "run", "evaluation: other numbers before and after",
         'key=("held out", start)', "key=(state.step, start)"),
-    Bug("repo.py", "run", "samples_per_prompt: one response at most",
+    Bug("repo.py", "groups", "samples_per_prompt: one response at most",
         "for prompt in chosen for _ in range(config.samples_per_prompt)]", "for prompt in chosen]"),
-    Bug("repo.py", "run", "minibatches: their order is no function of seed and step",
+    Bug("repo.py", "rollout", "minibatches: their order is no function of seed and step",
         'generator=random_numbers(config.seed, "order", step, i))', ")"),
-    Bug("repo.py", "run", "minibatches: every pass has the same order",
-        '"order", step, i))', '"order", step))', is_covered=False),
+    Bug("repo.py", "rollout", "minibatches: every pass has the same order",
+        '"order", step, i))', '"order", step))'),
 
     # ---- kernels in Triton
     Bug("kernels/objective.py", "repo_loss", "Triton loss: halves are not widened",

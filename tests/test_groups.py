@@ -85,6 +85,13 @@ def test_a_run_has_no_critics_and_resumes_exactly(run, lora):
     assert all(torch.equal(same[name], tensor) for name, tensor in tensors.items())
 
 
+def test_the_responses_to_a_prompt_stand_together(run):
+    code, out, _ = run(*GROUPS, "--steps", 1, "--sample_every", 1)
+    assert code == 0
+    prompts = [row["prompt"] for row in read_jsonl(out / "samples.jsonl")]
+    assert len(prompts) == 8 and prompts[::2] == prompts[1::2] and len(set(prompts)) == 4
+
+
 def test_one_response_has_no_others(run):
     code, out, printed = run(*FEW, "--baseline", "group")
     assert code == 2 and not out.exists()

@@ -233,6 +233,23 @@ def test_the_librarys_compiled_steps_give_the_same_tokens(family, rank):
     assert drawn(policy, tokenizer, config) == plain
 
 
+def test_each_position_has_a_number_of_its_own():
+    """Four tokens of equal probability: 0.1 falls on the first, 0.9 on the last."""
+    draw = Draw(torch.tensor([[0.1, 0.9], [0.9, 0.1]]), prompt_length=3, temperature=1.0)
+    first = draw(torch.zeros(2, 3), torch.zeros(2, 4)).argmax(-1)
+    second = draw(torch.zeros(2, 4), torch.zeros(2, 4)).argmax(-1)
+    assert first.tolist() == [0, 3] and second.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("limit, ended", [(3, False), (32, True)])
+def test_a_response_that_is_cut_off_has_not_finished(family, limit, ended):
+    config = repo.Config(**family, steps=1, device="cpu", dtype="float32",
+                         max_response_length=limit)
+    state = repo.State(*load_policy(config), config)
+    rollout, _ = repo.collect(state, repo.load_prompts(config.dataset)[:4], config)
+    assert set(rollout.finished.tolist()) == {ended}
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_log_probs_are_of_the_distribution_that_was_sampled(family, temperature):
     """Of policy and reference, each against whole rows without padding."""
@@ -289,6 +306,18 @@ def test_gradients_are_cut_to_a_norm_of_one_and_only_then():
 
 
 # ---- steps
+
+
+def test_each_pass_goes_through_all_rows_in_an_order_of_its_own():
+    config = repo.Config(update_iters=3, minibatch_size=8)
+    rows = repo.minibatch_rows(32, 5, config)
+    assert [len(each) for each in rows] == [8] * 12
+    passes = [torch.cat(rows[start:start + 4]).tolist() for start in (0, 4, 8)]
+    assert all(sorted(each) == list(range(32)) for each in passes)
+    assert len(set(map(tuple, passes))) == 3
+    again, next_step = (repo.minibatch_rows(32, step, config) for step in (5, 6))
+    assert all(map(torch.equal, rows, again)) and not all(map(torch.equal, rows, next_step))
+
 
 COMPARED = (
     *("actor_loss", "reward_critic_loss", "cost_critic_loss", "policy_grad_norm"),
