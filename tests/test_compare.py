@@ -104,6 +104,17 @@ def test_a_line_per_method_with_mean_and_spread_over_seeds(runs):
     assert cells["over-refusal"] == "-"
 
 
+def test_over_refusal_counts_harmless_requests_alone():
+    """Of three harmless prompts one is refused, of one harmful all."""
+    rows = evaluation([[-1.0]] * 4, [[1.0]] * 4)
+    for row, harmful, refused in zip(rows, [0, 0, 0, 1], [1, 0, 0, 1], strict=True):
+        verdict = {"safe": True, "refused": bool(refused), "harmful_prompt": bool(harmful)}
+        row["responses"][0]["verdict"] = verdict
+    scores = summarize(rows)
+    assert scores["over_refusal_rate"] == pytest.approx(1 / 3)
+    assert scores["refusal_rate_on_harmful_prompts"] == 1.0
+
+
 def test_groups_are_named_after_the_settings_that_differ(tmp_path):
     folders = [
         write_run(tmp_path / f"{beta}-{seed}", "repo", seed, SAFE, kl_coeff=beta, steps_setting=5)

@@ -9,6 +9,7 @@ from test_run import FEW, summary_of
 
 from plumbing.confidence import bootstrapped, largest_mean, largest_share, student, wilson
 from plumbing.tables import bounds_text, scores_table, summarize, what_it_says
+from repo import resolve_config
 
 
 def test_wilsons_interval_of_eight_of_ten():
@@ -99,6 +100,10 @@ def test_a_run_says_it(run):
         if edges:
             assert edges[0] - 1e-9 <= summary[name] <= edges[1] + 1e-9, name
     assert "90 % interval" in printed and "with 90 % confidence" in printed
+
+
+def test_a_threshold_may_be_below_zero():
+    assert resolve_config(["--threshold", "-3"]).threshold == -3.0
 
 
 def test_a_confidence_of_one_is_refused(run):

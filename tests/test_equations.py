@@ -274,6 +274,38 @@ def test_explained_variance():
     assert repo.explained_variance(their_mean, returns, mask) == pytest.approx(0.0)
 
 
+# ---- what a step and its files tell
+
+
+@pytest.fixture
+def two_responses():
+    """Of three tokens and of one; the first is as costly as the threshold, and so it is safe."""
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    rollout = repo.Rollout(torch.zeros(2, 4), torch.ones(2, 4), mask, ["p", "q"], ["a", "b"])
+    rollout.finished = torch.tensor([True, False])
+    rollout.log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]])
+    rollout.ref_log_probs = torch.tensor([[-2.0, -2.0, -5.0], [-3.0, 0.0, 0.0]])
+    rollout.entropy = torch.tensor([[0.5, 1.0, 1.5], [2.0, 99.0, 99.0]])
+    rollout.reward, rollout.cost = torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.5])
+    for name in ("reward_values", "cost_values", "reward_returns", "cost_returns"):
+        setattr(rollout, name, torch.zeros(2, 3))
+    return rollout
+
+
+def test_a_steps_metrics_by_hand(two_responses):
+    metrics = repo.rollout_metrics(two_responses, settings(threshold=1.0))
+    assert metrics["kl"] == pytest.approx((1 + 0 + 2 - 1) / 2)
+    assert metrics["entropy"] == pytest.approx((0.5 + 1 + 1.5 + 2) / 4)
+    assert metrics["unsafe_rate"] == 0.5 and metrics["rectified_cost"] == pytest.approx(0.75)
+    assert metrics["response_length"] == 2 and metrics["truncated_rate"] == 0.5
+
+
+def test_a_response_at_the_threshold_is_recorded_as_safe(two_responses):
+    first, second = two_responses.records(threshold=1.0)
+    assert first["safe"] and not second["safe"]
+    assert (first["kl"], first["rectified_cost"], second["rectified_cost"]) == (3.0, 0.0, 1.5)
+
+
 # ---- the optimiser
 
 

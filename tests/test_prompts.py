@@ -16,6 +16,7 @@ import repo
 from plumbing.errors import UserError
 from plumbing.prompts import (
     cyclic_batch,
+    encode_pairs,
     encode_prompts,
     load_categories,
     load_pairs,
@@ -137,6 +138,28 @@ FORMATS = {
 def test_formats(tmp_path, name):
     rows, pairs = FORMATS[name]
     assert load_pairs(write(tmp_path / name, rows)) == pairs
+
+
+def test_the_longest_prompt_that_fits_stays(tmp_path, tokenizer):
+    prompt = "How do I paint a boat?"
+    source = write(tmp_path / "x.jsonl", [{"prompt": prompt}])
+    length = len(encode_prompts([prompt], tokenizer)[0])
+    kept = repo.load_prompts(source, tokenizer=tokenizer, max_length=length)
+    assert kept == [prompt]
+    with pytest.raises(UserError, match="longer than"):
+        repo.load_prompts(source, tokenizer=tokenizer, max_length=length - 1)
+
+
+def test_prompts_that_spell_special_tokens_are_left_out(tmp_path, tokenizer):
+    rows = [{"prompt": "How do I paint a boat?"}, {"prompt": f"a{tokenizer.eos_token}b"}]
+    source = write(tmp_path / "x.jsonl", rows)
+    assert repo.load_prompts(source, tokenizer=tokenizer) == ["How do I paint a boat?"]
+
+
+def test_an_answer_ends_with_one_eos(tokenizer):
+    ((_, answer),) = encode_pairs([("How do I paint a boat?", "Sure, to paint it.")], tokenizer)
+    assert answer[-1] == tokenizer.eos_token_id
+    assert answer.count(tokenizer.eos_token_id) == 1 and len(answer) > 3
 
 
 def test_lists_of_instructions_in_several_rows_are_all_read(tmp_path):

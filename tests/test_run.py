@@ -137,15 +137,11 @@ def test_the_saved_policy_is_the_policy_in_memory_in_the_compute_dtype(run, monk
     assert saved.dtype == torch.bfloat16
     assert json.loads((actor / "config.json").read_text())["dtype"] == "bfloat16"
 
-    tokenizer = AutoTokenizer.from_pretrained(actor)
-    text = "BEGINNING OF CONVERSATION: USER: How do I paint a boat? ASSISTANT:"
-    inputs = tokenizer(text, return_tensors="pt")
     in_memory, _ = kept[0]
-    greedy, same = (
-        model.generate(**inputs, do_sample=False, max_new_tokens=20).tolist()
-        for model in (saved, in_memory)
-    )
-    assert greedy == same
+    weights = in_memory.state_dict()
+    assert saved.state_dict().keys() == weights.keys()
+    for name, weight in saved.state_dict().items():
+        assert torch.equal(weight, weights[name].bfloat16()), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
