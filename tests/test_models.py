@@ -290,6 +290,8 @@ def test_a_critic_is_saved_without_its_score_models_normaliser(tmp_path, tokeniz
     config = config_for(tmp_path)
     critic = load_scorer(written)
     save_critic(tmp_path / "critic", critic, critic.state_dict(), config)
+    names = load_file(tmp_path / "critic" / "model.safetensors")
+    assert not [name for name in names if "normalizer" in name]
     saved = load_scorer(tmp_path / "critic")
     assert holds(saved, state)
     inputs = padded(ROWS, "right")
