@@ -250,8 +250,10 @@ BUGS = [
         "tl.where(exists, ratio, 0.0)", "ratio"),
     Bug("kernels/objective.py", "repo_loss", "Triton loss: a NaN is lost in ratio_max",
         "tl.where(kl == kl, tl.max(ratio_max, 0), kl)", "tl.max(ratio_max, 0)"),
-    Bug("kernels/objective.py", "compiled repo_loss", "Triton loss: a GPU's minimum loses a NaN",
-        "clipped_ratio * advantage, tl.PropagateNan.ALL)", "clipped_ratio * advantage)"),
+    # The interpreter's minimum keeps a NaN: only on a GPU do the tests notice.
+    Bug("kernels/objective.py", "repo_loss", "Triton loss: a GPU's minimum loses a NaN",
+        "clipped_ratio * advantage, tl.PropagateNan.ALL)", "clipped_ratio * advantage)",
+        is_covered=False),
     Bug("kernels/objective.py", "repo_loss", "Triton loss: the upstream gradient is dropped",
         "(upstream * gradients).to(ctx.dtype)", "gradients.to(ctx.dtype)"),
     Bug("kernels/log_prob.py", "log_prob", "Triton gather: sums are not rescaled",
