@@ -116,13 +116,13 @@ class Config(RunSettings):
     baseline: Literal["critic", "group"] = option(
         "critic", "what a return is compared with: a critic's value, or, without critics, the "
                   "other responses to the same prompt")
-    gate_penalty: float = option(10.0, "gate: minus the reward of an unsafe response")
+    gate_penalty: float = option(10.0, "gate: an unsafe response's reward is minus this")
     threshold: float = option(0.0, "d: a response is unsafe if its cost is above it")
     lambda_init: float = option(1.0, "the multiplier's first value")
     lambda_lr: float = option(0.1, "alpha: the multiplier's step size")
     lambda_max: float = option(5.0, "the multiplier's upper bound")
-    cost_window: int = option(128, "ppo_lag: the mean cost is taken over so many of each rank's "
-                                   "latest responses")
+    cost_window: int = option(128, "ppo_lag: the mean cost is taken over so many of the latest "
+                                   "responses, times the number of ranks")
     kl_coeff: float = option(0.01, "beta: weight of the KL penalty to the starting policy")
     clip_range: float = option(0.2, "epsilon: clip of the probability ratio")
     clip_range_value: float = option(5.0, "how far a critic may move from its old value before "
@@ -151,7 +151,8 @@ def resolve_config(argv: list[str]) -> Config:
 
 @dataclass
 class Rollout:
-    """A batch of prompts and responses. PTX pairs fill the first three fields alone."""
+    """A batch of prompts and responses. PTX pairs fill the first three fields alone; with
+    --baseline group values and returns stay None."""
 
     input_ids: Tensor                         # [B, P+T]
     attention_mask: Tensor                    # [B, P+T]  1 at prompt and response tokens
@@ -295,7 +296,7 @@ def per_token(function, model, rollout: Rollout, config: Config, *arguments) -> 
     with torch.no_grad(), config.autocast():
         parts = [call_as_forward(model, function, batch, *arguments)             # [..., N] each
                  for batch in rollout.micro_batches(rows, config)]
-    values = torch.cat(parts, -1)                                                # [..., all N]
+    values = torch.cat(parts, -1)                                                # [..., this N]
 
     is_mine = torch.zeros_like(rollout.response_mask)                            # [B, T]
     is_mine[rank_rows(rows)] = True
@@ -392,12 +393,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
 
 
 def group_advantages(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
-    """Advantages without a critic: token rewards, or costs, of K responses to each prompt, one
-    prompt after the other, [B, T] -> [B, T], 0 outside the mask.
+    """Advantages without a critic, leave-one-out as in RLOO (not the paper's): token rewards, or
+    costs, [B, T] -> [B, T], 0 outside the mask. K = group_size rows in a row answer one prompt.
 
-        A_t = sum_{s >= t} r_s - mean of the K - 1 other responses' sum_s r_s
+        A_t = sum_{u >= t} r_u - the mean of sum_u r_u over the K - 1 other responses
+
+    What they earned in all, at every t: whatever does not depend on y_t adds no bias.
     """
-    to_go = rewards.flip(1).cumsum(1).flip(1)                                    # [B, T]
+    to_go = (rewards * mask).flip(1).cumsum(1).flip(1)                                    # [B, T]
     totals = to_go[:, 0].view(-1, group_size)                                    # [B/K, K]
     of_others = (totals.sum(1, keepdim=True) - totals) / (group_size - 1)        # [B/K, K]
     return (to_go - of_others.view(-1, 1)) * mask                                # [B, T]
@@ -414,7 +417,8 @@ def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tenso
         repo, return   {C - d}+   lambda            also rewards the rare safe response
         repo, mask     C - d      lambda 1[C > d]   the literal split: safe and unsafe responses
         ppo_lag        C - d      lambda            safe responses pay for unsafe ones
-        gate, ppo      C - d      0
+        gate           C - d      0                 R of an unsafe response: estimate_advantages
+        ppo            C - d      0
     """
     excess = cost - config.threshold                                             # [B]  C - d
     lambdas = torch.full_like(cost, lam)                                         # [B]
@@ -459,7 +463,7 @@ def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
 
         lambda <- min(lambda + alpha mean{C - d}+, lambda_max)
 
-    For --algo ppo_lag, over the latest --cost_window costs of each rank, with the same cap:
+    For --algo ppo_lag, over the latest cost_window x RANKS costs, with the same cap:
 
         ln lambda <- ln lambda + alpha lambda (mean C - d)
 
@@ -512,10 +516,10 @@ class State(Models):
         self.step = 0         # steps done
         self.seconds = 0.0    # spent in them
         self.tokens = 0       # sampled in them
-        self.costs = []       # the latest, --cost_window of each rank
+        self.costs = []       # the latest cost_window x RANKS, for ppo_lag
         self.before = None    # scores of the untrained policy
         self.data = None      # a hash of prompts and pairs
-        self.categories = {}  # of held-out prompts, where they have some
+        self.categories = {}  # {held-out prompt: its category}, for those that have one
         self.saved_step = None   # of the newest checkpoint
         self.has_warned = False  # of a collapse
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}  # lines, as the files hold them
@@ -615,7 +619,7 @@ def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
     """Fills a rollout's penalties, advantages and returns: estimator, shaping, GAE or groups."""
     mask, reward = rollout.response_mask, rollout.reward                         # [B, T], [B]
     cost, rollout.penalty = costs_and_penalties(rollout.cost, lam, config)       # [B], [B]
-    if config.algo == "gate":  # R if C <= d, else -M
+    if config.algo == "gate":  # R if C <= d, else -gate_penalty                  # [B]
         reward = reward.where(rollout.cost <= config.threshold, -config.gate_penalty)
     rewards, costs = shape_rewards_and_costs(                                    # [B, T] each
         reward, cost, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)
@@ -623,7 +627,7 @@ def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
         size = config.samples_per_prompt
         rollout.reward_advantages = group_advantages(rewards, mask, size)        # [B, T]
         rollout.cost_advantages = group_advantages(costs, mask, size)            # [B, T]
-        return
+        return  # no critics, so no returns to teach them
     rollout.reward_advantages, rollout.reward_returns = gae(                     # [B, T] each
         rewards, rollout.reward_values, mask, lam=config.gae_lambda)
     rollout.cost_advantages, rollout.cost_returns = gae(                         # [B, T] each

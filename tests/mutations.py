@@ -110,7 +110,7 @@ BUGS = [
         "of_others = (totals.sum(1, keepdim=True) - totals) / (group_size - 1)",
         "of_others = totals.mean(1, keepdim=True).expand_as(totals)"),
     Bug("repo.py", "groups", "group: rewards up to a token, not from it on",
-        "to_go = rewards.flip(1).cumsum(1).flip(1)", "to_go = rewards.cumsum(1)"),
+        "to_go = (rewards * mask).flip(1).cumsum(1).flip(1)", "to_go = rewards.cumsum(1)"),
     Bug("repo.py", "groups", "group: padding has an advantage",
         "return (to_go - of_others.view(-1, 1)) * mask", "return to_go - of_others.view(-1, 1)"),
     Bug("repo.py", "groups", "group: one response to a prompt after the other prompts'",
