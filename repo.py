@@ -22,6 +22,7 @@ authors built (their own trainer was never read), and why:
    rounding.
 4. On one GPU the 3B and 7B presets train low-rank adapters, so that six models fit; under torchrun
    they are fine-tuned in full.
+5. --algo ppo_lag, gate and ppo and --baseline group are neighbours to compare with, not RePO.
 
 Prompts are left-padded to P tokens, responses right-padded to T; T_i is the length of response i. A
 rollout is B responses, a minibatch M of them, a micro-batch (or a rank's share) b. N is the number
@@ -127,7 +128,7 @@ class Config(RunSettings):
     clip_range: float = option(0.2, "epsilon: clip of the probability ratio")
     clip_range_value: float = option(5.0, "how far a critic may move from its old value before "
                                           "its loss is clipped")
-    gae_lambda: float = option(0.95, "GAE's lambda")
+    gae_lambda: float = option(0.95, "GAE's lambda, of critics")
     ptx_coeff: float = option(0.0, "weight of the supervised (PTX) loss; 0 = off")
     steps: int | None = option(None, "rollout-and-update steps; default: one pass over the prompts")
     batch_size: int = option(16, "prompts per step, of all ranks together")
@@ -342,12 +343,35 @@ def collect(state: "State", prompts: list[str], config: Config, key=(),
     }
 
 
-# ==== 3  Token rewards and costs (4) (5), advantages (6) =========================================
+# ==== 3  Cost and lambda_i (1) (2), token rewards and costs (4) (5), advantages (6) ==============
 
 def rectify(cost: Tensor, threshold: float = 0.0) -> Tensor:
     """The rectified cost {C - d}+: how far a response is above the threshold, 0 for every safe
     one. Any shape."""
     return (cost - threshold).clamp(min=0.0)
+
+
+def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tensor, Tensor]:
+    """Which cost enters the returns, and which lambda_i the loss: C [B] -> [B], [B].
+
+    Together they estimate Equation (2), the rectified policy gradient
+    E[grad log pi(y|x) (-R + lambda {C - d}+)] of the Lagrangian (1), E[-R + lambda {C - d}+]:
+
+        repo, return   {C - d}+   lambda            also rewards the rare safe response
+        repo, mask     C - d      lambda 1[C > d]   the literal split: safe and unsafe responses
+        ppo_lag        C - d      lambda            safe responses pay for unsafe ones
+        gate           C - d      0                 R of an unsafe response: estimate_advantages
+        ppo            C - d      0
+    """
+    excess = cost - config.threshold                                             # [B]  C - d
+    lambdas = torch.full_like(cost, lam)                                         # [B]
+    if config.algo == "repo" and config.rectify == "return":
+        return rectify(cost, config.threshold), lambdas
+    if config.algo == "repo":
+        return excess, lambdas * (excess > 0)
+    if config.algo == "ppo_lag":
+        return excess, lambdas
+    return excess, torch.zeros_like(cost)
 
 
 def shape_rewards_and_costs(reward: Tensor, cost: Tensor, log_probs: Tensor, ref_log_probs: Tensor,
@@ -400,36 +424,32 @@ def group_advantages(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
 
     What they earned in all, at every t: whatever does not depend on y_t adds no bias.
     """
-    to_go = (rewards * mask).flip(1).cumsum(1).flip(1)                                    # [B, T]
+    to_go = (rewards * mask).flip(1).cumsum(1).flip(1)                           # [B, T]
     totals = to_go[:, 0].view(-1, group_size)                                    # [B/K, K]
     of_others = (totals.sum(1, keepdim=True) - totals) / (group_size - 1)        # [B/K, K]
     return (to_go - of_others.view(-1, 1)) * mask                                # [B, T]
 
 
-# ==== 4  The rectified objective (1) (2) (7) (8), lambda (3), critics, PTX =======================
+def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
+    """Fills a rollout's penalties, advantages and returns: estimator, shaping, GAE or groups."""
+    mask, reward = rollout.response_mask, rollout.reward                         # [B, T], [B]
+    cost, rollout.penalty = costs_and_penalties(rollout.cost, lam, config)       # [B], [B]
+    if config.algo == "gate":  # R if C <= d, else -gate_penalty                 # [B]
+        reward = reward.where(rollout.cost <= config.threshold, -config.gate_penalty)
+    rewards, costs = shape_rewards_and_costs(                                    # [B, T] each
+        reward, cost, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)
+    if config.baseline == "group":
+        size = config.samples_per_prompt
+        rollout.reward_advantages = group_advantages(rewards, mask, size)        # [B, T]
+        rollout.cost_advantages = group_advantages(costs, mask, size)            # [B, T]
+        return  # no critics, so no returns to teach them
+    rollout.reward_advantages, rollout.reward_returns = gae(                     # [B, T] each
+        rewards, rollout.reward_values, mask, lam=config.gae_lambda)
+    rollout.cost_advantages, rollout.cost_returns = gae(                         # [B, T] each
+        costs, rollout.cost_values, mask, lam=config.gae_lambda)
 
-def costs_and_penalties(cost: Tensor, lam: float, config: Config) -> tuple[Tensor, Tensor]:
-    """Which cost enters the returns, and which lambda_i the loss: C [B] -> [B], [B].
 
-    Together they estimate Equation (2), the rectified policy gradient
-    E[grad log pi(y|x) (-R + lambda {C - d}+)] of the Lagrangian (1), E[-R + lambda {C - d}+]:
-
-        repo, return   {C - d}+   lambda            also rewards the rare safe response
-        repo, mask     C - d      lambda 1[C > d]   the literal split: safe and unsafe responses
-        ppo_lag        C - d      lambda            safe responses pay for unsafe ones
-        gate           C - d      0                 R of an unsafe response: estimate_advantages
-        ppo            C - d      0
-    """
-    excess = cost - config.threshold                                             # [B]  C - d
-    lambdas = torch.full_like(cost, lam)                                         # [B]
-    if config.algo == "repo" and config.rectify == "return":
-        return rectify(cost, config.threshold), lambdas
-    if config.algo == "repo":
-        return excess, lambdas * (excess > 0)
-    if config.algo == "ppo_lag":
-        return excess, lambdas
-    return excess, torch.zeros_like(cost)
-
+# ==== 4  The clipped objective (7) (8), lambda (3), critics, PTX =================================
 
 def policy_loss(policy, batch: Rollout, token_weight: Tensor,
                 config: Config) -> tuple[Tensor, dict]:
@@ -534,11 +554,11 @@ class State(Models):
         policy, *critics = [list(trainable(getattr(self, name)).values()) for name in self.trained]
         matrices = [parameter for parameter in policy if parameter.ndim > 1]
         vectors = [parameter for parameter in policy if parameter.ndim <= 1]
-        of_critics = [parameter for parameters in critics for parameter in parameters]
+        critic_parameters = [parameter for parameters in critics for parameter in parameters]
         groups = [
             {"params": matrices, "lr": config.actor_lr, "weight_decay": 0.01},
             {"params": vectors, "lr": config.actor_lr},
-            {"params": of_critics, "lr": config.critic_lr},
+            {"params": critic_parameters, "lr": config.critic_lr},
         ]
         is_fused = config.device == "cuda"  # one pass, no temporaries
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=is_fused)
@@ -613,25 +633,6 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list,
         "peak_mib_learning": peak_memory_mib(),
         "tokens_per_second": tokens / seconds,
     }
-
-
-def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
-    """Fills a rollout's penalties, advantages and returns: estimator, shaping, GAE or groups."""
-    mask, reward = rollout.response_mask, rollout.reward                         # [B, T], [B]
-    cost, rollout.penalty = costs_and_penalties(rollout.cost, lam, config)       # [B], [B]
-    if config.algo == "gate":  # R if C <= d, else -gate_penalty                  # [B]
-        reward = reward.where(rollout.cost <= config.threshold, -config.gate_penalty)
-    rewards, costs = shape_rewards_and_costs(                                    # [B, T] each
-        reward, cost, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)
-    if config.baseline == "group":
-        size = config.samples_per_prompt
-        rollout.reward_advantages = group_advantages(rewards, mask, size)        # [B, T]
-        rollout.cost_advantages = group_advantages(costs, mask, size)            # [B, T]
-        return  # no critics, so no returns to teach them
-    rollout.reward_advantages, rollout.reward_returns = gae(                     # [B, T] each
-        rewards, rollout.reward_values, mask, lam=config.gae_lambda)
-    rollout.cost_advantages, rollout.cost_returns = gae(                         # [B, T] each
-        costs, rollout.cost_values, mask, lam=config.gae_lambda)
 
 
 def learn(state: State, rollout: Rollout, ptx: Rollout | None, config: Config) -> dict:
@@ -731,9 +732,9 @@ def rollout_metrics(rollout: Rollout, config: Config) -> dict:
     """Means over a step's B responses, or over their tokens (entropy, explained variance)."""
     mask, cost = rollout.response_mask, rollout.cost                             # [B, T], [B]
     kl = (rollout.log_probs - rollout.ref_log_probs).sum(1)                      # [B]
-    of_critics = {}
+    critic_metrics = {}
     if config.baseline == "critic":
-        of_critics = {
+        critic_metrics = {
             "reward_explained_variance": explained_variance(
                 rollout.reward_values, rollout.reward_returns, mask),
             "cost_explained_variance": explained_variance(
@@ -746,7 +747,7 @@ def rollout_metrics(rollout: Rollout, config: Config) -> dict:
         "unsafe_rate": (cost > config.threshold).float().mean().item(),
         "kl": kl.mean().item(),
         "entropy": rollout.entropy[mask].mean().item(),
-        **of_critics,
+        **critic_metrics,
         "response_length": int(mask.sum()) / len(mask),
         "truncated_rate": 1 - rollout.finished.float().mean().item(),
     }
@@ -811,8 +812,8 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
 
     rows = []
     for start in range(0, len(records), config.eval_samples):
-        group = records[start:start + config.eval_samples]
-        row = {"prompt": group[0]["prompt"], "responses": group}
+        responses = records[start:start + config.eval_samples]
+        row = {"prompt": responses[0]["prompt"], "responses": responses}
         if row["prompt"] in state.categories:
             row["category"] = state.categories[row["prompt"]]
         rows.append(row)
@@ -855,8 +856,8 @@ def run(config: Config) -> None:
     if has_metrics(config.eval_only):
         # A run: the policy that it started from, loaded above, is the reference; what it trained
         # is to be scored.
-        trained = replace(config, policy=str(Path(config.eval_only, "final", "actor")))
-        state.policy = sharded(load_policy(trained)[0], config)
+        finished = replace(config, policy=str(Path(config.eval_only, "final", "actor")))
+        state.policy = sharded(load_policy(finished)[0], config)
     introduce(state, config)
 
     if config.eval_only:

@@ -104,6 +104,7 @@ def report(state, rows: list[dict], seconds: float, out: Path, config) -> None:
     summary = {
         "algo": config.algo,
         "rectify": config.rectify,
+        "baseline": config.baseline,
         "seed": config.seed,
         "steps": state.step,
         "bad_steps": bad_steps,
