@@ -4,8 +4,9 @@ Four functions, and the choice of what computes them. CUDA tensors run the Trito
 tensors run plain PyTorch, or Triton's interpreter if TRITON_INTERPRET=1 is set. float64 is plain
 PyTorch everywhere. `backend="reference"` or `backend="triton"` forces one.
 
-reference.py is the specification. In Triton, log_prob.py has the log-probs, objective.py the loss
-on them, and linear.py both in one with the LM head before them.
+reference.py is the specification. In Triton, rows.py is what is done with a row of logits,
+log_prob.py the log-probs from them, objective.py the loss on log-probs; linear.py and
+linear_loss.py have the LM head before them.
 """
 import os
 
@@ -14,7 +15,7 @@ import torch
 from kernels import reference
 
 try:
-    from kernels import linear, log_prob, objective
+    from kernels import linear, linear_loss, log_prob, objective
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
@@ -24,7 +25,7 @@ else:
         "gather_log_probs": log_prob.gather_log_probs,
         "linear_log_probs": linear.linear_log_probs,
         "repo_loss": objective.repo_loss,
-        "linear_repo_loss": linear.linear_repo_loss,
+        "linear_repo_loss": linear_loss.linear_repo_loss,
     }
 
 __all__ = ["gather_log_probs", "linear_log_probs", "linear_repo_loss", "repo_loss"]
@@ -48,17 +49,19 @@ def gather_log_probs(logits, target_ids, temperature=1.0, *, return_entropy=Fals
 
 
 def linear_log_probs(
-    hidden, weight, target_ids, temperature=1.0, *, return_entropy=False, backend=None,
+    hidden, weight, target_ids, temperature=1.0, *,
+    soft_cap=0.0, return_entropy=False, backend=None,
 ):
     """LM head and log-prob in one: hidden [N, H], weight [V, H], target_ids [N] -> fp32 [N].
 
     Only the logits of a chunk of tokens exist at a time. Differentiable in hidden and weight. With
-    return_entropy a pair, as in gather_log_probs.
+    a soft_cap c > 0 the logits are c tanh(hidden @ weight.T / c). With return_entropy a pair, as in
+    gather_log_probs.
     """
-    _check_linear(hidden, weight, target_ids, temperature)
+    _check_linear(hidden, weight, target_ids, temperature, soft_cap)
     tensors = {"hidden": hidden, "weight": weight, "target_ids": target_ids}
     function = _implementation("linear_log_probs", backend, tensors)
-    return function(hidden, weight, target_ids, temperature, return_entropy)
+    return function(hidden, weight, target_ids, temperature, return_entropy, soft_cap)
 
 
 def repo_loss(
@@ -89,7 +92,7 @@ def repo_loss(
 def linear_repo_loss(
     hidden, weight, target_ids,
     old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
-    clip_range=0.2, temperature=1.0, *, backend=None,
+    clip_range=0.2, temperature=1.0, *, soft_cap=0.0, backend=None,
 ):
     """repo_loss of linear_log_probs in one.
 
@@ -102,11 +105,11 @@ def linear_repo_loss(
         "penalty": penalty,
         "token_weight": token_weight,
     }
-    _check_linear(hidden, weight, target_ids, temperature)
+    _check_linear(hidden, weight, target_ids, temperature, soft_cap)
     _check_loss(per_token, hidden.shape[0], clip_range)
     tensors = {"hidden": hidden, "weight": weight, "target_ids": target_ids, **per_token}
     function = _implementation("linear_repo_loss", backend, tensors)
-    return function(*tensors.values(), clip_range, temperature)
+    return function(*tensors.values(), clip_range, temperature, soft_cap)
 
 
 def _implementation(name, backend, tensors):
@@ -143,6 +146,8 @@ def _check_devices_and_dtypes(tensors):
     """All must be on one device, and of a type that can be computed with."""
     first, device = next((argument, tensor.device) for argument, tensor in tensors.items())
     for argument, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):  # a DTensor: a part of what its shape says
+            raise ValueError(f"{argument} is sharded over ranks; give its full_tensor()")
         if tensor.device != device:
             raise ValueError(f"{argument} is on {tensor.device}, {first} on {device}: "
                              "all tensors must be on one device")
@@ -154,7 +159,7 @@ def _check_devices_and_dtypes(tensors):
             raise ValueError(f"{argument} is {tensor.dtype}: it must be a floating-point tensor")
 
 
-def _check_linear(hidden, weight, target_ids, temperature):
+def _check_linear(hidden, weight, target_ids, temperature, soft_cap):
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {list(hidden.shape)}, but it must be [N, H]: "
                          "one row per token")
@@ -162,6 +167,8 @@ def _check_linear(hidden, weight, target_ids, temperature):
     _check_shape("weight", weight, (vocab, hidden.shape[1]), "hidden asks for [V, H] =")
     _check_shape("target_ids", target_ids, hidden.shape[:1], "hidden has one row per token:")
     _check_temperature(temperature)
+    if not soft_cap >= 0:
+        raise ValueError(f"soft_cap={soft_cap}: it must be above 0, or 0 for none")
 
 
 def _check_loss(per_token, count, clip_range):

@@ -1,4 +1,4 @@
-"""LM head, log-prob and loss in one: only the logits of one chunk of tokens exist at a time.
+"""LM head and log-prob in one: only the logits of one chunk of tokens exist at a time.
 
 With hidden states X [N, H] and the head's weight W [V, H], a chunk's logits are Z = X W^T. One
 Triton program per row turns Z into log-probs and, in place, into its own gradient G; then, chunk by
@@ -7,13 +7,10 @@ chunk,
     dX  = G W
     dW += G^T X        with G_nj = (dloss / dlog p_n / T) (1[j = t_n] - p_nj)
 
-(log_prob.py derives the second factor, objective.py the first).
+(rows.py derives the second factor, objective.py the first).
 
-linear_repo_loss does this in the forward: the clip depends on the log-prob itself, but a chunk
-holds whole rows, so each log-prob is final before its row of G is written. Three products per token
-and nothing computed twice; the backward only scales dX and dW by the upstream scalar.
 linear_log_probs cannot know its upstream gradients in the forward, and makes the logits again in
-the backward: a fourth product, no more memory.
+the backward: four products, no more memory. Where the loss is known, linear_loss.py needs three.
 
 The products are the library's. dW is summed in fp32 over the chunks: in bf16 each chunk would round
 the sum again. The chunk's rows are padded to multiples of 128 bytes, for the products as much as
@@ -22,90 +19,10 @@ inputs are, and gradients come back in the type of what they belong to.
 """
 import torch
 import triton
-import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from kernels.log_prob import backward_rows, forward_rows, log_prob_of, read_row, write_gradient
-from kernels.objective import clipped_objective, launch_loss, named
-from kernels.reference import ROWS_PER_CHUNK
-
-# Many threads on few rows: a row's second reading should still find it in the L2 cache. 16 warps
-# are 512 threads, so 2 lanes and two 16-byte loads in flight for each: 32 bytes per thread, 16 KiB
-# per tile. V = 32001 in bf16 is 4,000 groups: 3 tiles and 928 groups of a fourth.
-LANES, NUM_WARPS = 1024, 16
-
-
-@triton.jit(do_not_specialize=range(14))  # one binary whatever sizes, strides and alignments are
-def row_kernel(
-    logits,               # [n, V] of a chunk, bf16, fp16 or fp32; overwritten by their gradient
-    target_ids,           # [n] int64 or int32
-    log_probs,            # [n] fp32, written
-    old_log_probs,        # [n] fp32
-    reward_advantages,    # [n] fp32
-    cost_advantages,      # [n] fp32
-    penalty,              # [n] fp32, lambda_i of the token's response
-    token_weight,         # [n] fp32, w_t
-    vocab,                # V
-    stride: tl.int64,     # of logits, from row to row
-    temperature,          # fp32, above 0
-    lowest_ratio,         # fp32, 1 - epsilon
-    highest_ratio,        # fp32, 1 + epsilon
-    gradient_scale,       # fp32, a factor of the gradient
-    LANES: tl.constexpr,  # groups in a tile
-    GROUP: tl.constexpr,  # logits in 16 bytes
-):
-    """A row of logits becomes its own gradient, by way of its log-prob and the loss on it."""
-    n = tl.program_id(0).to(tl.int64)
-    row = logits + n * stride
-    target = tl.load(target_ids + n)
-    maximum, log2_s, _ = read_row(row, vocab, temperature, LANES, GROUP, False)
-    log_prob = log_prob_of(row, target, vocab, temperature, maximum, log2_s)
-    tl.store(log_probs + n, log_prob)
-
-    _, upstream, _, _, _ = clipped_objective(
-        log_prob,
-        tl.load(old_log_probs + n),
-        tl.load(reward_advantages + n),
-        tl.load(cost_advantages + n),
-        tl.load(penalty + n),
-        tl.load(token_weight + n),
-        lowest_ratio,
-        highest_ratio,
-    )
-
-    tl.debug_barrier()  # every thread has read the target's logit before any thread overwrites it
-    write_gradient(
-        row, row, target, vocab, temperature, maximum, log2_s, log_prob, upstream * gradient_scale,
-        LANES, GROUP,
-    )
-
-
-def launch_rows(logits, target_ids, log_probs, per_token, clip_range, temperature, scale):
-    """A chunk's logits [n, V] into log_probs [n] and, in place, scale times their gradient.
-
-    per_token holds old log-probs, both advantages, penalty and weight, each [n].
-    """
-    old_log_probs, reward_advantages, cost_advantages, penalty, token_weight = per_token
-    with torch.cuda.device_of(logits):
-        row_kernel[(len(logits),)](
-            logits=logits,
-            target_ids=target_ids,
-            log_probs=log_probs,
-            old_log_probs=old_log_probs,
-            reward_advantages=reward_advantages,
-            cost_advantages=cost_advantages,
-            penalty=penalty,
-            token_weight=token_weight,
-            vocab=logits.shape[1],
-            stride=logits.stride(0),
-            temperature=float(temperature),
-            lowest_ratio=1.0 - clip_range,
-            highest_ratio=1.0 + clip_range,
-            gradient_scale=scale,
-            LANES=LANES,
-            GROUP=16 // logits.element_size(),
-            num_warps=NUM_WARPS,
-        )
+from kernels.log_prob import backward_rows, forward_rows, results_of
+from kernels.reference import rows_per_chunk
 
 
 def compute_dtype(hidden, weight):
@@ -116,155 +33,140 @@ def compute_dtype(hidden, weight):
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def chunks(hidden, weight):
+def split(count, hidden_size, weight_learns):
+    """The tokens, cut into slices of about the same length."""
+    most = rows_per_chunk(hidden_size, weight_learns)
+    length = triton.cdiv(count, max(triton.cdiv(count, most), 1))
+    return [slice(start, min(start + length, count)) for start in range(0, count, max(length, 1))]
+
+
+def new_buffer(hidden, weight, slices):
+    """Room for the logits of the longest slice, [n, V rounded up]."""
+    rows = slices[0].stop if slices else 0
+    return hidden.new_empty(rows, triton.cdiv(len(weight), 64) * 64)  # 128 bytes in bf16
+
+
+def chunks(hidden, weight, slices, buffer):
     """(slice of the tokens, their logits [n, V]) one after the other, all in the same buffer."""
-    count, vocab = len(hidden), len(weight)
-    padded_vocab = triton.cdiv(vocab, 64) * 64  # 128 bytes where a logit has two
-    buffer = hidden.new_empty(min(ROWS_PER_CHUNK, count), padded_vocab)
-    for start in range(0, count, ROWS_PER_CHUNK):
-        rows = slice(start, min(start + ROWS_PER_CHUNK, count))
-        logits = buffer[:rows.stop - start, :vocab]
+    for rows in slices:
+        logits = buffer[:rows.stop - rows.start, :len(weight)]
         torch.mm(hidden[rows], weight.t(), out=logits)
         yield rows, logits
 
 
-def products(chunk_gradients, hidden, weight, needs_hidden, needs_weight):
-    """dX and dW [fp32] from (tokens, G) of one chunk after the other; None where not needed."""
-    hidden_gradient = weight_gradient = None
-    if needs_hidden:
-        hidden_gradient = torch.empty_like(hidden)
-    if needs_weight:
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+def add_product(total, a, b, beta=1.0, alpha=1.0):
+    """total = beta total + alpha (a @ b), summed in fp32; with beta 0 whatever was there is gone.
 
-    for rows, gradient in chunk_gradients:
-        if needs_hidden:
-            torch.mm(gradient, weight, out=hidden_gradient[rows])
-        if needs_weight:
-            add_product(weight_gradient, gradient.t(), hidden[rows])
-    return hidden_gradient, weight_gradient
-
-
-def add_product(total, a, b):
-    """total += a @ b, summed in fp32."""
+    One pass over total, whatever the factors are.
+    """
     if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a, b, beta=beta, alpha=alpha, out_dtype=torch.float32, out=total)
     else:  # the CPU's products have no other type of sum than that of their factors
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.float(), b.float(), beta=beta, alpha=alpha)
 
 
-def in_their_types(gradients, tensors):
-    """Gradients in the type of what they belong to; None stays None."""
+# ---- as operators of PyTorch, which torch.compile takes as they are
+
+@torch.library.custom_op("repo::linear_log_probs", mutates_args=())
+def linear_op(
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float, soft_cap: float,
+    dtype: torch.dtype, with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probs, entropies, maxima, log2 sums), the last two for the backward."""
+    log_probs, entropies, maxima, log2_sums = results = results_of(hidden, target_ids, with_entropy)
+    x, w, target_ids = hidden.to(dtype), weight.to(dtype), target_ids.contiguous()
+    slices = split(*x.shape, weight_learns=False)
+    for rows, logits in chunks(x, w, slices, new_buffer(x, w, slices)):
+        forward_rows(
+            logits[None], target_ids[rows], temperature, soft_cap,
+            log_probs[rows], maxima[rows], log2_sums[rows],
+            entropies[rows] if with_entropy else None,
+        )
+    return results
+
+
+@linear_op.register_fake
+def _(hidden, weight, target_ids, temperature, soft_cap, dtype, with_entropy):
+    return results_of(hidden, target_ids, with_entropy)
+
+
+@torch.library.custom_op("repo::linear_log_probs_backward", mutates_args=())
+def linear_backward_op(
+    upstream: Tensor, hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float,
+    soft_cap: float, dtype: torch.dtype, hidden_learns: bool, weight_learns: bool,
+    log_probs: Tensor, maxima: Tensor, log2_sums: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dX in the compute type and dW in fp32; either is of no size if it is not needed."""
+    hidden_gradient, weight_gradient = gradients = gradients_of(
+        hidden, weight, dtype, hidden_learns, weight_learns,
+    )
+    x, w, target_ids = hidden.to(dtype), weight.to(dtype), target_ids.contiguous()
+    upstream = upstream.contiguous()
+    slices = split(*x.shape, weight_learns)
+    for rows, logits in chunks(x, w, slices, new_buffer(x, w, slices)):
+        backward_rows(
+            logits[None], target_ids[rows], temperature, soft_cap,
+            log_probs[rows], maxima[rows], log2_sums[rows], upstream[rows],
+            gradient=logits[None],
+        )
+        if hidden_learns:
+            torch.mm(logits, w, out=hidden_gradient[rows])
+        if weight_learns:
+            add_product(weight_gradient, logits.t(), x[rows], beta=float(rows.start > 0))
+    return gradients
+
+
+@linear_backward_op.register_fake
+def _(upstream, hidden, weight, target_ids, temperature, soft_cap, dtype, hidden_learns,
+      weight_learns, log_probs, maxima, log2_sums):
+    return gradients_of(hidden, weight, dtype, hidden_learns, weight_learns)
+
+
+def gradients_of(hidden, weight, dtype, hidden_learns, weight_learns):
+    """Empty dX and dW; without tokens dW is zero, for no product is ever stored in it."""
+    hidden_gradient = hidden.new_empty(hidden.shape if hidden_learns else 0, dtype=dtype)
+    make = weight.new_empty if len(hidden) else weight.new_zeros
+    return hidden_gradient, make(weight.shape if weight_learns else 0, dtype=torch.float32)
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+    hidden, weight, target_ids, *ctx.settings, _ = inputs
+    log_probs, entropies, maxima, log2_sums = output
+    ctx.save_for_backward(hidden, weight, target_ids, log_probs, maxima, log2_sums)
+    ctx.mark_non_differentiable(entropies, maxima, log2_sums)
+
+
+def backward(ctx, upstream, *_):
+    hidden, weight, target_ids, *kept = ctx.saved_tensors
+    learns = ctx.needs_input_grad[:2]
+    gradients = linear_backward_op(
+        upstream, hidden, weight, target_ids, *ctx.settings, *learns, *kept,
+    )
+    return *in_their_types(gradients, (hidden, weight), learns), *[None] * 5
+
+
+def in_their_types(gradients, tensors, learns):
+    """Gradients in the type of what they belong to; None where there is none."""
     return [
-        None if gradient is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(gradients, tensors)
+        gradient.to(tensor.dtype) if needed else None
+        for gradient, tensor, needed in zip(gradients, tensors, learns)
     ]
 
 
-class LinearLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, target_ids, temperature, return_entropy):
-        ctx.dtype, ctx.temperature = compute_dtype(hidden, weight), temperature
-        log_probs, maxima, log2_sums = (
-            hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3)
-        )
-        entropies = torch.empty_like(log_probs) if return_entropy else None
-
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, logits in chunks(hidden.to(ctx.dtype), weight.to(ctx.dtype)):
-                forward_rows(
-                    logits[None], target_ids[rows], temperature,
-                    log_probs[rows], maxima[rows], log2_sums[rows],
-                    entropies[rows] if return_entropy else None,
-                )
-
-        ctx.save_for_backward(hidden, weight, target_ids, log_probs, maxima, log2_sums)
-        if not return_entropy:
-            return log_probs
-        ctx.mark_non_differentiable(entropies)
-        return log_probs, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, *_):
-        hidden, weight, target_ids, log_probs, maxima, log2_sums = ctx.saved_tensors
-        x, w, upstream = hidden.to(ctx.dtype), weight.to(ctx.dtype), upstream.contiguous()
-
-        def chunk_gradients():
-            for rows, logits in chunks(x, w):
-                backward_rows(
-                    logits[None], target_ids[rows], ctx.temperature,
-                    log_probs[rows], maxima[rows], log2_sums[rows], upstream[rows],
-                    gradient=logits[None],
-                )
-                yield rows, logits
-
-        with torch.autocast(hidden.device.type, enabled=False):
-            gradients = products(chunk_gradients(), x, w, *ctx.needs_input_grad[:2])
-        return *in_their_types(gradients, (hidden, weight)), None, None, None
+linear_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
-class LinearRepoLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, target_ids, clip_range, temperature, *per_token):
-        dtype = compute_dtype(hidden, weight)
-        x, w = hidden.to(dtype), weight.to(dtype)
-        per_token = [tensor.float().contiguous() for tensor in per_token]
-        log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
-
-        # w_t is about 1 / N, so fp16 would lose the gradients' small entries. A power of 2, because
-        # it rounds nothing.
-        ctx.scale = 2.0 ** len(hidden).bit_length()
-
-        def chunk_gradients():
-            for rows, logits in chunks(x, w):
-                launch_rows(
-                    logits, target_ids[rows], log_probs[rows],
-                    [tensor[rows] for tensor in per_token],
-                    clip_range, temperature, ctx.scale,
-                )
-                yield rows, logits
-
-        with torch.autocast(hidden.device.type, enabled=False):
-            gradients = products(chunk_gradients(), x, w, *ctx.needs_input_grad[:2])
-        loss, stats, _ = launch_loss([log_probs, *per_token], clip_range)
-        ctx.save_for_backward(*in_their_types(gradients, (hidden, weight)))
-        ctx.mark_non_differentiable(log_probs, stats)
-        return loss, log_probs, stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, *_):
-        factor = upstream / ctx.scale
-        scaled = [
-            None if gradient is None else gradient * factor  # not in place: the graph may be kept
-            for gradient in ctx.saved_tensors
-        ]
-        no_others = [None] * 8  # target_ids, two settings, five arrays of data
-        return *scaled, *no_others
-
-
-def linear_log_probs(hidden, weight, target_ids, temperature=1.0, return_entropy=False):
+def linear_log_probs(
+    hidden, weight, target_ids, temperature=1.0, return_entropy=False, soft_cap=0.0,
+):
     """gather_log_probs(hidden @ weight.T, ...): [N, H], [V, H], [N] -> fp32 [N].
 
     With return_entropy a pair: the second is each row's entropy, fp32 [N].
     """
-    target_ids = target_ids.contiguous()
-    return LinearLogProbs.apply(hidden, weight, target_ids, temperature, return_entropy)
-
-
-def linear_repo_loss(
-    hidden, weight, target_ids,
-    old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
-    clip_range=0.2, temperature=1.0,
-):
-    """repo_loss(linear_log_probs(...), ...): (scalar loss, detached fp32 log-probs [N], stats)."""
-    per_token = old_log_probs, reward_advantages, cost_advantages, penalty, token_weight
-    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if learns:
-        loss, log_probs, stats = LinearRepoLoss.apply(
-            hidden, weight, target_ids.contiguous(), clip_range, temperature, *per_token,
+    dtype = compute_dtype(hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        log_probs, entropies, _, _ = linear_op(
+            hidden, weight, target_ids, float(temperature), float(soft_cap), dtype, return_entropy,
         )
-    else:
-        log_probs = linear_log_probs(hidden, weight, target_ids, temperature)
-        loss, stats, _ = launch_loss([log_probs, *per_token], clip_range)
-    return loss, log_probs, named(stats)
+    return (log_probs, entropies) if return_entropy else log_probs

@@ -19,7 +19,7 @@ be slow: the logits they come from are 10,000 times as many.
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 # 16 warps are 512 threads, so 4 tokens for each: six arrays make 24 loads of 4 bytes in flight, 96
 # bytes per thread, 48 KiB per turn of the loop. N = 8192 tokens take 4 turns.
@@ -110,10 +110,7 @@ def launch_loss(per_token, clip_range):
     log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight = (
         tensor.contiguous() for tensor in per_token
     )
-    count, device = log_probs.numel(), log_probs.device
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    stats = torch.empty(3, dtype=torch.float32, device=device)
-    gradients = torch.empty(count, dtype=torch.float32, device=device)
+    loss, stats, gradients = results_of(log_probs)
     with torch.cuda.device_of(loss):
         loss_kernel[(1,)](
             log_probs=log_probs,
@@ -125,7 +122,7 @@ def launch_loss(per_token, clip_range):
             gradients=gradients,
             loss=loss,
             stats=stats,
-            count=count,
+            count=log_probs.numel(),
             lowest_ratio=1.0 - clip_range,
             highest_ratio=1.0 + clip_range,
             BLOCK=BLOCK,
@@ -134,25 +131,50 @@ def launch_loss(per_token, clip_range):
     return loss, stats, gradients
 
 
+def results_of(log_probs):
+    """Empty loss [], stats [3] and gradients [N]."""
+    shapes = (), (3,), log_probs.shape
+    return tuple(log_probs.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
 def named(stats):
     return dict(zip(("clip_fraction", "approx_kl", "ratio_max"), stats.unbind()))
 
 
-class RepoLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, clip_range, *per_token):
-        loss, stats, gradients = launch_loss(per_token, clip_range)
-        ctx.save_for_backward(gradients)
-        ctx.dtype = per_token[0].dtype
-        ctx.mark_non_differentiable(stats)
-        return loss, stats
+# ---- as an operator of PyTorch, which torch.compile takes as it is
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, _):
-        gradients, = ctx.saved_tensors
-        by_log_probs = (upstream * gradients).to(ctx.dtype)
-        return None, by_log_probs, None, None, None, None, None
+@torch.library.custom_op("repo::repo_loss", mutates_args=())
+def loss_op(
+    log_probs: Tensor, old_log_probs: Tensor, reward_advantages: Tensor, cost_advantages: Tensor,
+    penalty: Tensor, token_weight: Tensor, clip_range: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, statistics [3], gradients [N] of the log-probs)."""
+    per_token = (
+        log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    )
+    return launch_loss(per_token, clip_range)
+
+
+@loss_op.register_fake
+def _(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+      clip_range):
+    return results_of(log_probs)
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+    loss, stats, gradients = output
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(gradients)
+    ctx.mark_non_differentiable(stats, gradients)
+
+
+def backward(ctx, upstream, *_):
+    gradients, = ctx.saved_tensors
+    return (upstream * gradients).to(ctx.dtype), *[None] * 6
+
+
+loss_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
 def repo_loss(
@@ -163,8 +185,8 @@ def repo_loss(
 
     All inputs [N]; only log_probs has a gradient.
     """
-    loss, stats = RepoLoss.apply(
-        clip_range,
+    loss, stats, _ = loss_op(
         log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+        float(clip_range),
     )
     return loss, named(stats)

@@ -400,7 +400,8 @@ def loss_chunk(policy, tokens: int, device: str, config) -> int:
     if device == "cuda":
         size = bytes_per_number(config)
         padded_vocab = math.ceil(vocab / 64) * 64
-        logits = min(reference.ROWS_PER_CHUNK, tokens) * padded_vocab * size
+        rows = reference.rows_per_chunk(hidden, not config.lora_rank)
+        logits = min(rows, tokens) * padded_vocab * size
     else:
         size = 4  # the reference computes in fp32, and has four of a chunk's logits at a time
         logits = 4 * size * min(reference.LOGITS_PER_CHUNK, tokens * vocab)

@@ -3,9 +3,12 @@
 
 Memory, number of products, and what autograd asks of it.
 """
+from collections import Counter
+
 import pytest
 import torch
 from conftest import grid
+from torch._library.custom_ops import OPDEFS
 
 import kernels
 from kernels import linear, reference
@@ -19,7 +22,7 @@ CHUNK = 8
 @pytest.fixture(params=["triton", "reference"])
 def backend(request, monkeypatch) -> str:
     """Both, with chunks of 8 tokens (of 65 logits): the interpreter takes its time for each."""
-    monkeypatch.setattr(linear, "ROWS_PER_CHUNK", CHUNK)
+    monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: CHUNK)
     monkeypatch.setattr(reference, "LOGITS_PER_CHUNK", CHUNK * 65)
     return request.param
 
@@ -247,7 +250,9 @@ def test_loss_scaling_reaches_fp16(device):
 
 def test_a_chunks_rows_are_padded_to_128_bytes():
     hidden, weight = torch.randn(3, 8).bfloat16(), torch.randn(65, 8).bfloat16()
-    rows, logits = next(linear.chunks(hidden, weight))
+    slices = linear.split(3, 8, weight_learns=True)
+    buffer = linear.new_buffer(hidden, weight, slices)
+    rows, logits = next(linear.chunks(hidden, weight, slices, buffer))
     assert rows == slice(0, 3)
     assert logits.shape == (3, 65)
     assert logits.stride() == (128, 1)
@@ -267,16 +272,24 @@ PRODUCTS = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_
 
 
 class Watch(Alive):
-    """Matrix products too."""
+    """Matrix products too, and how many operations write a tensor of a shape."""
 
     def __init__(self, known=()):
         super().__init__(known)
         self.products = 0
+        self.written = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "repo":  # one of ours: its body is what is to be watched
+            with self:
+                return OPDEFS[function._schema.name]._init_fn(*args, **(kwargs or {}))
         if function.overloadpacket in PRODUCTS:
             self.products += 1
-        return super().__torch_dispatch__(function, types, args, kwargs)
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        is_new = not function.is_view and "empty" not in function.name()
+        if is_new and isinstance(result, torch.Tensor):
+            self.written[tuple(result.shape)] += 1
+        return result
 
 
 def watched(function, hidden, weight, *arguments, **settings):
@@ -295,7 +308,7 @@ def log_probs_sum(*arguments, **settings):
 
 
 def test_three_products_per_chunk_where_the_loss_is_known(device, monkeypatch):
-    monkeypatch.setattr(linear, "ROWS_PER_CHUNK", CHUNK)
+    monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: CHUNK)
     hidden, weight, targets = head(3 * CHUNK + 1, 65, device=device)  # 4 chunks
     rest = targets, *token_data(3 * CHUNK + 1, device)
     watch = watched(kernels.linear_repo_loss, hidden, weight, *rest, backend="triton")
@@ -309,6 +322,30 @@ def test_three_products_per_chunk_where_the_loss_is_known(device, monkeypatch):
     with torch.no_grad(), Watch() as watch:
         kernels.linear_repo_loss(hidden, weight, *rest, backend="triton")
     assert watch.products == 4
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_a_heads_gradient_is_written_once_per_chunk(device, monkeypatch, chunks):
+    """Nothing else passes over [V, H]: it is not cleared before, nor scaled behind."""
+    monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: CHUNK)
+    hidden, weight, targets = head(chunks * CHUNK, 65, 24, device=device)
+    rest = targets, *token_data(chunks * CHUNK, device)
+    for function in kernels.linear_repo_loss, log_probs_sum:
+        weight.grad = None
+        watch = watched(function, hidden, weight, *rest[:1 if function is log_probs_sum else None],
+                        backend="triton")
+        assert watch.written[65, 24] == chunks
+        assert weight.grad.shape == (65, 24)
+
+
+def test_chunks_are_larger_where_the_head_learns_but_not_than_its_gradient():
+    """By hand: n <= 2 H, from 1,024 to 4,096; and of about the same length."""
+    lengths = [linear.split(n, h, learns)[0].stop
+               for n, h, learns in [(8192, 4096, True), (8192, 1536, True), (8192, 64, True),
+                                    (8192, 4096, False), (4200, 4096, True), (5, 4096, True)]]
+    assert lengths == [4096, 2731, 1024, 1024, 2100, 5]
+    assert linear.split(0, 64, True) == []
+    assert linear.split(5, 64, True) == [slice(0, 5)]
 
 
 def test_four_products_per_chunk_without_a_known_loss(device, backend):
@@ -345,7 +382,7 @@ def test_all_logits_never_exist_and_an_update_takes_less_than_a_quarter_of_their
 
 
 def test_no_storage_of_all_logits_in_the_kernels_path(device, monkeypatch):
-    monkeypatch.setattr(linear, "ROWS_PER_CHUNK", 8)
+    monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: 8)
     n, v = 64, 4099
     hidden, weight, targets = head(n, v, 16, device=device)
     rest = targets, *token_data(n, device, log_prob=-8.0)

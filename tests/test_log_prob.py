@@ -186,7 +186,7 @@ def test_the_gradients_rows_lie_as_the_logits_rows_do(view, dtype):
     So where a row of logits lies, its gradient's row must lie too; and rows may not overlap.
     """
     logits = view(torch.zeros(3, 5, 101, dtype=dtype))
-    gradient = like_rows_of(logits)
+    gradient = like_rows_of(logits, logits.storage_offset())
     assert gradient.shape == logits.shape
     assert gradient.stride(2) == 1
 
@@ -198,7 +198,7 @@ def test_the_gradients_rows_lie_as_the_logits_rows_do(view, dtype):
 
 
 def test_the_gradient_of_whole_logits_is_contiguous():
-    assert like_rows_of(torch.zeros(3, 5, 101)).is_contiguous()
+    assert like_rows_of(torch.zeros(3, 5, 101), 0).is_contiguous()
 
 
 def test_the_gradient_of_a_slice_reaches_its_whole(device):

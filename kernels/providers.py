@@ -1,0 +1,154 @@
+"""What the benchmark compares: callables of a function's tensors that return a scalar.
+
+Some compute the nearest thing they have, a mean of log-probs, without temperature or clip; their
+names say so.
+"""
+import importlib
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import reference
+
+TEMPERATURE = 1.0  # that of the providers that know none
+
+
+def ours(function, **settings):
+    """One of the four functions: its loss, or the mean of its log-probs."""
+    def call(*tensors):
+        result = function(*tensors, **settings)
+        return result[0] if isinstance(result, tuple) else result.mean()
+
+    return call
+
+
+def plain_log_probs(hidden, weight, target_ids):
+    """LM head and log-prob as one would write them first, in the type of their inputs."""
+    logits = hidden @ weight.T
+    return kernels.gather_log_probs(logits, target_ids, TEMPERATURE, backend="reference")
+
+
+def plain_mean(hidden, weight, target_ids):
+    return plain_log_probs(hidden, weight, target_ids).mean()
+
+
+def plain_loss(hidden, weight, target_ids, *per_token):
+    log_probs = plain_log_probs(hidden, weight, target_ids)
+    return kernels.repo_loss(log_probs, *per_token, backend="reference")[0]
+
+
+def reference_mean(logits, target_ids):
+    return reference.gather_log_probs(logits, target_ids).mean()
+
+
+def reference_loss(*per_token):
+    return reference.repo_loss(*per_token)[0]
+
+
+def imported(module, name):
+    return getattr(importlib.import_module(module), name)
+
+
+def torch_linear():
+    return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def liger_grpo(rows):
+    make_loss = imported("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+    loss = make_loss(beta=0.0, use_ref_model=False, loss_type="bnpo")
+    length = max(rows // 16, 1)  # it wants sequences: as many as a batch of 16 has tokens
+
+    def call(hidden, weight, target_ids, old_log_probs, advantages, *_):
+        hidden, target_ids, old_log_probs = (
+            tensor.unflatten(0, (-1, length)) for tensor in (hidden, target_ids, old_log_probs)
+        )
+        mask = torch.ones_like(target_ids)
+        return loss(
+            hidden, weight, target_ids, mask, advantages[:len(hidden)],
+            old_per_token_logps=old_log_probs,
+        )[0]
+
+    return call
+
+
+def providers(rows):
+    """{function: {provider: load}}; load() imports what it needs and returns the callable."""
+    liger, cut = "liger_kernel.transformers.functional", "cut_cross_entropy"
+    gather, linear_gather = kernels.gather_log_probs, kernels.linear_log_probs
+    loss, linear_loss = kernels.repo_loss, kernels.linear_repo_loss
+    return {
+        "gather_log_probs": {
+            "ours": partial(ours, gather),
+            "reference": partial(ours, gather, backend="reference"),
+            "torch.compile": partial(torch.compile, reference_mean),
+            "Liger (mean log-prob)": partial(imported, liger, "liger_cross_entropy"),
+        },
+        "linear_log_probs": {
+            "ours": partial(ours, linear_gather),
+            "reference": partial(ours, linear_gather, backend="reference"),
+            "eager": lambda: plain_mean,
+            "torch.compile": partial(torch.compile, plain_mean),
+            "F.linear_cross_entropy (mean log-prob)": torch_linear,
+            "Liger (mean log-prob)": partial(imported, liger, "liger_fused_linear_cross_entropy"),
+            "cut-cross-entropy": partial(imported, cut, "linear_cross_entropy"),
+        },
+        "repo_loss": {
+            "ours": partial(ours, loss),
+            "reference": partial(ours, loss, backend="reference"),
+            "torch.compile": partial(torch.compile, reference_loss),
+        },
+        "linear_repo_loss": {
+            "ours": partial(ours, linear_loss),
+            "reference": partial(ours, linear_loss, backend="reference"),
+            "eager": lambda: plain_loss,
+            "torch.compile": partial(torch.compile, plain_loss),
+            "Liger GRPO (no cost, one advantage per response)": partial(liger_grpo, rows),
+        },
+    }
+
+
+def inputs(function, rows, vocab, hidden_size, dtype, device, peaked):
+    """(the function's tensors, how many of them learn: the first).
+
+    Peaked: the target has nearly all of the probability, as most tokens of a trained model.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    random = partial(torch.randn, generator=generator, device=device)
+    targets = torch.randint(vocab, (rows,), generator=generator, device=device)
+    per_token = [
+        random(rows) * 0.1 - (0.1 if peaked else 10.0),     # old_log_probs
+        random(rows),                                       # reward_advantages
+        random(rows),                                       # cost_advantages
+        random(rows).abs(),                                 # penalty
+        torch.full((rows,), 1 / rows, device=device),       # token_weight
+    ]
+
+    if function == "repo_loss":
+        log_probs = per_token[0] + 0.1 * random(rows)
+        return [log_probs, *per_token], 1
+
+    if function == "gather_log_probs":
+        logits = random(rows, vocab, dtype=dtype)
+        if peaked:
+            logits.scatter_(1, targets[:, None], 20.0)
+        return [logits, targets], 1
+
+    weight = random(vocab, hidden_size, dtype=dtype) / hidden_size ** 0.5
+    hidden = weight[targets] * 20 if peaked else random(rows, hidden_size, dtype=dtype)
+    if function == "linear_log_probs":
+        return [hidden, weight, targets], 2
+    return [hidden, weight, targets, *per_token], 2
+
+
+def floor(function, backward, rows, vocab, hidden_size, itemsize):
+    """(bytes to move, floating-point operations) that no implementation can do without."""
+    if function.startswith("linear"):
+        products = 3 if backward else 1
+        return 0, 2 * products * rows * vocab * hidden_size
+    if function == "gather_log_probs":  # the backward reads the logits again and writes as much
+        passes = 3 if backward else 1
+        return passes * rows * vocab * itemsize, 0
+    arrays = 9 if backward else 6
+    return 4 * arrays * rows, 0
