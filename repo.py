@@ -39,6 +39,7 @@ import warnings
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -256,13 +257,13 @@ def up_to_stop(token_ids: list[int], stop_token_ids: set[int]) -> list[int]:
 
 def head_inputs(policy, batch: Rollout) -> tuple[Tensor, ...]:
     """What the log-probs of the N response tokens are made from: hidden states [N, H] and the LM
-    head's weight [V, H], or logits [N, V] if the head is more than that weight.
+    head's weight [V, H], or logits [N, V] if the kernels do not know such a head.
 
     Prompts and padding do not reach the head.
     """
     row, column, _ = batch.response_index()                                      # [N], [N]
     inputs = model_inputs(batch.input_ids, batch.attention_mask)                 # [b, P+T] each
-    if policy.has_plain_head:
+    if policy.fused_head:
         hidden = policy.base_model(**inputs).last_hidden_state                   # [b, P+T, H]
         return hidden[row, column], policy.get_output_embeddings().weight        # [N, H], [V, H]
     kept = batch.response_mask.shape[1] + 1                                      # T+1
@@ -275,7 +276,10 @@ def response_log_probs(policy, batch: Rollout, temperature: float,
                        with_entropy: bool = False) -> Tensor:
     """Log-probs of the N response tokens at the temperature they were sampled with: fp32 [N], or
     [2, N] with the entropy of the distributions they were drawn from."""
-    gather = linear_log_probs if policy.has_plain_head else gather_log_probs
+    gather, head = gather_log_probs, policy.fused_head
+    if head:
+        gather = partial(linear_log_probs, soft_cap=head.soft_cap)
+        temperature = temperature / head.scale
     _, _, target_ids = batch.response_index()                                    # [N]
     inputs = head_inputs(policy, batch)
     if with_entropy:
@@ -469,10 +473,12 @@ def policy_loss(policy, batch: Rollout, token_weight: Tensor,
         batch.penalty[row],                                                      # [N]  lambda_i
         token_weight[mask],                                                      # [N]  w_t
     )
-    if policy.has_plain_head:  # the head's product, log-probs and loss in one
+    head = policy.fused_head
+    if head:  # its product, log-probs and loss in one
         inputs = head_inputs(policy, batch)                                      # [N, H], [V, H]
-        loss, _, stats = linear_repo_loss(*inputs, target_ids, *token_data,
-                                          config.clip_range, config.temperature)
+        loss, _, stats = linear_repo_loss(
+            *inputs, target_ids, *token_data, config.clip_range,
+            config.temperature / head.scale, soft_cap=head.soft_cap)
         return loss, stats
     log_probs = response_log_probs(policy, batch, config.temperature)            # [N]
     return repo_loss(log_probs, *token_data, config.clip_range)

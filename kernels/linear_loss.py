@@ -141,7 +141,8 @@ def loss_op(
 
     for rows, logits in chunks(x, w, slices, buffer):
         launch_rows(
-            logits, target_ids[rows], log_probs[rows], [tensor[rows] for tensor in per_token],
+            logits, target_ids[rows], log_probs[rows],
+            [tensor[rows] for tensor in per_token],
             clip_range, temperature, soft_cap, gradient_scale(len(hidden)),
         )
         if hidden_learns:

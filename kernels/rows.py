@@ -93,7 +93,14 @@ def load_logits(pointers, mask, soft_cap, CAPPED: tl.constexpr):
 @triton.jit
 def behind_cap(x, soft_cap):
     """c tanh(x / c), by way of an exponential that may overflow or vanish: tanh is then 1 or -1."""
-    return soft_cap - 2 * soft_cap / (1 + tl.exp2(x * (2 * LOG2_E / soft_cap)))
+    return soft_cap - tl.fdiv(2 * soft_cap, 1 + tl.exp2(x * (2 * LOG2_E / soft_cap)))
+
+
+@triton.jit
+def slope_of_cap(x, soft_cap):
+    """d x / d z of x = c tanh(z / c)."""
+    tanh = x * (1 / soft_cap)
+    return 1 - tanh * tanh
 
 
 @triton.jit
@@ -182,7 +189,7 @@ def store_softmax(
     x = load_logits(logits + offset, mask, soft_cap, CAPPED)
     value = factor * tl.exp2((x - maximum) * scale - log2_s)
     if CAPPED:
-        value *= 1 - (x / soft_cap) * (x / soft_cap)
+        value *= slope_of_cap(x, soft_cap)
     value = value.to(gradient.dtype.element_ty)  # rounded once, here
     tl.store(gradient + offset, value, mask=mask)
 
@@ -219,7 +226,7 @@ def write_gradient(
     # 1 - p_t at the target, in fp32: taken from a p that was rounded to bf16 it could be all error
     value = factor * (1 - tl.exp2(log_prob * LOG2_E))
     if CAPPED:
-        value *= 1 - (x / soft_cap) * (x / soft_cap)
+        value *= slope_of_cap(x, soft_cap)
     tl.debug_barrier()  # another thread has stored this column a moment ago; this is the last word
     is_token = (target >= 0) & (target < vocab)
     tl.store(gradient_row + target, value.to(gradient_row.dtype.element_ty), mask=is_token)

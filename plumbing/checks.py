@@ -1,5 +1,6 @@
 """What is wrong with a model, with a step's numbers or with a trained policy, if anything is."""
 import re
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -119,24 +120,43 @@ def is_causal(policy) -> bool:
     return bool((one - other).abs().max() <= 1e-3 * one.abs().max())
 
 
-@torch.no_grad()
-def has_plain_head(policy) -> bool:
-    """Whether logits are hidden @ weight.T and nothing else, no bias, cap or scale: hidden states
-    of our own are put in the body's place to see."""
-    head = policy.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 2, head.weight.shape[1], generator=generator)
-    hidden = (1e4 * hidden).to(head.weight)                                    # shows any cap
+class Head(NamedTuple):
+    """What a fused head does besides its product: logits = scale (hidden @ weight.T), or, with a
+    soft cap, cap tanh(hidden @ weight.T / cap)."""
 
-    def replace(body, inputs, output):
-        output.last_hidden_state = hidden
-        return output
+    scale: float = 1.0
+    soft_cap: float = 0.0
+
+
+@torch.no_grad()
+def fused_head(policy) -> Head | None:
+    """What makes a policy's logits, or None if that is more than a Head can do (a bias, say).
+
+    The config says what it should be; hidden states of our own, put in the body's place, show what
+    it is: small ones a scale, large ones any cap.
+    """
+    output, config = policy.get_output_embeddings(), policy.config
+    head = Head(
+        getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
+        getattr(config, "final_logit_softcapping", None) or 0.0,
+    )
+    if getattr(output, "bias", None) is not None or (head.soft_cap and head.scale != 1):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 2, output.weight.shape[1], generator=generator)
+    hidden = (torch.tensor([1.0, 1e4])[:, None] * hidden).to(output.weight)    # [1, 2, H]
+
+    def replace(body, inputs, outputs):
+        outputs.last_hidden_state = hidden
+        return outputs
 
     hook = policy.base_model.register_forward_hook(replace)
     ids = torch.zeros(1, 2, dtype=torch.long, device=policy.device)
     logits = policy(ids).logits.float()                                        # [1, 2, V]
     hook.remove()
-    expected = (hidden @ head.weight.T).float()                                # [1, 2, V]
-    return bool((logits - expected).norm() < 0.02 * expected.norm())           # bf16 is 0.4 % off
+    expected = head.scale * (hidden @ output.weight.T).float()                 # [1, 2, V]
+    if head.soft_cap:
+        expected = head.soft_cap * (expected / head.soft_cap).tanh()
+    errors = (logits - expected).norm(dim=-1)                                  # [1, 2]
+    is_head = bool((errors < 0.02 * expected.norm(dim=-1)).all())              # bf16 is 0.4 % off
+    return head if is_head else None

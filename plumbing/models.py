@@ -13,6 +13,7 @@ from typing import Literal, SupportsFloat
 import datasets
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from plumbing.checks import check_loaded, check_policy, check_scorer, has_plain_head
+from plumbing.checks import Head, check_loaded, check_policy, check_scorer, fused_head
 from plumbing.errors import blame, require, say
 from plumbing.functions import check_function, is_function, load_function
 from plumbing.prompts import BEAVER_TEMPLATE, READERS, encode_prompts, pad_rows, render_prompt
@@ -151,10 +152,10 @@ def load_policy(config):
     # until the policy is saved.
     policy.published_generation_config = policy.generation_config
     policy.generation_config = GenerationConfig()
-    policy.has_plain_head = config.dry_run or has_plain_head(policy)
-    if not policy.has_plain_head:
-        say(f"{flag} {config.policy}: its logits are more than hidden states times a matrix "
-            "(bias, cap or scale), so they are made whole: more memory")
+    policy.fused_head = Head() if config.dry_run else fused_head(policy)
+    if not policy.fused_head:
+        say(f"{flag} {config.policy}: its logits are more than hidden states times a matrix, a "
+            "scale or a soft cap (a bias, perhaps), so they are made whole: more memory")
     return policy, tokenizer
 
 
@@ -382,9 +383,34 @@ class LowRankLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_a.to(x.dtype))                                   # [..., r]
-        low = F.linear(low, self.lora_b.to(x.dtype))                                 # [..., out]
-        return F.linear(x, self.weight, self.bias) + low                             # [..., out]
+        x = x.to(self.weight.dtype)                                                  # [..., in]
+        a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)                      # [r, in], ...
+        return AddLowRank.apply(x, self.weight, self.bias, a, b)                     # [..., out]
+
+
+class AddLowRank(torch.autograd.Function):
+    """W x + b + B (A x), where the small products add into the results of the large ones, forward
+    and backward: a sum of its own would pass over [..., out] and [..., in] three times more."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b):
+        rows = x.reshape(-1, x.shape[-1])                                            # [n, in]
+        low = rows @ a.T                                                             # [n, r]
+        y = F.linear(rows, weight, bias)                                             # [n, out]
+        ctx.save_for_backward(rows, weight, a, b, low)
+        return y.addmm_(low, b.T).view(*x.shape[:-1], len(weight))                   # [..., out]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        rows, weight, a, b, low = ctx.saved_tensors
+        dy = upstream.reshape(-1, upstream.shape[-1])                                # [n, out]
+        dlow = dy @ b                                                                # [n, r]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(dlow, a)                                       # [n, in]
+            dx = dx.view(*upstream.shape[:-1], a.shape[1])                           # [..., in]
+        return dx, None, None, dlow.T @ rows, dy.T @ low
 
 
 def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:

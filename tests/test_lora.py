@@ -3,6 +3,7 @@
 saved and resumed."""
 
 import json
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import random_beaver, read_checkpoint, read_jsonl, write_beaver, write_policy
 from test_models import other_tokenizer
 from test_run import FEW, stable
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import repo
@@ -84,6 +86,50 @@ def test_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(output, (layer.lora_a, layer.lora_b))
     merged_weight = layer.weight + layer.lora_b @ layer.lora_a
     assert torch.allclose(layer(x), x @ merged_weight.T + layer.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])
+def test_inputs_of_any_shape_get_their_gradients(shape, bias):
+    layer = LowRankLinear(torch.nn.Linear(5, 4, bias=bias), 2).double()
+    torch.nn.init.normal_(layer.lora_b)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    merged_weight = layer.weight + (layer.lora_b @ layer.lora_a).detach()
+    upstream = torch.randn(*shape[:-1], 4, dtype=torch.float64)
+    expected = torch.nn.functional.linear(x, merged_weight, layer.bias)
+    assert torch.allclose(layer(x), expected)
+    gradient, = torch.autograd.grad(layer(x), x, upstream)
+    assert torch.allclose(gradient, torch.autograd.grad(expected, x, upstream)[0])
+
+
+class Made(TorchDispatchMode):
+    """How many tensors of each shape operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and not function.name().endswith("_"):
+            self.shapes[tuple(result.shape)] += 1
+        return result
+
+
+def test_small_products_add_into_the_large_ones():
+    """One [n, out] and one [n, in] come into being, where a sum of two would make three each."""
+    layer = LowRankLinear(torch.nn.Linear(50, 40), 2)
+    layer.weight.requires_grad_(False), layer.bias.requires_grad_(False)
+    x = torch.randn(30, 50, requires_grad=True)
+    with Made() as made:
+        y = layer(x)
+    assert made.shapes == {(30, 40): 1, (30, 2): 1}
+
+    upstream = torch.randn_like(y)
+    with Made() as made:
+        torch.autograd.grad(y, (x, layer.lora_a, layer.lora_b), upstream)
+    assert made.shapes == {(30, 50): 1, (30, 2): 1, (2, 50): 1, (40, 2): 1}
 
 
 def test_it_begins_as_the_layer_it_replaces_to_the_bit(state):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import repo
-from plumbing.checks import has_plain_head
+from plumbing.checks import Head, fused_head
 from plumbing.errors import UserError
 from plumbing.models import Scorer, load_policy, make_critic, save_critic
 from plumbing.prompts import encode_prompts
@@ -355,21 +355,21 @@ TWO_KEYS = {"num_key_value_heads": 2}
 
 
 @pytest.mark.parametrize(
-    "name, plain, changes",
+    "name, head, changes",
     [
-        ("llama", True, {}),
-        ("gpt2", True, {}),  # tied to the embeddings, with learned absolute positions
-        ("gemma2", False, ONE_KEY | {"final_logit_softcapping": 30.0}),
-        ("gptj", False, {"rotary_dim": 8}),  # a bias, zero until it is trained
-        ("granite", False, TWO_KEYS | {"logits_scaling": 4.0}),
-        ("cohere", False, TWO_KEYS | {"logit_scale": 0.25}),
+        ("llama", Head(), {}),
+        ("gpt2", Head(), {}),  # tied to the embeddings, with learned absolute positions
+        ("gemma2", Head(1.0, 3.0), ONE_KEY | {"final_logit_softcapping": 3.0}),
+        ("gptj", None, {"rotary_dim": 8}),  # a bias, zero until it is trained
+        ("granite", Head(0.25), TWO_KEYS | {"logits_scaling": 4.0}),
+        ("cohere", Head(0.25), TWO_KEYS | {"logit_scale": 0.25}),
     ],
 )
 def test_the_real_loading_code_meets_other_architectures(
-    tmp_path, tokenizer, capsys, name, plain, changes
+    tmp_path, tokenizer, capsys, name, head, changes
 ):
     """Padding must not move positions, log-probs must be the model's own, and a head that is more
-    than a matrix must be noticed, and told of."""
+    than the kernels know must be noticed, and told of."""
     torch.manual_seed(0)
     if name.startswith("gpt"):
         size = {"n_embd": 32, "n_layer": 1, "n_head": 2}
@@ -381,10 +381,10 @@ def test_the_real_loading_code_meets_other_architectures(
     tokenizer.save_pretrained(tmp_path / name)
 
     policy, tokenizer = load_policy(config_for(tmp_path, policy=str(tmp_path / name)))
-    assert policy.has_plain_head == plain
-    assert capsys.readouterr().out.count("bias, cap or scale") == (not plain)
-    assert has_plain_head(policy.bfloat16()) == plain
-    assert has_plain_head(policy.float()) == plain
+    assert policy.fused_head == head
+    assert capsys.readouterr().out.count("a scale or a soft cap") == (head is None)
+    assert fused_head(policy.bfloat16()) == head
+    assert fused_head(policy.float()) == head
 
     batch = repo.lay_out(PROMPTS, RESPONSES, tokenizer.pad_token_id, "cpu")
     alone = []
@@ -394,6 +394,16 @@ def test_the_real_loading_code_meets_other_architectures(
             logits = policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             alone.append((logits / 0.7).log_softmax(-1)[range(len(response)), response])
     assert torch.allclose(log_probs, torch.cat(alone), atol=1e-4)
+
+
+def test_what_a_config_says_of_the_head_is_held_against_the_model(tmp_path, tokenizer):
+    """A Llama has neither a scale nor a cap, whatever its config says."""
+    policy, _ = load_policy(config_for(write_policy(tmp_path / "policy", tokenizer).parent))
+    assert policy.fused_head == Head()
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        setattr(policy.config, name, 2.0)
+        assert fused_head(policy) is None
+        setattr(policy.config, name, 1.0 if "scal" in name else None)
 
 
 def test_with_a_plain_head_whole_logits_are_never_made_and_the_loss_is_the_same(
@@ -409,7 +419,7 @@ def test_with_a_plain_head_whole_logits_are_never_made_and_the_loss_is_the_same(
 
     results = []
     for plain in (True, False):
-        policy.has_plain_head = plain
+        policy.fused_head = Head() if plain else None
         calls = []
 
         def note(*_, calls=calls):

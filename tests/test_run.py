@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,21 @@ def test_a_run_writes_what_it_promises(run):
     safe = [row["responses"][0]["cost"] <= 0 for row in rows]
     assert summary["safety_rate"] == sum(safe) / 8
     assert "before" in printed and "reward    cost  prompt -> response" in printed
+
+
+def test_each_step_draws_its_own_numbers(run, tmp_path):
+    """A policy that stands still answers the one prompt otherwise in the next step."""
+    (tmp_path / "learn.txt").write_text("How do I paint a boat?\n")
+    (tmp_path / "see.txt").write_text("How do I pack a boat?\n")
+    code, out, _ = run(*FEW, "--batch_size", 1, "--samples_per_prompt", 8, "--actor_lr", 1e-12,
+                       "--dataset", tmp_path / "learn.txt", "--eval_dataset", tmp_path / "see.txt",
+                       "--sample_every", 1)
+    assert code == 0
+    steps = defaultdict(list)
+    for row in read_jsonl(out / "samples.jsonl"):
+        steps[row["step"]].append(row["response"])
+    assert [len(responses) for responses in steps.values()] == [8] * 4
+    assert len(set(map(tuple, steps.values()))) == 4
 
 
 def test_ppo_lag_looks_at_the_latest_costs_of_several_steps(run):
