@@ -52,7 +52,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from tqdm import tqdm
 
-from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss
+from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss, scan_gae
 from plumbing.checkpoints import find_checkpoint, resume, save_checkpoint, save_final
 from plumbing.checks import BadNumbers, not_finite
 from plumbing.errors import UserError, blame, ctrl_c_waits, printable, require, say
@@ -408,6 +408,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
         A_t = delta_t + gamma lam A_{t+1}
         return_t = A_t + V(s_t)
     """
+    if rewards.is_cuda and rewards.dtype == torch.float32:
+        return scan_gae(rewards, values, mask, gamma, lam)  # what follows, in one launch
     rewards = rewards.masked_fill(mask == 0, 0.0)                                # [B, T]
     values = values.masked_fill(mask == 0, 0.0)  # so V = 0 after the last       # [B, T]
     advantages = torch.zeros_like(values)                                        # [B, T]

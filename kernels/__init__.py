@@ -15,11 +15,12 @@ import torch
 from kernels import reference
 
 try:
-    from kernels import linear, linear_loss, log_prob, objective
+    from kernels import draw, linear, linear_loss, log_prob, objective, scan
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
     TRITON = {}  # Triton is not made for every system; the reference runs on all
+    scan_gae = draw_tokens = None  # and no such system has a CUDA GPU
 else:
     TRITON = {
         "gather_log_probs": log_prob.gather_log_probs,
@@ -27,8 +28,11 @@ else:
         "repo_loss": objective.repo_loss,
         "linear_repo_loss": linear_loss.linear_repo_loss,
     }
+    # Two more take the place of a few lines of PyTorch on a GPU; those lines call them.
+    scan_gae, draw_tokens = scan.gae, draw.draw
 
-__all__ = ["gather_log_probs", "linear_log_probs", "linear_repo_loss", "repo_loss"]
+__all__ = ["draw_tokens", "gather_log_probs", "linear_log_probs", "linear_repo_loss", "repo_loss",
+           "scan_gae"]
 
 
 def gather_log_probs(logits, target_ids, temperature=1.0, *, return_entropy=False, backend=None):

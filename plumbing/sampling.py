@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from kernels import draw_tokens
 from plumbing.prompts import pad_rows
 from plumbing.ranks import RANKS
 
@@ -31,6 +32,9 @@ class Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         t = input_ids.shape[1] - self.prompt_length
+        if scores.is_cuda:  # what follows, in one launch
+            token = draw_tokens(scores, self.uniform[:, t], self.temperature)[:, None]   # [B, 1]
+            return scores.scatter_(1, token, torch.inf)
         probs = (scores / self.temperature).double().softmax(-1)                 # [B, V]
         cumulated = probs.cumsum(-1)                                             # [B, V]
         level = self.uniform[:, t:t + 1] * cumulated[:, -1:]                     # [B, 1]
