@@ -2,13 +2,17 @@
 
     python -m kernels.bench               # times and memory of the four functions, both passes
     python -m kernels.bench --rows 8192 --vocab 128256 --hidden 3072
+    python -m kernels.bench --functions linear_repo_loss --providers ours,Liger,quack
+    python -m kernels.bench --plot times.png   # over V and over N: times and memory
     python -m kernels.bench --compiled    # what compilers make of the kernels, for GPUs not here
 
 A floor is the least a function can take: every logit read (and its gradient written) at the rate of
 a copy, or its products at the rate of a large product, both rates measured first. Other providers
-take part where they are installed (providers.py).
+take part where they are installed (providers.py). Each figure is printed, and written to --json,
+as soon as it is there: a run that is cut off keeps what it has.
 """
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -17,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
@@ -24,7 +29,7 @@ import triton
 from torch.profiler import ProfilerActivity, profile
 
 from kernels.compiled import KERNELS, TARGETS, compile_for
-from kernels.providers import floor, inputs, providers
+from kernels.providers import OVERWRITES, floor, inputs, providers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -99,41 +104,39 @@ def rates(device, dtype):
 
 
 def measure(arguments, device):
-    """A row per function, provider, pass and kind of logits."""
+    """A row per function, provider, pass and kind of logits, one after the other."""
     machine = copy_rate, product_rate = rates(device, DTYPES[arguments.dtype])
     print(f"copy {copy_rate / 1e9:,.0f} GB/s, "
           f"product {product_rate / 1e12:,.2f} TFLOP/s ({arguments.dtype}); "
           f"N = {arguments.rows}, V = {arguments.vocab}, H = {arguments.hidden}", flush=True)
-
-    rows = []
+    passes = list(itertools.product((False, True), repeat=2))
     for function, loaders in providers(arguments.rows).items():
         for provider, load in loaders.items():
-            if takes_part(provider, arguments.providers, device):
-                rows += measure_provider(arguments, device, machine, function, provider, load)
-    return rows
+            if takes_part(function, provider, arguments, device):
+                yield from measure_provider(
+                    arguments, device, machine, function, provider, load, passes)
 
 
-def takes_part(provider, wanted, device):
+def takes_part(function, provider, arguments, device):
     short_name = provider.split(" (")[0]
-    if wanted and short_name not in wanted:
+    if arguments.providers and short_name not in arguments.providers:
+        return False
+    if arguments.functions and function not in arguments.functions:
         return False
     return provider != "ours" or device != "cpu"  # there it is the reference
 
 
-def measure_provider(arguments, device, machine, function, provider, load):
-    """Both passes on both kinds of logits; no row if any of them fails."""
-    passes = itertools.product((False, True), repeat=2)
+def measure_provider(arguments, device, machine, function, provider, load, passes):
+    """Rows of some passes, (with backward, peaked) each; what fails ends the provider's turn."""
     try:
-        return [
-            measure_one(arguments, device, machine, function, provider, load, backward, peaked)
-            for backward, peaked in passes
-        ]
+        for backward, peaked in passes:
+            yield measure_one(
+                arguments, device, machine, function, provider, load, backward, peaked)
     except ModuleNotFoundError as error:
         print(f"{provider}, {function}: not installed ({error.name})", file=sys.stderr)
     except Exception as error:  # another library's own matter, whatever it is; the others go on
         first_line = (str(error).splitlines() or [""])[0]
         print(f"{provider}, {function}: {type(error).__name__}: {first_line}", file=sys.stderr)
-    return []
 
 
 def measure_one(arguments, device, machine, function, provider, load, backward, peaked):
@@ -141,8 +144,16 @@ def measure_one(arguments, device, machine, function, provider, load, backward, 
     tensors, learnable = inputs(function, *sizes, DTYPES[arguments.dtype], device, peaked)
     implementation = load()
     learning = [tensor.requires_grad_(backward) for tensor in tensors[:learnable]]
+    overwrites = (function, provider) in OVERWRITES
+
+    kept = tensors[0].detach()
+
+    def copy():
+        return kept.clone().requires_grad_(backward)
 
     def call():
+        if overwrites:
+            tensors[0] = learning[0] = copy()
         with torch.set_grad_enabled(backward):
             value = implementation(*tensors)
             if backward:
@@ -152,6 +163,9 @@ def measure_one(arguments, device, machine, function, provider, load, backward, 
     value = call()  # compiles
     memory = peak_memory(call, device)
     median, low, high = milliseconds(call, device)
+    if overwrites:  # without the copies, which are no work of its own
+        copying, _, _ = milliseconds(copy, device)
+        median, low, high = median - copying, low - copying, high - copying
 
     moved, computed = floor(function, backward, *sizes, tensors[0].element_size())
     copy_rate, product_rate = machine
@@ -175,6 +189,51 @@ def measure_one(arguments, device, machine, function, provider, load, backward, 
         "of it gradients": round(gradients / 2 ** 20, 1),
         "value": round(value.item(), 5),
     }
+
+
+def sweep(arguments, device):
+    """Both passes on random logits, at several V with all of N and at several N with all of V."""
+    machine = rates(device, DTYPES[arguments.dtype])
+    for over, parts in (("vocab", (8, 4, 2, 1)), ("rows", (8, 4, 2))):
+        for part in parts:
+            sizes = argparse.Namespace(**vars(arguments))
+            setattr(sizes, over, max(getattr(arguments, over) // part, 1))
+            for function, loaders in providers(sizes.rows).items():
+                for provider, load in loaders.items():
+                    if takes_part(function, provider, arguments, device):
+                        for row in measure_provider(
+                            sizes, device, machine, function, provider, load, [(True, False)],
+                        ):
+                            yield {**row, "V": sizes.vocab, "N": sizes.rows}
+
+
+def draw(rows, file):
+    """A line of panels per function: ms and MiB over V, ms and MiB over N; a curve per provider."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    functions = list(dict.fromkeys(row["function"] for row in rows))
+    figure, panels = pyplot.subplots(len(functions), 4, squeeze=False, layout="constrained",
+                                     figsize=(16, 3.4 * len(functions)))
+    largest = {size: max(row[size] for row in rows) for size in "VN"}
+    for function, line in zip(functions, panels):
+        for panel, (size, what) in zip(line, itertools.product("VN", ("ms", "peak MiB"))):
+            other = "N" if size == "V" else "V"
+            curves = defaultdict(list)
+            for row in rows:
+                if row["function"] == function and row[other] == largest[other]:
+                    curves[row["provider"]].append((row[size], max(row[what], 1e-3)))
+            for provider, points in curves.items():
+                panel.plot(*zip(*sorted(points)), marker="o", markersize=3, label=provider)
+            panel.set(title=f"{function}, {other} = {largest[other]:,}", xlabel=size, ylabel=what,
+                      xscale="log", yscale="log")
+            sizes = sorted({row[size] for row in rows})
+            panel.set_xticks(sizes, [f"{number:,}" for number in sizes])
+            panel.minorticks_off()
+        line[0].legend(fontsize=7)
+    figure.savefig(file, dpi=120)
 
 
 def environment(device):
@@ -236,39 +295,75 @@ def bench_parser(device):
                         help="H (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if on_gpu else "fp32",
                         help="of logits, hidden states and weight (default: %(default)s)")
+    parser.add_argument("--functions", type=lambda names: names.split(","), metavar="A,B",
+                        help="only these, such as linear_repo_loss")
     parser.add_argument("--providers", type=lambda names: names.split(","), metavar="A,B",
                         help="only these, such as ours,reference")
+    parser.add_argument("--plot", metavar="FILE",
+                        help="measure forward and backward at an eighth, a quarter and half of V "
+                             "and of N too, and draw times and memory; needs matplotlib")
     parser.add_argument("--compiled", action="store_true",
                         help="print registers, spills, shared memory and load widths instead; "
                              "needs no GPU")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there too, as they come")
     return parser
 
 
-def main():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def checked_arguments(device):
+    """What the command line says. Exits with a sentence for what cannot be done, before the minutes
+    that measuring takes."""
     parser = bench_parser(device)
     arguments = parser.parse_args()
     if min(arguments.rows, arguments.vocab, arguments.hidden) < 1:
         parser.error("--rows, --vocab and --hidden must be at least 1")
     if arguments.compiled and os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("--compiled: TRITON_INTERPRET=1 is set, and an interpreter compiles nothing")
-    try:  # before the minutes that measuring takes
-        file = open(arguments.json, "w") if arguments.json else None
-    except OSError as error:
-        parser.error(f"--json {arguments.json}: {error.strerror}")
+    unknown = set(arguments.functions or ()) - set(providers(1))
+    if unknown:
+        parser.error(f"--functions {','.join(sorted(unknown))}: "
+                     f"there are {', '.join(providers(1))}")
+    if arguments.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    for flag in ("json", "plot"):
+        file = getattr(arguments, flag)
+        try:
+            if file:
+                open(file, "a").close()
+        except OSError as error:
+            parser.error(f"--{flag} {file}: {error.strerror}")
+    return arguments
 
+
+def keep(rows, row, arguments, device):
+    """Adds a row, prints it and writes all of them, now."""
+    rows.append(row)
+    if not arguments.compiled:
+        print(f"  {row['function']}, {row['provider']}, {row['pass']}, {row['logits']}: "
+              f"{row['ms']} ms, {row['peak MiB']} MiB", flush=True)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"environment": environment(device), "rows": rows}, file, indent=1)
+
+
+def main():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = checked_arguments(device)
     print(environment(device))
     if arguments.compiled:
-        rows = [compile_for(target, name) for target in TARGETS for name in KERNELS]
+        found = (compile_for(target, name) for target in TARGETS for name in KERNELS)
+    elif arguments.plot:
+        found = sweep(arguments, device)
     else:
-        rows = measure(arguments, device)
+        found = measure(arguments, device)
+
+    rows = []
+    for row in found:
+        keep(rows, row, arguments, device)
     if not rows:
-        parser.error(f"--providers {','.join(arguments.providers)}: none of them is here")
+        bench_parser(device).error("none of the --providers is here, or has such --functions")
     print_tables(rows)
-    if file:
-        with file:
-            json.dump({"environment": environment(device), "rows": rows}, file, indent=1)
+    if arguments.plot:
+        draw(rows, arguments.plot)
 
 
 if __name__ == "__main__":

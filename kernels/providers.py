@@ -13,6 +13,8 @@ import kernels
 from kernels import reference
 
 TEMPERATURE = 1.0  # that of the providers that know none
+# These write their gradient over the logits they are given: each call needs new ones.
+OVERWRITES = {("gather_log_probs", "Liger (mean log-prob)")}
 
 
 def ours(function, **settings):
@@ -84,6 +86,7 @@ def providers(rows):
             "reference": partial(ours, gather, backend="reference"),
             "torch.compile": partial(torch.compile, reference_mean),
             "Liger (mean log-prob)": partial(imported, liger, "liger_cross_entropy"),
+            "quack (mean log-prob)": partial(imported, "quack.cross_entropy", "cross_entropy"),
         },
         "linear_log_probs": {
             "ours": partial(ours, linear_gather),
@@ -92,6 +95,8 @@ def providers(rows):
             "torch.compile": partial(torch.compile, plain_mean),
             "F.linear_cross_entropy (mean log-prob)": torch_linear,
             "Liger (mean log-prob)": partial(imported, liger, "liger_fused_linear_cross_entropy"),
+            "quack (mean log-prob)": partial(
+                imported, "quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
             "cut-cross-entropy": partial(imported, cut, "linear_cross_entropy"),
         },
         "repo_loss": {

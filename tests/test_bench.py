@@ -2,6 +2,7 @@
 """The benchmark, at sizes that take seconds."""
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, exhaustive
 
-from kernels.bench import floor, main, peak_memory
+import kernels.bench as module
+from kernels.bench import bench_parser, main, measure_one, peak_memory
+from kernels.providers import floor
 
 
 @pytest.fixture(params=["here", exhaustive("module")])
@@ -62,7 +65,9 @@ def test_it_measures_each_function_both_ways_and_leaves_out_what_is_not_installe
 @pytest.mark.parametrize("arguments, says", [
     (("--rows", 0), "must be at least 1"),
     (("--dtype", "fp8"), "invalid choice"),
-    (("--providers", "none"), "none of them is here"),
+    (("--providers", "none"), "none of the --providers is here"),
+    (("--functions", "sum"), "there are gather_log_probs, linear_log_probs"),
+    (("--plot", "no/such/folder/x.png"), "No such file"),
     (("--json", "no/such/folder/x"), "No such file"),
 ])
 def test_nonsense_is_refused(bench, arguments, says):
@@ -70,6 +75,73 @@ def test_nonsense_is_refused(bench, arguments, says):
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path, bench, monkeypatch):
+    """After its third figure."""
+    measured = iter(range(3))
+
+    def measure_one(*arguments, **settings):
+        if next(measured, None) is None:
+            raise KeyboardInterrupt
+        return real(*arguments, **settings)
+
+    real = module.measure_one
+    monkeypatch.setattr(module, "measure_one", measure_one)
+    monkeypatch.setattr(sys, "argv", [
+        "kernels.bench", "--rows", "4", "--vocab", "9", "--hidden", "4", "--providers", "reference",
+        "--json", str(tmp_path / "rows.json"),
+    ])
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3
+
+
+def test_one_function_and_a_picture_over_its_sizes(tmp_path, bench):
+    pytest.importorskip("matplotlib")
+    done = bench("--rows", 16, "--vocab", 64, "--hidden", 8, "--functions", "linear_repo_loss",
+                 "--providers", "reference", "--plot", tmp_path / "p.png",
+                 "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    sizes = [(row["V"], row["N"]) for row in rows]
+    assert sizes == [(8, 16), (16, 16), (32, 16), (64, 16), (64, 2), (64, 4), (64, 8)]
+    assert {row["function"] for row in rows} == {"linear_repo_loss"}
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("has_grad", [True, False])
+def test_providers_that_overwrite_get_new_logits_each_time(monkeypatch, has_grad):
+    seen = []
+
+    def overwriting(logits, target_ids):
+        seen.append(logits.detach().clone())
+        value = logits.mean()
+        logits.detach().zero_()
+        return value
+
+    monkeypatch.setattr(module, "OVERWRITES", {("gather_log_probs", "other")})
+    arguments = bench_parser("cpu").parse_args(["--rows", "4", "--vocab", "9"])
+    row = measure_one(arguments, "cpu", (1e9, 1e9), "gather_log_probs", "other",
+                      lambda: overwriting, has_grad, False)
+    assert len(seen) > 5 and all(torch.equal(logits, seen[0]) for logits in seen)
+    assert seen[0].any() and row["value"] == pytest.approx(seen[0].mean().item(), abs=1e-4)
+
+
+def test_kernels_are_tested_and_measured_without_the_package_datasets(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['datasets'] = None")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment,
+                              capture_output=True, text=True)
+
+    done = run("-m", "pytest", "-q", "--collect-only", "tests")
+    assert done.returncode == 0, done.stdout
+    files = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert {"tests/test_log_prob.py", "tests/test_linear.py", "tests/test_operators.py"} <= files
+    done = run("-m", "kernels.bench", "--help")
+    assert done.returncode == 0 and "--providers" in done.stdout
 
 
 def test_floors_by_hand():

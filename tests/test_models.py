@@ -395,6 +395,18 @@ def test_the_real_loading_code_meets_other_architectures(
             alone.append((logits / 0.7).log_softmax(-1)[range(len(response)), response])
     assert torch.allclose(log_probs, torch.cat(alone), atol=1e-4)
 
+    # An update sees the same head: its loss is that of the model's own logits.
+    config = config_for(tmp_path, temperature=0.7)
+    mask = batch.response_mask
+    for column in ("reward_advantages", "cost_advantages"):
+        setattr(batch, column, torch.randn(mask.shape))
+    batch.log_probs = torch.zeros(mask.shape).masked_scatter(mask, log_probs.detach() + 0.1)
+    batch.penalty = torch.rand(2)
+    fused, _ = repo.policy_loss(policy, batch, mask / 5, config)
+    policy.fused_head = None
+    whole, _ = repo.policy_loss(policy, batch, mask / 5, config)
+    assert torch.allclose(fused, whole, atol=1e-5)
+
 
 def test_what_a_config_says_of_the_head_is_held_against_the_model(tmp_path, tokenizer):
     """A Llama has neither a scale nor a cap, whatever its config says."""
