@@ -107,6 +107,17 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
         "$0" repo.py --device cpu --output_dir "$1/repo" > "$1/repo.log" 2>&1
         "$0" repo.py --device cpu --algo ppo_lag --output_dir "$1/ppo_lag" > "$1/lag.log" 2>&1
     """,
+    "compiled": """
+        "$0" -m kernels.bench --compiled --json "$1/compiled.json" > "$1/compiled.log" 2>&1
+        "$0" tests/jit_path.py 90 > "$1/jit-90.txt" 2> "$1/jit.log"
+    """,
+    "interpreted": """
+        for by in 0 1; do
+            TRITON_INTERPRET=$by "$0" repo.py --device cpu --steps 3 --batch_size 8 \\
+                --micro_batch_size 8 --max_response_length 12 --eval_samples 1 \\
+                --max_eval_prompts 4 --output_dir "$1/by-$by" > "$1/by-$by.log" 2>&1
+        done
+    """,
 }
 BOTH_CORES = ("test_faults", "test_ranks")  # they start several processes at a time
 LONG_RUN = pytest.StashKey[tuple[subprocess.Popen, Path]]()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, exhaustive, read_jsonl
@@ -18,12 +19,16 @@ def run_compiling(*arguments) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def machine_code(tmp_path_factory) -> list[dict]:
+@pytest.fixture(scope="session")
+def compiled(long_runs) -> Path:
+    """The folder with what the compilers were asked in the background: see conftest.py."""
+    return long_runs("compiled")
+
+
+@pytest.fixture
+def machine_code(compiled) -> list[dict]:
     """What `python -m kernels.bench --compiled` finds."""
-    file = tmp_path_factory.mktemp("compiled") / "rows.json"
-    run_compiling("-m", "kernels.bench", "--compiled", "--json", str(file))
-    return json.loads(file.read_text())["rows"]
+    return json.loads((compiled / "compiled.json").read_text())["rows"]
 
 
 def test_no_spills_and_few_registers_on_every_target(machine_code):
@@ -66,11 +71,13 @@ for kernel in (log_prob.forward_kernel, log_prob.backward_kernel, linear_loss.ro
 
 
 @pytest.mark.parametrize("capability", [90, exhaustive(80), exhaustive(100), exhaustive(120)])
-def test_every_launch_compiles_through_tritons_own_way_without_a_double(capability):
+def test_every_launch_compiles_through_tritons_own_way_without_a_double(compiled, capability):
     """All dtypes, both types of ids, with and without cap and entropy: see jit_path.py. Numbers of
     Python are fp32 in the machine code."""
-    lines = [line.split() for line in
-             run_compiling("tests/jit_path.py", str(capability)).splitlines()]
+    file = compiled / f"jit-{capability}.txt"
+    if not file.exists():
+        file.write_text(run_compiling("tests/jit_path.py", str(capability)))
+    lines = [line.split() for line in file.read_text().splitlines()]
     kernels = Counter(name for name, *_ in lines)
     assert kernels == {
         "forward_kernel": 3 * 2 * (2 * 2), "backward_kernel": 3 * 2 * 2, "row_kernel": 3 * 2 * 2,
@@ -80,35 +87,14 @@ def test_every_launch_compiles_through_tritons_own_way_without_a_double(capabili
         assert int(size) > 0 and (doubles == "0") == (name != "draw_kernel"), name
 
 
-FEW = (
-    *("--device", "cpu", "--batch_size", "8", "--micro_batch_size", "8", "--eval_samples", "1"),
-    *("--max_eval_prompts", "4", "--max_response_length", "12"),
-)
+@pytest.fixture(scope="session")
+def interpreted(long_runs) -> Path:
+    """The folder with two short runs of the script, one by the interpreter: see conftest.py."""
+    return long_runs("interpreted")
 
 
-@pytest.fixture(params=["here", exhaustive("script")])
-def metrics_of(request, run, tmp_path, monkeypatch):
-    """metrics_of(steps, interpreted): of a run in this process, or in one of its own."""
-
-    def here(steps, interpreted):
-        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
-        code, out, _ = run(*FEW, "--steps", steps, out=f"interpreted-{interpreted}")
-        assert code == 0
-        return read_jsonl(out / "metrics.jsonl")
-
-    def as_script(steps, interpreted):
-        out = tmp_path / f"interpreted-{interpreted}"
-        flags = [*FEW, "--steps", str(steps), "--output_dir", str(out)]
-        environment = {**os.environ, "TRITON_INTERPRET": interpreted}
-        subprocess.run([sys.executable, "repo.py", *flags], cwd=ROOT, env=environment,
-                       check=True, capture_output=True)
-        return read_jsonl(out / "metrics.jsonl")
-
-    return here if request.param == "here" else as_script
-
-
-def test_a_run_by_the_interpreter_gives_the_metrics_of_a_run_by_plain_pytorch(metrics_of, family):
-    plain, triton = metrics_of(3, interpreted="0"), metrics_of(3, interpreted="1")
+def test_a_run_by_the_interpreter_gives_the_metrics_of_a_run_by_plain_pytorch(interpreted):
+    plain, triton = (read_jsonl(interpreted / name / "metrics.jsonl") for name in ("by-0", "by-1"))
     assert len(plain) == len(triton) == 3
     # equal to the last bit, it would be one backend twice
     assert any(a["policy_grad_norm"] != b["policy_grad_norm"] for a, b in zip(plain, triton))

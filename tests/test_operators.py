@@ -1,5 +1,7 @@
 # pytest tests/test_operators.py
 """The Triton path as operators of PyTorch: under torch.compile, and what the same logits give."""
+from functools import partial
+
 import pytest
 import torch
 from conftest import exhaustive, grid
@@ -21,7 +23,11 @@ def short_chunks(monkeypatch):
 
 # ---- what PyTorch asks of an operator: schemas, shapes without content, gradients, tracing
 
-def test_operators_keep_their_word(device):
+CHEAP = "test_schema", "test_autograd_registration", "test_faketensor"
+
+
+@pytest.mark.parametrize("checks", [CHEAP, exhaustive((*CHEAP, "test_aot_dispatch_dynamic"))])
+def test_operators_keep_their_word(device, checks):
     hidden, weight, targets = head(N, V, H, device=device)
     logits = (hidden @ weight.T).detach()
     per_token = token_data(N, device)
@@ -30,7 +36,7 @@ def test_operators_keep_their_word(device):
         tensor.requires_grad_()
     settings = 0.7, 30.0, torch.float32
 
-    check = torch.library.opcheck
+    check = partial(torch.library.opcheck, test_utils=checks)
     check(log_prob.gather_op, (logits, targets, 0.7, True))
     check(log_prob.gather_op, (logits[:, 1:-1], targets.clamp(max=9), 0.7, False))
     check(objective.loss_op, (log_probs, *per_token, 0.2))
@@ -39,7 +45,7 @@ def test_operators_keep_their_word(device):
     # Its backward uses up what it made of dW, so no graph may return that, as the fourth check's
     # does: a whole update is compiled below.
     check(linear_loss.loss_op, (hidden, weight, targets, *per_token, 0.2, *settings, True, True),
-          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+          test_utils=CHEAP)
 
     three = [torch.randn(N, device=device) for _ in range(3)]
     fixed, x, w = (tensor.detach() for tensor in (logits, hidden, weight))
@@ -73,12 +79,12 @@ def results(step, hidden, weight, *rest):
     return [tensor.detach() for tensor in (*outputs, *gradients)]
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", exhaustive("inductor")])
-@pytest.mark.parametrize("backend, dynamic", [
-    ("triton", False),
-    ("triton", True),
-    ("reference", False),
-])
+@pytest.mark.parametrize("backend, dynamic, compiler", grid(
+    ["triton", "reference"],
+    [False, True],
+    ["aot_eager", "inductor"],
+    telling=[("triton", True, "aot_eager"), ("reference", False, "aot_eager")],
+))
 def test_a_compiled_update_gives_the_same_numbers(device, backend, dynamic, compiler):
     inputs = *head(N, V, H, device=device), *token_data(N, device)[1:]
     torch.compiler.reset()
@@ -151,12 +157,19 @@ def capped(hidden, weight, targets, *per_token, soft_cap):
     return loss, log_probs, entropy
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("soft_cap", [0.5, 30.0])
+@pytest.mark.parametrize("backend, dtype, soft_cap", grid(
+    ["triton", "reference"],
+    [torch.float32, torch.bfloat16],
+    [0.5, 30.0],
+    telling=[
+        ("triton", torch.float32, 0.5),
+        ("triton", torch.bfloat16, 30.0),
+        ("reference", torch.float32, 30.0),
+    ],
+))
 def test_a_soft_cap_against_float64(device, backend, dtype, soft_cap):
     """Logits of about +-10: nearly all of them at a cap of 0.5, bent at 30."""
-    hidden, weight, targets = head(N, 1000, H, dtype=dtype, device=device)
+    hidden, weight, targets = head(N, 300, H, dtype=dtype, device=device)
     hidden = hidden * 10
     x, w = (tensor.double().requires_grad_() for tensor in (hidden, weight))
     per_token = token_data(N, device, log_prob=-8.0)
