@@ -408,8 +408,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
         A_t = delta_t + gamma lam A_{t+1}
         return_t = A_t + V(s_t)
     """
-    if rewards.is_cuda and rewards.dtype == torch.float32:
-        return scan_gae(rewards, values, mask, gamma, lam)  # what follows, in one launch
+    if scan_gae and rewards.is_cuda and rewards.dtype == torch.float32:
+        return scan_gae(rewards, values, mask, gamma, lam)  # what follows, in one kernel
     rewards = rewards.masked_fill(mask == 0, 0.0)                                # [B, T]
     values = values.masked_fill(mask == 0, 0.0)  # so V = 0 after the last       # [B, T]
     advantages = torch.zeros_like(values)                                        # [B, T]

@@ -20,7 +20,7 @@ except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
     TRITON = {}  # Triton is not made for every system; the reference runs on all
-    scan_gae = draw_tokens = None  # and no such system has a CUDA GPU
+    scan_gae = draw_tokens = None
 else:
     TRITON = {
         "gather_log_probs": log_prob.gather_log_probs,

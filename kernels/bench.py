@@ -2,7 +2,7 @@
 
     python -m kernels.bench               # times and memory of the four functions, both passes
     python -m kernels.bench --rows 8192 --vocab 128256 --hidden 3072
-    python -m kernels.bench --functions linear_repo_loss --providers ours,Liger,quack
+    python -m kernels.bench --functions linear_log_probs --providers ours,Liger,quack
     python -m kernels.bench --plot times.png   # over V and over N: times and memory
     python -m kernels.bench --compiled    # what compilers make of the kernels, for GPUs not here
 
@@ -117,9 +117,13 @@ def measure(arguments, device):
                     arguments, device, machine, function, provider, load, passes)
 
 
+def short(provider):
+    """"Liger" of "Liger GRPO (no cost, one advantage per response)"."""
+    return provider.split()[0]
+
+
 def takes_part(function, provider, arguments, device):
-    short_name = provider.split(" (")[0]
-    if arguments.providers and short_name not in arguments.providers:
+    if arguments.providers and short(provider) not in arguments.providers:
         return False
     if arguments.functions and function not in arguments.functions:
         return False
@@ -166,6 +170,7 @@ def measure_one(arguments, device, machine, function, provider, load, backward, 
     if overwrites:  # without the copies, which are no work of its own
         copying, _, _ = milliseconds(copy, device)
         median, low, high = median - copying, low - copying, high - copying
+        memory -= kept.nbytes
 
     moved, computed = floor(function, backward, *sizes, tensors[0].element_size())
     copy_rate, product_rate = machine
@@ -207,7 +212,7 @@ def sweep(arguments, device):
                             yield {**row, "V": sizes.vocab, "N": sizes.rows}
 
 
-def draw(rows, file):
+def plot(rows, file):
     """A line of panels per function: ms and MiB over V, ms and MiB over N; a curve per provider."""
     import matplotlib
 
@@ -322,6 +327,11 @@ def checked_arguments(device):
     if unknown:
         parser.error(f"--functions {','.join(sorted(unknown))}: "
                      f"there are {', '.join(providers(1))}")
+    names = {short(name) for loaders in providers(1).values() for name in loaders}
+    unknown = set(arguments.providers or ()) - names
+    if unknown:
+        parser.error(f"--providers {','.join(sorted(unknown))}: there are "
+                     f"{', '.join(sorted(names))}")
     if arguments.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib")
     for flag in ("json", "plot"):
@@ -334,21 +344,23 @@ def checked_arguments(device):
     return arguments
 
 
-def keep(rows, row, arguments, device):
+def keep(rows, row, arguments, where):
     """Adds a row, prints it and writes all of them, now."""
     rows.append(row)
     if not arguments.compiled:
         print(f"  {row['function']}, {row['provider']}, {row['pass']}, {row['logits']}: "
               f"{row['ms']} ms, {row['peak MiB']} MiB", flush=True)
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"environment": environment(device), "rows": rows}, file, indent=1)
+        with open(f"{arguments.json}.new", "w") as file:
+            json.dump({"environment": where, "rows": rows}, file, indent=1)
+        os.replace(f"{arguments.json}.new", arguments.json)  # whole at each instant
 
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments = checked_arguments(device)
-    print(environment(device))
+    where = environment(device)
+    print(where)
     if arguments.compiled:
         found = (compile_for(target, name) for target in TARGETS for name in KERNELS)
     elif arguments.plot:
@@ -358,12 +370,12 @@ def main():
 
     rows = []
     for row in found:
-        keep(rows, row, arguments, device)
+        keep(rows, row, arguments, where)
     if not rows:
         bench_parser(device).error("none of the --providers is here, or has such --functions")
     print_tables(rows)
     if arguments.plot:
-        draw(rows, arguments.plot)
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ SCALARS = "temperature", "soft_cap", "lowest_ratio", "highest_ratio", "gradient_
 
 GROUP = 8  # logits in 16 bytes: bf16
 ROW = {"LANES": rows.LANES, "GROUP": GROUP, "CAPPED": False}
-CAPPED = {"LANES": rows.LANES, "GROUP": GROUP, "CAPPED": True}
+BEHIND_CAP = {"LANES": rows.LANES, "GROUP": GROUP, "CAPPED": True}
 LOGITS_PER_TURN = rows.LANES * GROUP
 KERNELS = {  # name: (kernel, constants, warps, logits per turn of its loop)
     name: (kernel, constants, rows.NUM_WARPS, LOGITS_PER_TURN) for name, kernel, constants in (
@@ -36,7 +36,7 @@ KERNELS = {  # name: (kernel, constants, warps, logits per turn of its loop)
         ("log-prob, entropy", log_prob.forward_kernel, {**ROW, "ENTROPY": True}),
         ("log-prob backward", log_prob.backward_kernel, ROW),
         ("log-prob, loss, gradient", linear_loss.row_kernel, ROW),
-        ("the same behind a cap", linear_loss.row_kernel, CAPPED),
+        ("the same behind a cap", linear_loss.row_kernel, BEHIND_CAP),
     )
 } | {
     "loss": (objective.loss_kernel, {"BLOCK": objective.BLOCK}, objective.NUM_WARPS, None),

@@ -20,8 +20,9 @@ inputs are, and gradients come back in the type of what they belong to.
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.log_prob import backward_rows, forward_rows, results_of
+from kernels.log_prob import backward_rows, empty_results, forward_rows
 from kernels.reference import rows_per_chunk
 
 
@@ -33,17 +34,23 @@ def compute_dtype(hidden, weight):
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def split(count, hidden_size, weight_learns):
-    """The tokens, cut into slices of about the same length."""
-    most = rows_per_chunk(hidden_size, weight_learns)
-    length = triton.cdiv(count, max(triton.cdiv(count, most), 1))
+def chunk_length(hidden, weight_learns):
+    """Tokens in a chunk: all chunks have about as many."""
+    count, hidden_size = hidden.shape
+    chunks = triton.cdiv(count, rows_per_chunk(hidden_size, weight_learns))
+    return triton.cdiv(count, max(chunks, 1))
+
+
+def split(hidden, weight_learns):
+    """The tokens, cut into slices."""
+    count, length = len(hidden), chunk_length(hidden, weight_learns)
     return [slice(start, min(start + length, count)) for start in range(0, count, max(length, 1))]
 
 
-def new_buffer(hidden, weight, slices):
-    """Room for the logits of the longest slice, [n, V rounded up]."""
-    rows = slices[0].stop if slices else 0
-    return hidden.new_empty(rows, triton.cdiv(len(weight), 64) * 64)  # 128 bytes in bf16
+def new_buffer(hidden, weight, weight_learns):
+    """Room for the logits of a chunk, [n, V rounded up]."""
+    padded_vocab = triton.cdiv(weight.shape[0], 64) * 64  # 128 bytes in bf16
+    return hidden.new_empty(chunk_length(hidden, weight_learns), padded_vocab)
 
 
 def chunks(hidden, weight, slices, buffer):
@@ -70,13 +77,14 @@ def add_product(total, a, b, beta=1.0, alpha=1.0):
 @torch.library.custom_op("repo::linear_log_probs", mutates_args=())
 def linear_op(
     hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float, soft_cap: float,
-    dtype: torch.dtype, with_entropy: bool,
+    dtype: torch.dtype, weight_learns: bool, with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probs, entropies, maxima, log2 sums), the last two for the backward."""
-    log_probs, entropies, maxima, log2_sums = results = results_of(hidden, target_ids, with_entropy)
+    results = empty_results(hidden, target_ids, with_entropy)
+    log_probs, entropies, maxima, log2_sums = results
     x, w, target_ids = hidden.to(dtype), weight.to(dtype), target_ids.contiguous()
-    slices = split(*x.shape, weight_learns=False)
-    for rows, logits in chunks(x, w, slices, new_buffer(x, w, slices)):
+    slices, buffer = split(x, weight_learns), new_buffer(x, w, weight_learns)
+    for rows, logits in chunks(x, w, slices, buffer):
         forward_rows(
             logits[None], target_ids[rows], temperature, soft_cap,
             log_probs[rows], maxima[rows], log2_sums[rows],
@@ -86,47 +94,47 @@ def linear_op(
 
 
 @linear_op.register_fake
-def _(hidden, weight, target_ids, temperature, soft_cap, dtype, with_entropy):
-    return results_of(hidden, target_ids, with_entropy)
+def _(hidden, weight, target_ids, temperature, soft_cap, dtype, weight_learns, with_entropy):
+    return empty_results(hidden, target_ids, with_entropy)
 
 
 @torch.library.custom_op("repo::linear_log_probs_backward", mutates_args=())
 def linear_backward_op(
     upstream: Tensor, hidden: Tensor, weight: Tensor, target_ids: Tensor, temperature: float,
-    soft_cap: float, dtype: torch.dtype, hidden_learns: bool, weight_learns: bool,
-    log_probs: Tensor, maxima: Tensor, log2_sums: Tensor,
+    soft_cap: float, dtype: torch.dtype, weight_learns: bool, hidden_needs: bool,
+    weight_needs: bool, log_probs: Tensor, maxima: Tensor, log2_sums: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dX in the compute type and dW in fp32; either is of no size if it is not needed."""
     hidden_gradient, weight_gradient = gradients = gradients_of(
-        hidden, weight, dtype, hidden_learns, weight_learns,
+        hidden, weight, dtype, hidden_needs, weight_needs,
     )
     x, w, target_ids = hidden.to(dtype), weight.to(dtype), target_ids.contiguous()
     upstream = upstream.contiguous()
-    slices = split(*x.shape, weight_learns)
-    for rows, logits in chunks(x, w, slices, new_buffer(x, w, slices)):
+    slices, buffer = split(x, weight_learns), new_buffer(x, w, weight_learns)
+    for rows, logits in chunks(x, w, slices, buffer):
         backward_rows(
             logits[None], target_ids[rows], temperature, soft_cap,
             log_probs[rows], maxima[rows], log2_sums[rows], upstream[rows],
             gradient=logits[None],
         )
-        if hidden_learns:
+        if hidden_needs:
             torch.mm(logits, w, out=hidden_gradient[rows])
-        if weight_learns:
+        if weight_needs:
             add_product(weight_gradient, logits.t(), x[rows], beta=float(rows.start > 0))
     return gradients
 
 
 @linear_backward_op.register_fake
-def _(upstream, hidden, weight, target_ids, temperature, soft_cap, dtype, hidden_learns,
-      weight_learns, log_probs, maxima, log2_sums):
-    return gradients_of(hidden, weight, dtype, hidden_learns, weight_learns)
+def _(upstream, hidden, weight, target_ids, temperature, soft_cap, dtype, weight_learns,
+      hidden_needs, weight_needs, log_probs, maxima, log2_sums):
+    return gradients_of(hidden, weight, dtype, hidden_needs, weight_needs)
 
 
-def gradients_of(hidden, weight, dtype, hidden_learns, weight_learns):
+def gradients_of(hidden, weight, dtype, hidden_needs, weight_needs):
     """Empty dX and dW; without tokens dW is zero, for no product is ever stored in it."""
-    hidden_gradient = hidden.new_empty(hidden.shape if hidden_learns else 0, dtype=dtype)
-    make = weight.new_empty if len(hidden) else weight.new_zeros
-    return hidden_gradient, make(weight.shape if weight_learns else 0, dtype=torch.float32)
+    hidden_gradient = hidden.new_empty(hidden.shape if hidden_needs else 0, dtype=dtype)
+    make = weight.new_empty if hidden.shape[0] > 0 else weight.new_zeros
+    return hidden_gradient, make(weight.shape if weight_needs else 0, dtype=torch.float32)
 
 
 def keep_for_backward(ctx, inputs, output):
@@ -139,22 +147,22 @@ def keep_for_backward(ctx, inputs, output):
 
 def backward(ctx, upstream, *_):
     hidden, weight, target_ids, *kept = ctx.saved_tensors
-    learns = ctx.needs_input_grad[:2]
+    needs = ctx.needs_input_grad[:2]
     gradients = linear_backward_op(
-        upstream, hidden, weight, target_ids, *ctx.settings, *learns, *kept,
+        upstream, hidden, weight, target_ids, *ctx.settings, *needs, *kept,
     )
-    return *in_their_types(gradients, (hidden, weight), learns), *[None] * 5
+    return *in_their_types(gradients, (hidden, weight), needs), *[None] * 6
 
 
-def in_their_types(gradients, tensors, learns):
+def in_their_types(gradients, tensors, needs):
     """Gradients in the type of what they belong to; None where there is none."""
     return [
         gradient.to(tensor.dtype) if needed else None
-        for gradient, tensor, needed in zip(gradients, tensors, learns)
+        for gradient, tensor, needed in zip(gradients, tensors, needs)
     ]
 
 
-linear_op.register_autograd(backward, setup_context=keep_for_backward)
+linear_op.register_autograd(once_differentiable(backward), setup_context=keep_for_backward)
 
 
 def linear_log_probs(
@@ -167,6 +175,7 @@ def linear_log_probs(
     dtype = compute_dtype(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         log_probs, entropies, _, _ = linear_op(
-            hidden, weight, target_ids, float(temperature), float(soft_cap), dtype, return_entropy,
+            hidden, weight, target_ids, float(temperature), float(soft_cap), dtype,
+            weight.requires_grad, return_entropy,  # cut as an update is, for the same products
         )
     return (log_probs, entropies) if return_entropy else log_probs

@@ -4,17 +4,19 @@ linear_repo_loss makes its gradients in the forward: the clip depends on the log
 chunk holds whole rows, so each log-prob is final before its row of G is written. Nothing is
 computed twice.
 
-dW [V, H] is the largest thing here, so nothing passes over it but one product per chunk: the first
-one stores, later ones add, and the last one, which waits for the backward, multiplies by the
-upstream scalar what is there as well as what it adds. Two numbers, beta and alpha, do that to a
-product, if the CPU knows them: the backward waits for the upstream scalar once, which costs some
-30 us, where a pass over dW costs 350 (computed: V = 32001, H = 4096, fp32, read and written at
-3 TB/s). dX [N, H] is smaller, and multiplied as a tensor.
+dW [V, H] is the largest thing here, so nothing passes over an fp32 head's but one product per
+chunk: the first one stores, later ones add, and the last one, which waits for the backward,
+multiplies by the upstream scalar what is there as well as what it adds. Two numbers, beta and
+alpha, do that to a product, if the CPU knows them: so it waits for the forward to end, and has no
+lead when the backward begins. A pass over dW takes 350 us (computed: V = 32001, H = 4096, read and
+written at 3 TB/s), a kernel's launch some 10. The last chunk's G lives until then. dX [N, H] is
+smaller, and multiplied in place.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.linear import (
     add_product,
@@ -136,8 +138,7 @@ def loss_op(
     ]
     x, w, target_ids = hidden.to(dtype), weight.to(dtype), target_ids.contiguous()
     log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
-    slices = split(*x.shape, weight_learns)
-    buffer = new_buffer(x, w, slices)
+    slices, buffer = split(x, weight_learns), new_buffer(x, w, weight_learns)
 
     for rows, logits in chunks(x, w, slices, buffer):
         launch_rows(
@@ -162,29 +163,35 @@ def _(hidden, weight, target_ids, old_log_probs, reward_advantages, cost_advanta
         return hidden.new_empty(shape, dtype=torch.float32)
 
     gradients = gradients_of(hidden, weight, dtype, hidden_learns, weight_learns)
-    slices = split(*hidden.shape, weight_learns)
-    buffer = new_buffer(hidden.to(dtype), weight, slices)
+    buffer = new_buffer(hidden.to(dtype), weight, weight_learns)
     last_gradient = buffer if weight_learns else buffer.new_empty(0)
-    return empty(), empty(len(hidden)), empty(3), *gradients, last_gradient
+    return empty(), empty(hidden.shape[0]), empty(3), *gradients, last_gradient
 
 
 @torch.library.custom_op(
-    "repo::finish_weight_gradient", mutates_args=("total",), tags=(torch.Tag.cudagraph_unsafe,),
+    "repo::finish_gradients", mutates_args=("hidden_gradient", "weight_gradient"),
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
-def finish_op(total: Tensor, last_gradient: Tensor, hidden: Tensor, upstream: Tensor) -> None:
-    """The last chunk's product, and the upstream factor: total becomes upstream (total + G^T X)."""
-    slices = split(*hidden.shape, weight_learns=True)
-    if not slices:
-        return
-    x = hidden[slices[-1]].to(last_gradient.dtype)
-    last_gradient = last_gradient[:len(x), :len(total)]
-    factor = upstream.item() / gradient_scale(len(hidden))
-    beta = factor if len(slices) > 1 else 0.0
-    add_product(total, last_gradient.t(), x, beta=beta, alpha=factor)
+def finish_op(
+    hidden_gradient: Tensor, weight_gradient: Tensor, last_gradient: Tensor, hidden: Tensor,
+    upstream: Tensor, hidden_learns: bool, weight_learns: bool,
+) -> None:
+    """The upstream factor, and to dW the last chunk's product: upstream (dW + G^T X)."""
+    factor = upstream / gradient_scale(len(hidden))
+    if hidden_learns:
+        hidden_gradient.mul_(factor)
+    slices = split(hidden, weight_learns)
+    if weight_learns and slices:
+        x = hidden[slices[-1]].to(last_gradient.dtype)
+        last_gradient = last_gradient[:len(x), :len(weight_gradient)]
+        alpha = factor.item()
+        beta = alpha if len(slices) > 1 else 0.0
+        add_product(weight_gradient, last_gradient.t(), x, beta, alpha)
 
 
 @finish_op.register_fake
-def _(total, last_gradient, hidden, upstream):
+def _(hidden_gradient, weight_gradient, last_gradient, hidden, upstream, hidden_learns,
+      weight_learns):
     pass
 
 
@@ -200,21 +207,14 @@ def backward(ctx, upstream, *_):
     hidden, weight, *_ = ctx.saved_tensors
     if ctx.begun is None:  # a kept graph, whose first backward has used it up
         ctx.begun = loss_op(*ctx.saved_tensors, *ctx.settings)[3:]
-    hidden_gradient, weight_gradient, last_gradient = ctx.begun
-    ctx.begun = None
+    (*gradients, last_gradient), ctx.begun = ctx.begun, None
 
-    *_, hidden_learns, weight_learns = ctx.settings
-    if hidden_learns:
-        hidden_gradient = hidden_gradient * (upstream / gradient_scale(len(hidden)))
-    if weight_learns:
-        finish_op(weight_gradient, last_gradient, hidden, upstream)
-    gradients = in_their_types(
-        (hidden_gradient, weight_gradient), (hidden, weight), (hidden_learns, weight_learns),
-    )
-    return *gradients, *[None] * 12
+    learns = ctx.settings[-2:]
+    finish_op(*gradients, last_gradient, hidden, upstream, *learns)
+    return *in_their_types(gradients, (hidden, weight), learns), *[None] * 12
 
 
-loss_op.register_autograd(backward, setup_context=keep_for_backward)
+loss_op.register_autograd(once_differentiable(backward), setup_context=keep_for_backward)
 
 
 def linear_repo_loss(

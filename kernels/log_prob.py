@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels.rows import (
@@ -189,7 +190,8 @@ def gather_op(
     logits: Tensor, target_ids: Tensor, temperature: float, with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-probs, entropies, maxima, log2 sums), the last two for the backward."""
-    log_probs, entropies, maxima, log2_sums = results = results_of(logits, target_ids, with_entropy)
+    results = empty_results(logits, target_ids, with_entropy)
+    log_probs, entropies, maxima, log2_sums = results
     forward_rows(
         as_rows(logits), target_ids.contiguous(), temperature, 0.0, log_probs, maxima, log2_sums,
         entropies if with_entropy else None,
@@ -199,10 +201,10 @@ def gather_op(
 
 @gather_op.register_fake
 def _(logits, target_ids, temperature, with_entropy):
-    return results_of(logits, target_ids, with_entropy)
+    return empty_results(logits, target_ids, with_entropy)
 
 
-def results_of(logits, target_ids, with_entropy):
+def empty_results(logits, target_ids, with_entropy):
     """Four empty tensors, a number per token each; the second none without entropy."""
     def empty(*shape):
         return logits.new_empty(shape, dtype=torch.float32)
@@ -246,7 +248,7 @@ def backward(ctx, upstream, *_):
     return gradient.reshape(logits.shape), None, None, None
 
 
-gather_op.register_autograd(backward, setup_context=keep_for_backward)
+gather_op.register_autograd(once_differentiable(backward), setup_context=keep_for_backward)
 
 
 def gather_log_probs(logits, target_ids, temperature=1.0, return_entropy=False):

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # 16 warps are 512 threads, so 4 tokens for each: six arrays make 24 loads of 4 bytes in flight, 96
 # bytes per thread, 48 KiB per turn of the loop. N = 8192 tokens take 4 turns.
@@ -110,7 +111,7 @@ def launch_loss(per_token, clip_range):
     log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight = (
         tensor.contiguous() for tensor in per_token
     )
-    loss, stats, gradients = results_of(log_probs)
+    loss, stats, gradients = empty_results(log_probs)
     with torch.cuda.device_of(loss):
         loss_kernel[(1,)](
             log_probs=log_probs,
@@ -131,7 +132,7 @@ def launch_loss(per_token, clip_range):
     return loss, stats, gradients
 
 
-def results_of(log_probs):
+def empty_results(log_probs):
     """Empty loss [], stats [3] and gradients [N]."""
     shapes = (), (3,), log_probs.shape
     return tuple(log_probs.new_empty(shape, dtype=torch.float32) for shape in shapes)
@@ -158,7 +159,7 @@ def loss_op(
 @loss_op.register_fake
 def _(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
       clip_range):
-    return results_of(log_probs)
+    return empty_results(log_probs)
 
 
 def keep_for_backward(ctx, inputs, output):
@@ -174,7 +175,7 @@ def backward(ctx, upstream, *_):
     return (upstream * gradients).to(ctx.dtype), *[None] * 6
 
 
-loss_op.register_autograd(backward, setup_context=keep_for_backward)
+loss_op.register_autograd(once_differentiable(backward), setup_context=keep_for_backward)
 
 
 def repo_loss(

@@ -27,14 +27,14 @@ fp16, 4 in fp32. It may begin at multiples of 16 bytes only, where seven of eigh
 V = 32001). So a row is cut in three; here its second one, whose first logit lies 2 bytes behind
 such a multiple:
 
-     head |                      3,999 whole groups                            | tail
+    front |                      3,999 whole groups                            | back
     xxxxxxx|xxxxxxxx|xxxxxxxx|...|xxxxxxxx|xxxxxxxx|...|xxxxxxxx|...|xxxxxxxx|xx
            | lane 0 | lane 1 |...|lane1023| lane 0 |...| lane 0 |...|lane 926|
            |<--------- tile 0 ----------->|<- 1, 2 --->|<----- tile 3 ------>|
            ^
            the first multiple of 16 bytes
 
-- Head and tail, fewer than GROUP logits each, are loaded one by one.
+- Front and back, fewer than GROUP logits each, are loaded one by one.
 - The groups are walked in tiles of LANES groups, one for each lane. A lane keeps a maximum and a
   sum of its own, so that the loop needs no exchange between threads; the lanes are merged once,
   behind it. A thread serves LANES / (32 NUM_WARPS) lanes.
@@ -43,8 +43,9 @@ such a multiple:
 The gradient is laid out with the same remainders, so that its stores are wide as well.
 
 Every kernel takes LANES and NUM_WARPS from here. They fix the order of the sums, so the same logits
-give the same bits in each, and the ratio of an unchanged policy is exactly 1; rows that begin at
-other remainders of 16 bytes are cut elsewhere, and may differ in the last bit.
+give the same bits in each, and where a policy has not changed, and its products have given the same
+logits, its ratio is exactly 1. Rows that begin at other remainders of 16 bytes are cut elsewhere,
+and may differ in the last bit.
 """
 import math
 
@@ -66,9 +67,9 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite: -inf minus it i
 def split_row(row, vocab, i, GROUP: tl.constexpr):
     """A row's three parts: (begin, groups, columns, exists).
 
-    begin is the column where whole groups begin, and how long the head is; groups is how many there
-    are. i [n] counts places at the ends, GROUP in the head, then GROUP in the tail; columns [n] are
-    their columns, exists [n] says whether there is a logit.
+    begin is the column where whole groups begin, and how long the front is; groups is how many
+    there are. i [n] counts places at the ends, GROUP in the front, then GROUP in the back; columns
+    [n] are their columns, exists [n] says whether there is a logit.
     """
     bytes_per_logit = row.dtype.element_ty.primitive_bitwidth // 8
     misplaced = row.to(tl.int64) // bytes_per_logit % GROUP  # a view may begin at any address
@@ -76,8 +77,8 @@ def split_row(row, vocab, i, GROUP: tl.constexpr):
     groups = (vocab - begin) // GROUP
 
     columns = tl.where(i < GROUP, i, begin + groups * GROUP + i - GROUP)
-    tail_length = vocab - begin - groups * GROUP
-    exists = i < tl.where(i < GROUP, begin, tail_length + GROUP)
+    back_length = vocab - begin - groups * GROUP
+    exists = i < tl.where(i < GROUP, begin, back_length + GROUP)
     return begin, groups, columns, exists
 
 
@@ -135,7 +136,7 @@ def read_row(
     begin, groups, end_columns, is_end = split_row(row, vocab, lane, GROUP)
     body = tl.multiple_of(row + begin, 16) + lane[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
 
-    # head and tail, a logit for a lane
+    # front and back, a logit for a lane
     nothing = tl.zeros([LANES], tl.float32)
     ends = load_logits(row + end_columns, is_end, soft_cap, CAPPED)[:, None]
     maximum, total, weighted = accumulate(ends, nothing + LOWEST, nothing, nothing, scale, ENTROPY)

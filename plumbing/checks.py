@@ -129,17 +129,22 @@ class Head(NamedTuple):
 
 
 @torch.no_grad()
-def fused_head(policy) -> Head | None:
+def find_head(policy) -> Head | None:
     """What makes a policy's logits, or None if that is more than a Head can do (a bias, say).
 
     The config says what it should be; hidden states of our own, put in the body's place, show what
     it is: small ones a scale, large ones any cap.
     """
     output, config = policy.get_output_embeddings(), policy.config
-    head = Head(
-        getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
-        getattr(config, "final_logit_softcapping", None) or 0.0,
+    scale, divisor, soft_cap = (  # None, or no number, where a config has the name for other things
+        value if isinstance(value, (int, float)) and value > 0 else default
+        for value, default in (
+            (getattr(config, "logit_scale", None), 1.0),
+            (getattr(config, "logits_scaling", None), 1.0),
+            (getattr(config, "final_logit_softcapping", None), 0.0),
+        )
     )
+    head = Head(scale / divisor, soft_cap)
     if getattr(output, "bias", None) is not None or (head.soft_cap and head.scale != 1):
         return None
     generator = torch.Generator().manual_seed(0)

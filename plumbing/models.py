@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from plumbing.checks import Head, check_loaded, check_policy, check_scorer, fused_head
+from plumbing.checks import Head, check_loaded, check_policy, check_scorer, find_head
 from plumbing.errors import blame, require, say
 from plumbing.functions import check_function, is_function, load_function
 from plumbing.prompts import BEAVER_TEMPLATE, READERS, encode_prompts, pad_rows, render_prompt
@@ -152,7 +152,7 @@ def load_policy(config):
     # until the policy is saved.
     policy.published_generation_config = policy.generation_config
     policy.generation_config = GenerationConfig()
-    policy.fused_head = Head() if config.dry_run else fused_head(policy)
+    policy.fused_head = Head() if config.dry_run else find_head(policy)
     if not policy.fused_head:
         say(f"{flag} {config.policy}: its logits are more than hidden states times a matrix, a "
             "scale or a soft cap (a bias, perhaps), so they are made whole: more memory")
@@ -385,32 +385,28 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)                                                  # [..., in]
         a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)                      # [r, in], ...
-        return AddLowRank.apply(x, self.weight, self.bias, a, b)                     # [..., out]
+        rows = x.reshape(-1, x.shape[-1])                                            # [n, in]
+        y = AddLowRank.apply(rows, self.weight, self.bias, a, b)                     # [n, out]
+        return y.view(*x.shape[:-1], len(self.weight))                               # [..., out]
 
 
 class AddLowRank(torch.autograd.Function):
-    """W x + b + B (A x), where the small products add into the results of the large ones, forward
-    and backward: a sum of its own would pass over [..., out] and [..., in] three times more."""
+    """W x + b + B (A x) for n rows. The small products add into the results of the large ones: a
+    sum of its own would pass over [n, out], and in the backward over [n, in], two times more."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b):
-        rows = x.reshape(-1, x.shape[-1])                                            # [n, in]
-        low = rows @ a.T                                                             # [n, r]
-        y = F.linear(rows, weight, bias)                                             # [n, out]
-        ctx.save_for_backward(rows, weight, a, b, low)
-        return y.addmm_(low, b.T).view(*x.shape[:-1], len(weight))                   # [..., out]
+        low = x @ a.T                                                                # [n, r]
+        ctx.save_for_backward(x, weight, a, b, low)
+        return F.linear(x, weight, bias).addmm_(low, b.T)                            # [n, out]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):
-        rows, weight, a, b, low = ctx.saved_tensors
-        dy = upstream.reshape(-1, upstream.shape[-1])                                # [n, out]
+    def backward(ctx, dy):
+        x, weight, a, b, low = ctx.saved_tensors
         dlow = dy @ b                                                                # [n, r]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(dlow, a)                                       # [n, in]
-            dx = dx.view(*upstream.shape[:-1], a.shape[1])                           # [..., in]
-        return dx, None, None, dlow.T @ rows, dy.T @ low
+        dx = (dy @ weight).addmm_(dlow, a) if ctx.needs_input_grad[0] else None      # [n, in]
+        return dx, None, None, dlow.T @ x, dy.T @ low
 
 
 def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ class Draw(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         t = input_ids.shape[1] - self.prompt_length
-        if scores.is_cuda:  # what follows, in one launch
+        if draw_tokens and scores.is_cuda:  # what follows, in one kernel
             token = draw_tokens(scores, self.uniform[:, t], self.temperature)[:, None]   # [B, 1]
             return scores.scatter_(1, token, torch.inf)
         probs = (scores / self.temperature).double().softmax(-1)                 # [B, V]

@@ -53,7 +53,7 @@ if INTERPRETED:
 
     interpreter._convert_float = convert_as_a_gpu_does
 
-# A machine with a GPU but without `datasets` can still test the kernels.
+# A machine with a GPU but without `datasets` can still test the kernels of the four functions.
 collect_ignore = []
 if importlib.util.find_spec("datasets"):
     import plumbing  # noqa: F401  before transformers' models: see there
@@ -106,6 +106,14 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
     "default_runs": """
         "$0" repo.py --device cpu --output_dir "$1/repo" > "$1/repo.log" 2>&1
         "$0" repo.py --device cpu --algo ppo_lag --output_dir "$1/ppo_lag" > "$1/lag.log" 2>&1
+    """,
+    "one_rank_fails": """
+        two="-m torch.distributed.run --standalone --nproc_per_node 2"
+        few="--device cpu --steps 4 --batch_size 6 --max_eval_prompts 5 --max_response_length 12"
+        if "$0" $two repo.py $few --reward_model tests/one_rank_fails.py:score \\
+            --output_dir "$1/no-licence" > "$1/no-licence.txt" 2>&1; then exit 1; fi
+        if "$0" $two tests/one_rank_fails.py $few \\
+            --output_dir "$1/bug" > "$1/bug.txt" 2>&1; then exit 1; fi
     """,
     "compiled": """
         "$0" -m kernels.bench --compiled --json "$1/compiled.json" > "$1/compiled.log" 2>&1

@@ -2,7 +2,8 @@
 not here: python tests/jit_path.py 90
 
 In the place of a driver stands one that knows the GPU's name alone; kernels are compiled as their
-calls ask for, and not run. Prints a line per kernel compiled: name, types, registers' worst.
+calls ask for, and not run. Prints a line for each: name, bytes of shared memory, how often its
+PTX names a double, bytes of machine code.
 """
 import os
 import sys
@@ -37,7 +38,7 @@ class NoGpu:
 
 
 def compile_all(capability: int) -> dict:
-    """{(kernel, types of its arguments): what the compiler gave}"""
+    """{(kernel's name, hash): what the compiler gave}"""
     driver.set_active(NoGpu(capability))
     compiled = {}
     run = JITFunction.run
@@ -56,7 +57,7 @@ def compile_all(capability: int) -> dict:
 
 
 def launch_all(dtype, ids) -> None:
-    """All four functions, both passes, with and without what they can do without."""
+    """All six functions, both passes, with and without what they can do without."""
     hidden = torch.randn(N, H).to(dtype).requires_grad_()
     weight = torch.randn(V, H).to(dtype).requires_grad_()
     logits = torch.randn(2, N // 2, V).to(dtype).requires_grad_()

@@ -182,7 +182,7 @@ def test_without_triton_everything_is_the_reference():
     code = """
 import sys
 sys.modules["triton"] = None
-import torch, kernels, repo
+import torch, kernels
 logits, ids = torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)
 kernels.gather_log_probs(logits, ids)
 kernels.gather_log_probs(logits, ids, backend="triton")

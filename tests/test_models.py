@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import repo
-from plumbing.checks import Head, fused_head
+from plumbing.checks import Head, find_head
 from plumbing.errors import UserError
 from plumbing.models import Scorer, load_policy, make_critic, save_critic
 from plumbing.prompts import encode_prompts
@@ -383,8 +383,8 @@ def test_the_real_loading_code_meets_other_architectures(
     policy, tokenizer = load_policy(config_for(tmp_path, policy=str(tmp_path / name)))
     assert policy.fused_head == head
     assert capsys.readouterr().out.count("a scale or a soft cap") == (head is None)
-    assert fused_head(policy.bfloat16()) == head
-    assert fused_head(policy.float()) == head
+    assert find_head(policy.bfloat16()) == head
+    assert find_head(policy.float()) == head
 
     batch = repo.lay_out(PROMPTS, RESPONSES, tokenizer.pad_token_id, "cpu")
     alone = []
@@ -414,7 +414,7 @@ def test_what_a_config_says_of_the_head_is_held_against_the_model(tmp_path, toke
     assert policy.fused_head == Head()
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         setattr(policy.config, name, 2.0)
-        assert fused_head(policy) is None
+        assert find_head(policy) is None
         setattr(policy.config, name, 1.0 if "scal" in name else None)
 
 

@@ -40,7 +40,7 @@ def test_operators_keep_their_word(device, checks):
     check(log_prob.gather_op, (logits, targets, 0.7, True))
     check(log_prob.gather_op, (logits[:, 1:-1], targets.clamp(max=9), 0.7, False))
     check(objective.loss_op, (log_probs, *per_token, 0.2))
-    check(linear.linear_op, (hidden, weight, targets, *settings, True))
+    check(linear.linear_op, (hidden, weight, targets, *settings, True, True))
     check(linear_loss.loss_op, (hidden, weight, targets, *per_token, 0.2, *settings, True, False))
     # Its backward uses up what it made of dW, so no graph may return that, as the fourth check's
     # does: a whole update is compiled below.
@@ -50,9 +50,10 @@ def test_operators_keep_their_word(device, checks):
     three = [torch.randn(N, device=device) for _ in range(3)]
     fixed, x, w = (tensor.detach() for tensor in (logits, hidden, weight))
     check(log_prob.gather_backward_op, (three[0], fixed, targets, 0.7, *three))
-    check(linear.linear_backward_op, (three[0], x, w, targets, *settings, True, True, *three))
+    check(linear.linear_backward_op, (three[0], x, w, targets, *settings, True, True, True, *three))
     buffer = torch.randn(7, 128, device=device)
-    check(linear_loss.finish_op, (torch.randn_like(w), buffer, x, torch.tensor(2.0, device=device)))
+    factor = torch.tensor(2.0, device=device)
+    check(linear_loss.finish_op, (x + 1, w + 1, buffer, x, factor, True, True))
 
 
 def update(backend):
@@ -91,6 +92,28 @@ def test_a_compiled_update_gives_the_same_numbers(device, backend, dynamic, comp
     compiled = torch.compile(update(backend), backend=compiler, fullgraph=True, dynamic=dynamic)
     for a, b in zip(results(update(backend), *inputs), results(compiled, *inputs), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    if dynamic:  # another number of tokens, and of chunks, is no reason to compile anew
+        with torch.compiler.set_stance("fail_on_recompile"):
+            fewer = *head(N - 9, V, H, device=device), *token_data(N - 9, device)[1:]
+            results(compiled, *fewer)
+
+
+def test_second_derivatives_are_refused(device):
+    """They would be wrong: a gradient made in the forward is data."""
+    hidden, weight, targets = head(N, V, H, device=device)
+    hidden.requires_grad_(), weight.requires_grad_()
+    log_probs = torch.randn(N, device=device, requires_grad=True)
+    settings = {"backend": "triton"}
+    for value, of in (
+        (kernels.linear_log_probs(hidden, weight, targets, **settings).sum(), hidden),
+        (kernels.linear_repo_loss(
+            hidden, weight, targets, *token_data(N, device), **settings)[0], hidden),
+        (kernels.repo_loss(log_probs, *token_data(N, device), **settings)[0], log_probs),
+        (kernels.gather_log_probs(hidden, targets % H, **settings).sum(), hidden),
+    ):
+        gradient, = torch.autograd.grad(value ** 2, of, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.sum().backward()
 
 
 def test_a_kept_graph_gives_its_gradients_again_after_the_first_has_used_them_up(device):
@@ -115,13 +138,15 @@ def test_log_probs_of_the_same_logits_are_the_same_bits(device, v, dtype):
     """From logits in rows as padded as a chunk's, from one chunk, from several, with the loss; and
     so the ratio of an unchanged policy is 1."""
     hidden, weight, targets = head(N, v, H, dtype=dtype, device=device)
-    slices = linear.split(N, H, weight_learns=True)
-    buffer = linear.new_buffer(hidden, weight, slices)
+    slices = linear.split(hidden, weight_learns=True)
+    buffer = linear.new_buffer(hidden, weight, weight_learns=True)
     expected = torch.cat([
         kernels.gather_log_probs(logits, targets[rows], 0.7, backend="triton")
         for rows, logits in linear.chunks(hidden, weight, slices, buffer)
     ])
-    old = kernels.linear_log_probs(hidden, weight, targets, 0.7, backend="triton")
+    old, _ = kernels.linear_log_probs(
+        hidden, weight, targets, 0.7, return_entropy=True, backend="triton",
+    )
     assert torch.equal(old, expected)
 
     hidden.requires_grad_(), weight.requires_grad_()

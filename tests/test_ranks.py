@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 else:
     import pytest
-    from conftest import ROOT, exhaustive, read_jsonl, write_python
+    from conftest import ROOT, exhaustive, read_jsonl
     from safetensors.torch import load_file
     from test_run import stable
 
@@ -324,43 +324,25 @@ def test_ctrl_c_stops_all_ranks_after_a_whole_step_and_saves(training):
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{steps}"]
 
 
-def test_a_bug_on_one_rank_ends_all_with_its_traceback_first(tmp_path, family):
-    bug = f"""
-        import sys
+@pytest.fixture(scope="session")
+def one_rank_fails(long_runs) -> Path:
+    """The folder with what two runs of two ranks have printed, in which rank 1 failed: see
+    conftest.py, which has checked their exit codes, and one_rank_fails.py."""
+    return long_runs("one_rank_fails")
 
-        sys.path.insert(0, {str(ROOT)!r})
-        import repo
-        from plumbing.ranks import RANK
 
-        learn = repo.learn
-
-        def learn_on_rank_0(*arguments):
-            return learn(*arguments) if RANK == 0 else 1 / 0
-
-        repo.learn = learn_on_rank_0
-        sys.exit(repo.main())
-    """
-    write_python(tmp_path / "bug.py", bug)
-    printed = failed(start(2, tmp_path / "bug.py", *FEW, "--output_dir", tmp_path / "out"))
+def test_a_bug_on_one_rank_ends_all_with_its_traceback_first(one_rank_fails):
+    printed = (one_rank_fails / "bug.txt").read_text()
     assert "[rank1]: ZeroDivisionError" in printed
     assert "[rank0]: Traceback" not in printed
     consequence = "error: rank 0 has lost"
     assert printed.index("ZeroDivisionError") < (printed + consequence).index(consequence)
 
 
-def test_an_error_of_one_rank_ends_all_with_its_sentence(tmp_path, family):
-    score = """
-        import os
-
-        def score(prompts, responses):
-            assert os.environ['RANK'] == '0', 'no licence'
-            return [0.0] * len(responses)
-    """
-    write_python(tmp_path / "bad.py", score)
-    flags = ("--reward_model", f"{tmp_path}/bad.py:score", "--output_dir", tmp_path / "out")
-    printed = failed(start(2, "repo.py", *FEW, *flags))
+def test_an_error_of_one_rank_ends_all_with_its_sentence(one_rank_fails):
+    printed = (one_rank_fails / "no-licence.txt").read_text()
     assert printed.count("error: --reward_model") == 1 and "no licence" in printed
-    assert not (tmp_path / "out").exists()
+    assert not (one_rank_fails / "no-licence").exists()
 
 
 def test_bad_numbers_on_one_rank_leave_out_the_update_on_all(by_ranks):

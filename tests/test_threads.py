@@ -34,6 +34,9 @@ def busy_machine():
 
 def test_what_the_user_has_set_stays(busy_machine):
     assert ask(OMP_NUM_THREADS="2", GOMP_SPINCOUNT="77") == ["2", "77"]
+
+
+def test_how_idle_threads_wait_is_the_users_too():
     assert ask(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="active") == ["2", "None"]
 
 
