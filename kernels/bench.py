@@ -310,6 +310,9 @@ def bench_parser(device):
     parser.add_argument("--compiled", action="store_true",
                         help="print registers, spills, shared memory and load widths instead; "
                              "needs no GPU")
+    parser.add_argument("--targets", type=lambda names: names.split(","), metavar="A,B",
+                        default=list(TARGETS),
+                        help=f"those of --compiled (default: {','.join(TARGETS)})")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too, as they come")
     return parser
 
@@ -332,6 +335,9 @@ def checked_arguments(device):
     if unknown:
         parser.error(f"--providers {','.join(sorted(unknown))}: there are "
                      f"{', '.join(sorted(names))}")
+    unknown = set(arguments.targets) - set(TARGETS)
+    if unknown:
+        parser.error(f"--targets {','.join(sorted(unknown))}: there are {', '.join(TARGETS)}")
     if arguments.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install matplotlib")
     for flag in ("json", "plot"):
@@ -362,7 +368,7 @@ def main():
     where = environment(device)
     print(where)
     if arguments.compiled:
-        found = (compile_for(target, name) for target in TARGETS for name in KERNELS)
+        found = (compile_for(target, name) for target in arguments.targets for name in KERNELS)
     elif arguments.plot:
         found = sweep(arguments, device)
     else:

@@ -116,12 +116,13 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
             --output_dir "$1/bug" > "$1/bug.txt" 2>&1; then exit 1; fi
     """,
     "compiled": """
-        "$0" -m kernels.bench --compiled --json "$1/compiled.json" > "$1/compiled.log" 2>&1
+        "$0" -m kernels.bench --compiled --targets sm_90,gfx942 \\
+            --json "$1/compiled.json" > "$1/compiled.log" 2>&1
         "$0" tests/jit_path.py 90 > "$1/jit-90.txt" 2> "$1/jit.log"
     """,
     "interpreted": """
         for by in 0 1; do
-            TRITON_INTERPRET=$by "$0" repo.py --device cpu --steps 3 --batch_size 8 \\
+            TRITON_INTERPRET=$by "$0" repo.py --device cpu --steps 2 --batch_size 8 \\
                 --micro_batch_size 8 --max_response_length 12 --eval_samples 1 \\
                 --max_eval_prompts 4 --output_dir "$1/by-$by" > "$1/by-$by.log" 2>&1
         done

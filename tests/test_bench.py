@@ -70,6 +70,7 @@ def test_it_measures_each_function_both_ways_and_leaves_out_what_is_not_installe
     (("--dtype", "fp8"), "invalid choice"),
     (("--providers", "none"), "there are F.linear_cross_entropy, Liger, cut-cross-entropy"),
     (("--providers", "quack"), "none of the --providers is here"),
+    (("--compiled", "--targets", "sm_1"), "there are sm_80, sm_90"),
     (("--functions", "sum"), "there are gather_log_probs, linear_log_probs"),
     (("--plot", "no/such/folder/x.png"), "No such file"),
     (("--json", "no/such/folder/x"), "No such file"),

@@ -25,16 +25,21 @@ def compiled(long_runs) -> Path:
     return long_runs("compiled")
 
 
-@pytest.fixture
-def machine_code(compiled) -> list[dict]:
+@pytest.fixture(params=["sm_90,gfx942", exhaustive("sm_80,sm_100,sm_120")])
+def machine_code(compiled, request) -> list[dict]:
     """What `python -m kernels.bench --compiled` finds."""
-    return json.loads((compiled / "compiled.json").read_text())["rows"]
+    file = compiled / "compiled.json"
+    if "sm_90" not in request.param:
+        file = compiled / "others.json"
+        run_compiling("-m", "kernels.bench", "--compiled", "--targets", request.param,
+                      "--json", str(file))
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["target"] for row in rows} == set(request.param.split(","))
+    assert len(rows) == 6 * len(request.param.split(","))
+    return rows
 
 
 def test_no_spills_and_few_registers_on_every_target(machine_code):
-    targets = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
-    assert {row["target"] for row in machine_code} == targets
-    assert len(machine_code) == 6 * 5
     for row in machine_code:
         assert row["spills"] == 0 and 0 < row["registers"] <= 64, row
 
@@ -95,7 +100,7 @@ def interpreted(long_runs) -> Path:
 
 def test_a_run_by_the_interpreter_gives_the_metrics_of_a_run_by_plain_pytorch(interpreted):
     plain, triton = (read_jsonl(interpreted / name / "metrics.jsonl") for name in ("by-0", "by-1"))
-    assert len(plain) == len(triton) == 3
+    assert len(plain) == len(triton) == 2
     # equal to the last bit, it would be one backend twice
     assert any(a["policy_grad_norm"] != b["policy_grad_norm"] for a, b in zip(plain, triton))
 
