@@ -33,10 +33,8 @@ def busy_machine():
 
 
 def test_what_the_user_has_set_stays():
-    """More threads than there are cores."""
-    threads = str(os.cpu_count() + 1)
-    assert ask(OMP_NUM_THREADS=threads, GOMP_SPINCOUNT="77") == [threads, "77"]
-    assert ask(OMP_NUM_THREADS=threads, OMP_WAIT_POLICY="active") == [threads, "None"]
+    assert ask(OMP_NUM_THREADS="1", GOMP_SPINCOUNT="77") == ["1", "77"]
+    assert ask(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="active") == ["2", "None"]
 
 
 @pytest.mark.exhaustive
