@@ -415,7 +415,9 @@ def test_what_a_config_says_of_the_head_is_held_against_the_model(tmp_path, toke
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         setattr(policy.config, name, 2.0)
         assert find_head(policy) is None
-        setattr(policy.config, name, 1.0 if "scal" in name else None)
+        for nothing in (None, "inv_sqrt_d_model"):  # MPT's are no numbers, and mean no such scale
+            setattr(policy.config, name, nothing)
+            assert find_head(policy) == Head()
 
 
 def test_with_a_plain_head_whole_logits_are_never_made_and_the_loss_is_the_same(
