@@ -41,11 +41,11 @@ def test_operators_keep_their_word(device, checks):
     check(log_prob.gather_op, (logits[:, 1:-1], targets.clamp(max=9), 0.7, False))
     check(objective.loss_op, (log_probs, *per_token, 0.2))
     check(linear.linear_op, (hidden, weight, targets, *settings, True, True))
-    check(linear_loss.loss_op, (hidden, weight, targets, *per_token, 0.2, *settings, True, False))
-    # Its backward uses up what it made of dW, so no graph may return that, as the fourth check's
-    # does: a whole update is compiled below.
-    check(linear_loss.loss_op, (hidden, weight, targets, *per_token, 0.2, *settings, True, True),
-          test_utils=CHEAP)
+    # Its backward uses up what it made of the gradients, so no graph may return those, as the
+    # fourth check's does: a whole update is compiled below.
+    for weight_learns in (True, False):
+        everything = hidden, weight, targets, *per_token, 0.2, *settings, True, weight_learns
+        check(linear_loss.loss_op, everything, test_utils=CHEAP)
 
     three = [torch.randn(N, device=device) for _ in range(3)]
     fixed, x, w = (tensor.detach() for tensor in (logits, hidden, weight))
