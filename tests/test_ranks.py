@@ -296,8 +296,10 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 
 @pytest.fixture
 def training(tmp_path, family):
-    """A run of two ranks in the middle of its steps."""
-    process = start(2, "repo.py", *FEW, "--steps", 5000, "--output_dir", tmp_path / "out")
+    """A run of two ranks in the middle of its steps. torchrun looks after them every two seconds
+    only: on a busy machine it would end the survivor before that has noticed anything."""
+    process = start(2, "--monitor_interval", 2, "repo.py", *FEW, "--steps", 5000,
+                    "--output_dir", tmp_path / "out")
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
