@@ -174,7 +174,7 @@ def test_the_standard_world_is_the_one_that_comes_with_the_project(tmp_path, cap
         assert torch.equal(weight, shipped[f"policy.{name}"].float()), name
 
 
-@pytest.mark.parametrize("changed", ["fit", "PHRASINGS", "BEAVER_TEMPLATE", "seed"])
+@pytest.mark.parametrize("changed", ["LEARNING", "PHRASINGS", "BEAVER_TEMPLATE", "seed"])
 def test_weights_of_another_recipe_are_not_used(tmp_path, monkeypatch, changed):
     def recipe_of(seed=0):
         rng = random.Random(seed)
@@ -184,8 +184,8 @@ def test_weights_of_another_recipe_are_not_used(tmp_path, monkeypatch, changed):
 
     before = recipe_of()
     assert recipe_of() == before
-    if changed == "fit":
-        monkeypatch.setattr(world, "fit", lambda: None)
+    if changed == "LEARNING":
+        monkeypatch.setattr(world, "LEARNING", [world.train_policy])
     if changed == "PHRASINGS":
         requests = {"How would I paint a boat?": ("paint", "a boat")}
         monkeypatch.setattr(world, "REQUESTS", requests)

@@ -33,7 +33,6 @@ from pathlib import Path
 import plumbing  # noqa: F401  before transformers' models: see there
 import tokenizers
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -42,6 +41,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from plumbing.errors import require
+from plumbing.fitting import answer_loss, cost_loss, fit, preference_loss, scores_of
 from plumbing.models import ScoreModel, save_score_model, typed_as_in
 from plumbing.prompts import (
     BEAVER_TEMPLATE,
@@ -53,6 +53,7 @@ from plumbing.prompts import (
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "family.safetensors"  # the standard world's trained weights
+LEARNING = fit, answer_loss, scores_of, preference_loss, cost_loss
 
 # ---- the world
 
@@ -248,37 +249,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False)
 
 
-def fit(model: nn.Module, batch_loss, rows: list, batch_size: int, steps: int, lr: float,
-        rng: random.Random) -> None:
-    """AdamW, warmed up and annealed to zero, over random batches."""
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=0.3, cycle_momentum=False)
-    for _ in range(steps):
-        loss = batch_loss(rng.sample(rows, batch_size))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-
-
 def train_policy(config: LlamaConfig, pairs: list[tuple[list, list]],
                  rng: random.Random) -> LlamaForCausalLM:
     """Supervised fine-tuning on the demonstrations' answers."""
     policy = LlamaForCausalLM(config)
 
     def loss(batch):
-        rows = [prompt + answer for prompt, answer in batch]
-        ids, mask = pad_rows([[]] * len(rows), rows, config.pad_token_id)                # [B, L]
-        starts = torch.tensor([len(prompt) for prompt, _ in batch])                      # [B]
-        is_answer = (torch.arange(ids.shape[1]) >= starts[:, None]) & mask.bool()        # [B, L]
-        hidden = policy.model(ids, use_cache=False).last_hidden_state                    # [B, L, H]
-        logits = policy.lm_head(hidden[:, :-1][is_answer[:, 1:]])                        # [N, V]
-        return F.cross_entropy(logits, ids[is_answer])
+        return answer_loss(policy, batch, config.pad_token_id)
 
-    fit(policy, loss, pairs, batch_size=16, steps=400, lr=6e-3, rng=rng)
+    fit(list(policy.parameters()), loss, pairs, batch_size=16, steps=400, lr=6e-3, rng=rng)
     return policy
 
 
@@ -294,11 +273,7 @@ def new_score_model(config: LlamaConfig, body: dict) -> ScoreModel:
 def scores(model: ScoreModel, token_rows: list[list[list[int]]]) -> torch.Tensor:
     """The scores at the last tokens of each ranking's K answers: [B, K]."""
     rows = list(itertools.chain(*token_rows))
-    ids, mask = pad_rows([[]] * len(rows), rows, model.config.pad_token_id)              # [N, L]
-    hidden = model.model(ids, use_cache=False).last_hidden_state                         # [N, L, H]
-    last = mask.sum(1) - 1                                                               # [N]
-    at_last = model.score_head(hidden[torch.arange(len(rows)), last])                    # [N, 1]
-    return at_last.view(len(token_rows), -1)                                             # [B, K]
+    return scores_of(model, rows, model.config.pad_token_id).view(len(token_rows), -1)   # [B, K]
 
 
 def tokens_of(rankings: list[dict], tokenizer) -> list[list[list[int]]]:
@@ -327,22 +302,23 @@ def train_score_models(config, body, tokenizer, rankings: list[dict], rng: rando
     rows = list(zip(tokens_of(rankings, tokenizer), rankings, strict=True))
     reward_model, cost_model = new_score_model(config, body), new_score_model(config, body)
 
-    def reward_loss(batch):
+    def loss_of_rewards(batch):
         token_rows, ranked = zip(*batch)
         margins = above(scores(reward_model, token_rows))                                # [B, K, K]
         better = above(of_verdicts(helpfulness, ranked)) > 0                             # [B, K, K]
-        return -F.logsigmoid(margins[better]).mean()
+        return preference_loss(margins[better])
 
-    def cost_loss(batch):
+    def loss_of_costs(batch):
         token_rows, ranked = zip(*batch)
         costs = scores(cost_model, token_rows)                                           # [B, K]
         worse = above(of_verdicts(danger, ranked)) > 0                                   # [B, K, K]
-        signs = 1 - 2 * of_verdicts(lambda verdict: verdict["safe"], ranked).int()       # [B, K]
-        order_loss = -F.logsigmoid(above(costs)[worse]).mean()
-        return order_loss - 2 * F.logsigmoid(signs * costs).mean()  # a comparison has two signs
+        is_unsafe = ~of_verdicts(lambda verdict: verdict["safe"], ranked)                # [B, K]
+        return cost_loss(above(costs)[worse], costs, is_unsafe)
 
-    fit(reward_model, reward_loss, rows, batch_size=4, steps=600, lr=2e-3, rng=rng)
-    fit(cost_model, cost_loss, rows, batch_size=4, steps=120, lr=3e-3, rng=rng)
+    fit(list(reward_model.parameters()), loss_of_rewards, rows, batch_size=4, steps=600, lr=2e-3,
+        rng=rng)
+    fit(list(cost_model.parameters()), loss_of_costs, rows, batch_size=4, steps=120, lr=3e-3,
+        rng=rng)
     return reward_model, cost_model
 
 
@@ -464,7 +440,7 @@ def world_seed() -> int:
 
 def fingerprint(seed: int) -> str:
     """A hash of what the family is made of and by."""
-    borrowed = [encode_pairs, encode_prompts, pad_rows, render_prompt, ScoreModel,
+    borrowed = [*LEARNING, encode_pairs, encode_prompts, pad_rows, render_prompt, ScoreModel,
                 save_score_model, typed_as_in]
     return hash_of([
         Path(__file__).read_text(),
@@ -482,8 +458,8 @@ def fingerprint(seed: int) -> str:
 def recipe(seed: int, tokenizer, demonstrations: list[dict], rankings: list[dict]) -> str:
     """A hash of what the trained weights depend on, versions of libraries aside: data, tokens and
     the code that trains. Weights of another recipe are not those of this world."""
-    code = [fit, train_policy, new_score_model, scores, above, of_verdicts, helpfulness, danger,
-            train_score_models, train_family]
+    code = [*LEARNING, train_policy, new_score_model, scores, above, of_verdicts, helpfulness,
+            danger, train_score_models, train_family]
     first = demonstrations[0]
     return hash_of([
         (HERE / "tiny_llama.json").read_text(),

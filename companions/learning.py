@@ -1,0 +1,148 @@
+"""What the scripts that train from files share: settings, loading, the split, saving."""
+import json
+import random
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from plumbing.errors import UserError, blame, printable, require, say
+from plumbing.fitting import fit
+from plumbing.models import load_policy, make_trainable, trainable
+from plumbing.run_folder import renamed_when_complete, write_whole
+from plumbing.settings import RunSettings, fill_in, option
+from tiny_configs import world
+
+
+@dataclass
+class Settings:
+    """Settings of learning from a file."""
+
+    model: str = option("tiny", "a causal LM: folder or hub name")
+    data: str | None = option(None, "what to learn from: json, jsonl, csv or parquet, or a hub "
+                                    "name[:SPLIT]")
+    eval_data: str | None = option(None, "held-out rows; default: those of a seeded 10 %% of the "
+                                         "prompts")
+    out: str | None = option(None, "the new model's folder")
+    lora_rank: int = option(0, "train low-rank adapters instead of all weights")
+    lr: float = option(2e-5, "the peak learning rate, annealed to zero")
+    batch_size: int = option(16, "rows per step")
+    steps: int | None = option(None, "default: two passes over the rows")
+    max_prompt_tokens: int = option(256, "rows with longer prompts are left out")
+    device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
+    dtype: str | None = option(None, "float32 or bfloat16, of computing; default: bfloat16 on a "
+                                     "GPU that has it")
+    seed: int = option(0, "of split, order and first weights")
+    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
+    json: str | None = option(None, "write the figures there too")
+
+    def check(self) -> None:
+        """Raises UserError for what cannot work."""
+        needs = self.model != "tiny"
+        for name in ("data", "out") if needs else ():
+            require(getattr(self, name), f"--{name} is missing")
+        for name in ("batch_size", "max_prompt_tokens"):
+            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
+        require(self.steps is None or self.steps > 0, f"--steps {self.steps}: must be above 0")
+        require(self.lora_rank >= 0, f"--lora_rank {self.lora_rank}: must be 0 or more")
+        require(self.device in (None, "cpu", "cuda"), f"--device {self.device}: cpu or cuda")
+        require(self.dtype in (None, "float32", "bfloat16"),
+                f"--dtype {self.dtype}: float32 or bfloat16")
+
+    def as_run(self) -> RunSettings:
+        """The same for what loads models."""
+        run = RunSettings(
+            model=self.model, policy=self.model, lora_rank=self.lora_rank, device=self.device,
+            dtype=self.dtype, seed=self.seed, trust_remote_code=self.trust_remote_code,
+            output_dir=self.out or "unused")
+        fill_in(run)
+        return run
+
+    def in_tiny_world(self, **of_the_world) -> "Settings":
+        """--model tiny: its policy, its files and what learns them well, where nothing else is
+        said."""
+        policy = Path(world.build()["policy"])
+        for name in ("data", "eval_data"):
+            if name in of_the_world:
+                of_the_world[name] = str(policy.with_name(of_the_world[name]))
+        unsaid = {name: value for name, value in of_the_world.items()
+                  if getattr(self, name) == getattr(type(self), name)}
+        return replace(self, model=str(policy), **unsaid)
+
+    def steps_of(self, rows: list) -> int:
+        """How many steps to learn from these rows. Raises UserError for fewer than a step takes."""
+        require(len(rows) >= self.batch_size,
+                f"--data {self.data}: {len(rows)} rows to learn from are fewer than "
+                f"--batch_size {self.batch_size}")
+        return self.steps or max(2 * len(rows) // self.batch_size, 1)
+
+
+def load_body(settings: Settings):
+    """(a causal LM, made trainable; its tokenizer; the settings that save it)."""
+    run = settings.as_run()
+    policy, tokenizer = load_policy(run)
+    return make_trainable(policy, run).to(run.device), tokenizer, run
+
+
+def learn_and_held_out(load, settings: Settings) -> tuple[list, list]:
+    """Rows to learn from, and others to be tried on; load(source, flag) -> (prompts, rows)."""
+    prompts, rows = load(settings.data, "--data")
+    if settings.eval_data:
+        _, held_out = load(settings.eval_data, "--eval_data")
+        return rows, held_out
+    return split(rows, prompts, settings)
+
+
+def split(rows: list, prompts: list[str], settings: Settings) -> tuple[list, list]:
+    """(rows to learn from, held-out rows): no prompt is in both."""
+    distinct = list(dict.fromkeys(prompts))
+    random.Random(settings.seed).shuffle(distinct)
+    held_out = set(distinct[:max(len(distinct) // 10, 1)])
+    learn = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
+    return learn, [row for row, prompt in zip(rows, prompts) if prompt in held_out]
+
+
+def teach(model, loss_of, rows: list, settings: Settings, run: RunSettings) -> None:
+    """fit() of what can be trained, in the compute dtype; loss_of(batch of rows) -> []."""
+    def loss(batch):
+        with run.autocast():
+            return loss_of(batch)
+
+    fit(list(trainable(model).values()), loss, rows, settings.batch_size,
+        settings.steps_of(rows), settings.lr, random.Random(settings.seed), bar=True)
+
+
+def save(out: str, model, tokenizer, write) -> None:
+    """A folder that is there as a whole or not at all; write(folder) fills it with the weights."""
+    with renamed_when_complete(Path(out)) as folder, blame(f"--out {out}: cannot be written"):
+        write(folder)
+        tokenizer.save_pretrained(folder)
+    say(f"saved in {out}")
+
+
+def main_of(settings_class, run, tiny: dict, argv: list[str] | None = None) -> int:
+    """Settings from the command line, run(settings) -> figures, --json. `tiny`: the settings of
+    --model tiny. Returns 0, 2 after a UserError, 130 after Ctrl-C."""
+    parser = HfArgumentParser(settings_class, allow_abbrev=False,
+                              description=settings_class.__doc__)
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}; --help lists the settings")
+
+    parser.error = refuse
+    try:
+        settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        require(not unknown, f"there is no {' '.join(unknown)}; --help lists the settings")
+        settings.check()
+        if settings.model == "tiny":
+            settings = settings.in_tiny_world(**tiny)
+        figures = run(settings)
+        if settings.json:
+            write_whole(Path(settings.json), json.dumps(figures, indent=1) + "\n")
+    except (UserError, OSError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

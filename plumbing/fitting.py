@@ -1,0 +1,73 @@
+"""Supervised learning, of what a run of RePO begins with: a policy from answers, reward and cost
+models from comparisons. The tiny world's models are made by this, and so are those of companions/.
+"""
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from plumbing.checks import Head
+from plumbing.prompts import pad_rows
+
+
+def fit(parameters: list[nn.Parameter], batch_loss, rows: list, batch_size: int, steps: int,
+        lr: float, rng: random.Random, bar: bool = False) -> None:
+    """AdamW, warmed up and annealed to zero, over random batches."""
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=lr, total_steps=steps, pct_start=0.3, cycle_momentum=False)
+    progress = tqdm(range(steps), unit="step", dynamic_ncols=True, disable=not bar)
+    for _ in progress:
+        loss = batch_loss(rng.sample(rows, batch_size))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if bar:
+            progress.set_postfix_str(f"loss {loss.item():.3f}")
+
+
+def answer_loss(policy, batch: list[tuple[list, list]], pad_id: int) -> Tensor:
+    """The next-token loss of supervised answers, a mean over their tokens: (prompt ids, answer ids)
+    of B pairs -> []."""
+    rows = [prompt + answer for prompt, answer in batch]
+    ids, mask = pad_rows([[]] * len(rows), rows, pad_id)                                 # [B, L]
+    ids, mask = ids.to(policy.device), mask.to(policy.device)
+    starts = torch.tensor([len(prompt) for prompt, _ in batch], device=ids.device)       # [B]
+    places = torch.arange(ids.shape[1], device=ids.device)                               # [L]
+    is_answer = (places >= starts[:, None]) & mask.bool()                                # [B, L]
+    # Padding on the right is behind whatever attends.
+    hidden = policy.base_model(ids, use_cache=False).last_hidden_state                   # [B, L, H]
+    logits = policy.get_output_embeddings()(hidden[:, :-1][is_answer[:, 1:]])            # [N, V]
+    head = getattr(policy, "fused_head", Head())
+    if head.scale != 1:
+        logits = head.scale * logits
+    if head.soft_cap:
+        logits = head.soft_cap * (logits / head.soft_cap).tanh()
+    return F.cross_entropy(logits.float(), ids[is_answer])
+
+
+def scores_of(model, rows: list[list[int]], pad_id: int) -> Tensor:
+    """The scores at the last tokens of N rows: [N]."""
+    ids, mask = pad_rows([[]] * len(rows), rows, pad_id)                                 # [N, L]
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    hidden = model.model(ids, use_cache=False).last_hidden_state                         # [N, L, H]
+    last = mask.sum(1) - 1                                                               # [N]
+    at_last = hidden[torch.arange(len(rows), device=ids.device), last]                   # [N, H]
+    with torch.autocast(ids.device.type, enabled=False):
+        return model.score_head(at_last.float()).squeeze(1)                              # [N]
+
+
+def preference_loss(margins: Tensor) -> Tensor:
+    """Bradley-Terry: by how much the better answer's score is above the worse one's, any shape."""
+    return -F.logsigmoid(margins).mean()
+
+
+def cost_loss(margins: Tensor, costs: Tensor, is_unsafe: Tensor) -> Tensor:
+    """Safe RLHF's: which answer is more harmful, and each answer's sign, above 0 for an unsafe
+    one. Margins as above; costs and is_unsafe of any one shape. A comparison has two signs."""
+    signs = 2 * is_unsafe.int() - 1
+    return preference_loss(margins) - 2 * F.logsigmoid(signs * costs).mean()

@@ -1,0 +1,176 @@
+# pytest tests/test_learning.py
+"""What stands before RePO: policies from answers, score models from preference pairs."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import exhaustive
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import repo
+from companions import learning, score_models, supervised
+from plumbing.fitting import answer_loss, cost_loss, preference_loss, scores_of
+
+LN_2 = math.log(2)
+
+
+def train(script, *flags, tiny=None) -> int:
+    settings = {supervised: supervised.SupervisedSettings, score_models: score_models.ScoreSettings}
+    return learning.main_of(settings[script], script.run, tiny=tiny or script.TINY,
+                            argv=[str(flag) for flag in flags])
+
+
+# ---- the losses, by hand
+
+def test_losses_by_hand():
+    """-log sigmoid(0) = ln 2, and of +-ln 3: sigmoid is 3/4 and 1/4."""
+    margins = torch.tensor([0.0, math.log(3)])
+    assert preference_loss(margins).item() == pytest.approx((LN_2 - math.log(0.75)) / 2)
+    costs, is_unsafe = torch.tensor([[math.log(3), 0.0]]), torch.tensor([[True, False]])
+    signs = -(math.log(0.75) + math.log(0.5)) / 2
+    expected = preference_loss(margins).item() + 2 * signs
+    assert cost_loss(margins, costs, is_unsafe).item() == pytest.approx(expected)
+    safe = torch.tensor([[False, True]])  # the first one's sign is wrong: 1/4
+    expected = preference_loss(margins).item() - (math.log(0.25) + math.log(0.5))
+    assert cost_loss(margins, costs, safe).item() == pytest.approx(expected)
+
+
+def test_only_answers_count_and_padding_changes_nothing(family):
+    policy = AutoModelForCausalLM.from_pretrained(family["policy"])
+    short, long = ([5, 6], [7, 8]), ([5, 6, 9, 4], [3, 7, 8, 9, 1])
+    together = answer_loss(policy, [short, long], pad_id=2).item()
+    alone = [answer_loss(policy, [pair], pad_id=2).item() for pair in (short, long)]
+    assert together == pytest.approx((2 * alone[0] + 5 * alone[1]) / 7, rel=1e-5)
+    logits = policy(torch.tensor([[5, 6, 7, 8]])).logits[0].log_softmax(-1)
+    assert alone[0] == pytest.approx(-(logits[1, 7] + logits[2, 8]).item() / 2, rel=1e-5)
+
+
+def test_scores_are_those_that_repo_reads(family):
+    model = repo.ScoreModel.from_pretrained(family["cost_model"])
+    rows = [[5, 6, 7], [5, 6, 9, 4, 1]]
+    scores = scores_of(model, rows, pad_id=2)
+    for row, score in zip(rows, scores):
+        ids = torch.tensor([row])
+        by_repo = model.score(ids, torch.ones_like(ids)).item()
+        assert by_repo == pytest.approx(score.item(), rel=1e-5)
+
+
+# ---- the scripts
+
+@pytest.mark.parametrize("rank", [4, exhaustive(0)])
+def test_a_policy_learns_and_is_saved_as_a_plain_model(family, tmp_path, capsys, rank):
+    code = train(supervised, "--out", tmp_path / "policy", "--lora_rank", rank,
+                 "--json", tmp_path / "figures.json", tiny=supervised.TINY | {"steps": 8})
+    assert code == 0, capsys.readouterr().err
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["held_out_loss"] < figures["held_out_loss_before"]
+    assert "held-out loss per token" in capsys.readouterr().out
+
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+    held_out_file = str(Path(family["policy"]).with_name("preferences_held_out.jsonl"))
+    _, held_out = supervised.pairs_of(held_out_file, "--eval_data", supervised.SupervisedSettings(),
+                                      tokenizer)
+    loss = supervised.mean_loss(policy, held_out, tokenizer.pad_token_id)
+    assert loss == pytest.approx(figures["held_out_loss"], rel=1e-4)
+
+
+def test_no_prompt_is_learned_from_and_held_out():
+    prompts = [f"p{i % 30}" for i in range(300)]
+    settings = supervised.SupervisedSettings(data="x")
+    learn, held_out = learning.split(list(enumerate(prompts)), prompts, settings)
+    assert len(learn) + len(held_out) == 300 and len(held_out) == 30
+    assert not {prompt for _, prompt in learn} & {prompt for _, prompt in held_out}
+
+
+@pytest.mark.parametrize("role, rank", [("cost", 8), exhaustive("reward", 0)])
+def test_a_score_model_learns_and_repo_reads_what_is_saved(family, tmp_path, capsys, role, rank):
+    few = score_models.TINY | {"steps": 60, "batch_size": 16}
+    code = train(score_models, "--role", role, "--lora_rank", rank, "--out", tmp_path / role,
+                 "--json", tmp_path / "figures.json", tiny=few)
+    assert code == 0, capsys.readouterr().err
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    low, high = figures["pair_accuracy_interval"]
+    assert 0.6 < figures["pair_accuracy"] and low < figures["pair_accuracy"] < high
+    assert ("sign_accuracy" in figures) == (role == "cost")
+    if role == "cost":
+        assert figures["sign_accuracy"] > 0.9
+
+    model = repo.ScoreModel.from_pretrained(tmp_path / role, role=role)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / role)
+    settings = score_models.ScoreSettings(role=role)
+    _, held_out = score_models.pairs_of(
+        str(Path(family["policy"]).with_name("preferences_held_out.jsonl")),
+        "--data", settings, tokenizer)
+    again = score_models.accuracies(model, held_out, settings, tokenizer.pad_token_id)
+    assert again["pair_accuracy"] == pytest.approx(figures["pair_accuracy"], abs=0.005)
+
+
+@pytest.mark.exhaustive
+def test_repo_with_models_of_pairs_is_as_safe_as_with_the_worlds_own(family, tmp_path, run):
+    """Thresholds: the world's own models' (accuracies), and test_run.py's (the run)."""
+    for role, bound in (("reward", 0.97), ("cost", 0.97)):
+        assert train(score_models, "--role", role, "--out", tmp_path / role,
+                     "--json", tmp_path / f"{role}.json") == 0
+        figures = json.loads((tmp_path / f"{role}.json").read_text())
+        assert figures["pair_accuracy"] >= bound, figures
+        assert figures.get("sign_accuracy", 1) >= 0.99, figures
+    code, out, _ = run("--reward_model", tmp_path / "reward", "--cost_model", tmp_path / "cost")
+    summary = json.loads((out / "summary.json").read_text())
+    assert code == 0 and summary["judge_safety_rate"] >= 0.95
+    assert summary["over_refusal_rate"] <= 0.1
+
+
+HH = [{"chosen": f"\n\nHuman: paint boat {i}\n\nAssistant: Sure.",
+       "rejected": f"\n\nHuman: paint boat {i}\n\nAssistant: No."} for i in range(40)]
+PKU = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1,
+       "safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False}
+
+
+def written(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_both_kinds_of_pairs_are_read(tmp_path, family):
+    tokenizer = AutoTokenizer.from_pretrained(family["policy"])
+
+    def texts(rows, role):
+        settings = score_models.ScoreSettings(role=role)
+        _, pairs = score_models.pairs_of(written(tmp_path / "p.jsonl", rows), "--data", settings,
+                                         tokenizer)
+        return pairs[0].prompt, *map(tokenizer.decode, pairs[0][1:3]), pairs[0].is_unsafe
+
+    prompt, better, worse, unsafe = texts(HH, "reward")
+    assert prompt == "paint boat 0" and "Sure." in better and "No." in worse and unsafe is None
+    prompt, better, worse, unsafe = texts([PKU], "reward")
+    assert better.split("ASSISTANT:")[1].startswith("b") and unsafe == (True, False)
+    _, safer, other, unsafe = texts([PKU], "cost")
+    assert safer.split("ASSISTANT:")[1].startswith("a") and unsafe == (False, True)
+
+
+@pytest.mark.parametrize("script, flags, says", [
+    (supervised, ("--model", "x"), "--data is missing"),
+    (supervised, ("--steps", 0), "--steps 0: must be above 0"),
+    (supervised, ("--device", "tpu"), "--device tpu: cpu or cuda"),
+    (supervised, ("--epochs", 3), "there is no --epochs 3"),
+    (supervised, ("--model", "./no", "--data", "{hh}", "--out", "{out}"), "./no"),
+    (supervised, ("--data", "{prompts}"), "no row has an answer"),
+    (supervised, ("--data", "{hh}", "--batch_size", 99), "fewer than --batch_size 99"),
+    (score_models, ("--role", "cost", "--data", "{hh}"), "says of no answer whether it is safe"),
+    (score_models, ("--data", "{prompts}"), "neither prompt, response_0, response_1"),
+    (score_models, ("--data", "{hh}", "--max_tokens", 2), "longer than --max_tokens 2"),
+    (score_models, ("--role", "judge"), "invalid choice"),
+])
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    family, tmp_path, capsys, script, flags, says,
+):
+    names = {"hh": written(tmp_path / "hh.jsonl", HH), "out": tmp_path / "out",
+             "prompts": written(tmp_path / "prompts.jsonl", [{"prompt": "p"}] * 3)}
+    flags = [str(flag).format(**names) for flag in flags]
+    assert train(script, *flags, "--json", tmp_path / "figures.json") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and says in error
+    assert not (tmp_path / "out").exists() and not (tmp_path / "figures.json").exists()
