@@ -8,6 +8,8 @@ import pytest
 from conftest import ROOT
 
 import repo
+from companions.score_models import ScoreSettings
+from companions.supervised import SupervisedSettings
 from kernels.bench import bench_parser
 
 FRONT = "README.md"
@@ -69,6 +71,8 @@ def settings_of_companions() -> set[str]:
     names = {"harmful_share"}  # compare.py makes a data set of it for repo.py
     for file in (ROOT / "companions").glob("*.py"):
         names |= set(re.findall(r'add_argument\(\s*"--([a-z_0-9]+)"', file.read_text()))
+    for settings in (SupervisedSettings, ScoreSettings):
+        names |= set(settings.__dataclass_fields__)
     return names
 
 
