@@ -23,6 +23,7 @@ from companions.learning import (  # noqa: E402
     save,
     teach,
 )
+from plumbing.checks import Head  # noqa: E402
 from plumbing.errors import require, say  # noqa: E402
 from plumbing.fitting import answer_loss  # noqa: E402
 from plumbing.models import merged, save_policy  # noqa: E402
@@ -70,6 +71,10 @@ def run(settings: SupervisedSettings) -> dict:
     torch.manual_seed(settings.seed)
     policy, tokenizer, as_run = load_body(settings)
     pad_id = tokenizer.pad_token_id
+    has_bias = getattr(policy.get_output_embeddings(), "bias", None) is not None
+    require(policy.fused_head or has_bias,
+            f"--model {settings.model}: its logits are no matrix's, with a scale, cap or bias")
+    policy.fused_head = policy.fused_head or Head()  # a bias comes with the head itself
     learn, held_out = learn_and_held_out(
         partial(pairs_of, settings=settings, tokenizer=tokenizer), settings)
     before = mean_loss(policy, held_out, pad_id)

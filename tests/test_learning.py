@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import exhaustive
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import repo
 from companions import learning, score_models, supervised
@@ -174,3 +174,17 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and says in error
     assert not (tmp_path / "out").exists() and not (tmp_path / "figures.json").exists()
+
+
+def test_a_head_with_a_bias_learns_too(family, tmp_path, tokenizer, capsys):
+    """GPT-J's, which the fused kernels do not know."""
+    size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8, "vocab_size": len(tokenizer)}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", **size))
+    model.save_pretrained(tmp_path / "gptj")
+    tokenizer.save_pretrained(tmp_path / "gptj")
+    data = Path(family["policy"]).with_name("demonstrations.jsonl")
+    code = train(supervised, "--model", tmp_path / "gptj", "--data", data, "--steps", 2,
+                 "--out", tmp_path / "out")
+    assert code == 0, capsys.readouterr().err
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (saved.lm_head.bias != 0).any()
