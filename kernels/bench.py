@@ -338,8 +338,6 @@ def checked_arguments(device):
     unknown = set(arguments.targets) - set(TARGETS)
     if unknown:
         parser.error(f"--targets {','.join(sorted(unknown))}: there are {', '.join(TARGETS)}")
-    if arguments.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("--plot needs matplotlib: pip install matplotlib")
     for flag in ("json", "plot"):
         file = getattr(arguments, flag)
         try:
@@ -347,6 +345,8 @@ def checked_arguments(device):
                 open(file, "a").close()
         except OSError as error:
             parser.error(f"--{flag} {file}: {error.strerror}")
+    if arguments.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     return arguments
 
 
