@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ from plumbing.run_folder import append, write_whole
 # A server that has everything imported and nothing begun: a process starts in no time.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["repo"])
+# Starting a process asks those before it whether they have ended, and an exit code is told once: a
+# thread that starts one may take the code for which another thread waits, which then sees 255.
+ONE_ASKS = threading.Lock()
 
 
 # ---- what the processes do that are killed
@@ -151,14 +155,16 @@ class Case:
         log = self.folder / (log or f"{out}.log")
         flags = (*self.flags, *more, "--output_dir", self.folder / out)
         process = FORKS.Process(target=main, args=(flags, log), kwargs=options)
-        process.start()
+        with ONE_ASKS:
+            process.start()
         return process, log
 
     def run(self, out, *more, **options) -> tuple[int, str]:
         """(exit code, what it printed)."""
         process, log = self.start(out, *more, **options)
-        process.join(120)
-        return process.exitcode, log.read_text()
+        wait([process.sentinel], 120)
+        with ONE_ASKS:
+            return process.exitcode, log.read_text()
 
     def copy(self, out) -> Path:
         """The whole run, under another name."""
