@@ -19,7 +19,7 @@ from tiny_configs import world
 class Settings:
     """Settings of learning from a file."""
 
-    model: str = option("tiny", "a causal LM: folder or hub name")
+    model: str = option("tiny", "a causal LM: folder, .gguf file or hub name")
     data: str | None = option(None, "what to learn from: json, jsonl, csv or parquet, or a hub "
                                     "name[:SPLIT]")
     eval_data: str | None = option(None, "held-out rows; default: those of a seeded 10 %% of the "

@@ -7,6 +7,7 @@ import copy
 import warnings
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, SupportsFloat
 
@@ -37,10 +38,16 @@ from plumbing.settings import PRESETS
 
 
 def load_pretrained(from_pretrained, source: str, flag: str, config, **options):
-    """from_pretrained(source). Raises UserError for whatever is wrong with a folder or a hub
-    name."""
+    """from_pretrained(source), which may be a .gguf file. Raises UserError for whatever is wrong
+    with a folder, a file or a hub name."""
     path = Path(source).expanduser()
-    if path.exists():
+    if path.is_file() and path.suffix == ".gguf":
+        require(find_spec("gguf") and find_spec("accelerate"),
+                f"{flag} {source}: reading .gguf files takes two more packages "
+                "(pip install gguf accelerate)")
+        source_or_path, options["gguf_file"] = str(path.parent), path.name
+        problem = "cannot be loaded"
+    elif path.exists():
         source_or_path = str(path)
         is_tokenizer = from_pretrained == AutoTokenizer.from_pretrained
         problem = "its tokenizer cannot be loaded" if is_tokenizer else "cannot be loaded"
@@ -53,11 +60,12 @@ def load_pretrained(from_pretrained, source: str, flag: str, config, **options):
                                **options)
 
 
-def shape_of(kind, path, dtype, **options) -> PreTrainedModel:
+def shape_of(kind, path, dtype, trust_remote_code, **where) -> PreTrainedModel:
     """In the place of kind.from_pretrained: the model that the config alone describes, on the
     meta device, where tensors have no content."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **where)
     with torch.device("meta"):
-        return kind.from_config(AutoConfig.from_pretrained(path, **options), dtype=dtype, **options)
+        return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def check_sources(config) -> None:
@@ -144,6 +152,8 @@ def load_policy(config):
             dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         check_loaded(policy, report, f"{flag} {config.policy}",
                      "a policy must bring all its weights, in its config's shapes")
+        if config.policy.endswith(".gguf"):  # its blocks are plain weights now, saved as such
+            policy.hf_quantizer.remove_quantization_config(policy)
     policy.eval()
     check_policy(policy, tokenizer, f"{flag} {config.policy}")
 

@@ -29,7 +29,7 @@ class RunSettings:
 
     # ---- models and data
     model: str = option("tiny", "a preset (tiny, alpaca-7b, llama-3.2-3b), or the policy itself: "
-                                "folder or hub name of a causal LM")
+                                "folder, .gguf file or hub name of a causal LM")
     policy: str | None = option(None, "the starting policy, if another than --model names")
     reward_model: str | None = option(None, "helpfulness: a Beaver-layout or sequence-classifier "
                                             "folder or hub name, or FILE.py:function")
