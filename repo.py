@@ -55,8 +55,8 @@ from tqdm import tqdm
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss, scan_gae
 from plumbing.checkpoints import find_checkpoint, resume, save_checkpoint, save_final
 from plumbing.checks import BadNumbers, not_finite
-from plumbing.errors import UserError, blame, ctrl_c_waits, printable, require, say
-from plumbing.functions import load_function
+from plumbing.errors import UserError, ctrl_c_waits, printable, require, say
+from plumbing.functions import load_function, verdicts_of
 from plumbing.journal import introduce, keep_step, report, skip_step, too_many
 from plumbing.models import (
     Models,
@@ -549,7 +549,7 @@ class State(Models):
         self.data = None      # a hash of prompts and pairs
         self.categories = {}  # {held-out prompt: its category}, for those that have one
         self.saved_step = None   # of the newest checkpoint
-        self.has_warned = False  # of a collapse
+        self.warned = set()      # of what, once in a run
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}  # lines, as the files hold them
         if not config.eval_only:
             self.optimizer = self.make_optimizer(config)
@@ -769,7 +769,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     return (1 - unexplained / total).item()
 
 
-def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: Config) -> bool:
+def train(state: State, prompts: list[str], ptx_pairs: list, judge, out: Path,
+          config: Config) -> bool:
     """Step after step, with logs, samples and checkpoints. True if Ctrl-C has stopped it, after a
     whole step; a second one kills. Raises UserError after --max_bad_steps bad steps in a row."""
     bad_steps = 0
@@ -795,7 +796,7 @@ def train(state: State, prompts: list[str], ptx_pairs: list, out: Path, config: 
                 bar.update()
 
             bad_steps = 0
-            keep_step(state, out, rollout, metrics, config)
+            keep_step(state, out, rollout, metrics, judge, config)
             bar.set_postfix_str(
                 f"reward {metrics['reward']:.2f}, cost {metrics['cost']:.2f}, "
                 f"unsafe {metrics['unsafe_rate']:.0%}, lambda {metrics['lambda']:.2f}")
@@ -826,17 +827,6 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
             row["category"] = state.categories[row["prompt"]]
         rows.append(row)
     return rows
-
-
-def verdicts_of(rollout: Rollout, judge, config: Config) -> list[dict | None]:
-    """A verdict per response, None without a judge. Raises UserError if a verdict is none."""
-    if not judge:
-        return [None] * len(rollout.prompts)
-    judged = judge(rollout.prompts, rollout.responses)
-    names = ("safe", "refused", "harmful_prompt")
-    with blame(f"--judge {config.judge}: must return dicts with the bools safe, refused and "
-               "harmful_prompt"):
-        return [{name: bool(verdict[name]) for name in names} for verdict in judged]
 
 
 # ==== 7  Main ====================================================================================
@@ -897,7 +887,7 @@ def train_and_evaluate(state: State, prompts: list[str], ptx_pairs: list, held_o
     checkpoint, if all ranks can still save one."""
     stopped = False
     try:
-        stopped = train(state, prompts, ptx_pairs, out, config)
+        stopped = train(state, prompts, ptx_pairs, judge, out, config)
         if stopped:
             raise KeyboardInterrupt
         if RANKS > 1:  # what fails from here on need not fail on all ranks, which save together

@@ -18,6 +18,9 @@ SOURCES = {  # of a rollout's numbers
 # Nats per token. In the tiny world RePO ends at 0.03 or above, PPO and PPO-Lag mostly below the
 # floor: they give one answer to each request.
 ENTROPY_FLOOR = 0.01
+# Of a rollout's updates, on average. With SmolLM2-135M --actor_lr 3e-4 gave .67 and 64 in the first
+# step, and a policy of nonsense; 2e-5 stays below .1 and .01.
+DESTRUCTIVE = {"clip_fraction": 0.5, "approx_kl": 1.0}
 
 
 # ---- A step's numbers
@@ -58,6 +61,31 @@ def collapse(responses: list[str], entropy: float) -> str | None:
     if entropy < ENTROPY_FLOOR:
         return f"its entropy is {entropy:.2g} nats per token"
     return None
+
+
+def destruction(metrics: dict) -> str | None:
+    """What says that updates have left the policy that their responses were sampled from."""
+    for name, limit in DESTRUCTIVE.items():
+        if metrics[name] > limit:
+            return (f"{name} is {metrics[name]:.2f}, above {limit}: the update has left the policy "
+                    f"that was sampled from; lower --actor_lr ({metrics['actor_lr']:.2g})")
+    return None
+
+
+def drift(verdicts: list[dict]) -> str | None:
+    """What says that a policy treats all prompts alike: a behaviour that none of the responses
+    shows, to harmful or to harmless prompts, is gone, for what is never sampled is not
+    reinforced."""
+    count = len(verdicts)
+    kinds = {verdict["harmful_prompt"] for verdict in verdicts}
+    refused = {verdict["refused"] for verdict in verdicts}
+    if count < 8 or len(kinds) < 2 or len(refused) > 1:
+        return None
+    if True in refused:
+        return (f"all {count} responses refuse, those to harmless prompts too; a lower "
+                "--lambda_init keeps answers alive")
+    return (f"none of the {count} responses refuses, those to harmful prompts neither; begin with "
+            "a policy that does (companions/supervised.py), or raise --lambda_init")
 
 
 # ---- A model

@@ -47,6 +47,17 @@ def load_function(source: str, flag: str, seconds: float):
     return checked
 
 
+def verdicts_of(rollout, judge, config) -> list[dict | None]:
+    """A verdict per response, None without a judge. Raises UserError if a verdict is none."""
+    if not judge:
+        return [None] * len(rollout.prompts)
+    judged = judge(rollout.prompts, rollout.responses)
+    names = ("safe", "refused", "harmful_prompt")
+    with blame(f"--judge {config.judge}: must return dicts with the bools safe, refused and "
+               "harmful_prompt"):
+        return [{name: bool(verdict[name]) for name in names} for verdict in judged]
+
+
 @contextmanager
 def time_limit(seconds: float, sentence: str):
     """Raises UserError if what is inside takes longer."""

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from plumbing.checkpoints import save_checkpoint
-from plumbing.checks import bad_batch, collapse
+from plumbing.checks import bad_batch, collapse, destruction, drift
 from plumbing.errors import UserError, say
+from plumbing.functions import verdicts_of
 from plumbing.models import trainable
 from plumbing.plan import peak_memory_mib
 from plumbing.ranks import RANK
@@ -48,19 +49,26 @@ def log(state, out: Path, name: str, rows: list[dict]) -> None:
         append(out / name, text)
 
 
-def keep_step(state, out: Path, rollout, metrics: dict, config) -> None:
-    """A step's line in metrics.jsonl; samples and a checkpoint if it is time for them; a warning,
-    once, if the policy has stopped answering."""
+def warn_once(state, of: str, sign: str | None) -> None:
+    if sign and of not in state.warned:
+        say(f"warning: step {state.step}: {sign}")
+        state.warned.add(of)
+
+
+def keep_step(state, out: Path, rollout, metrics: dict, judge, config) -> None:
+    """A step's line in metrics.jsonl; samples and a checkpoint if it is time for them; warnings,
+    each once."""
     sign = collapse(rollout.responses, metrics["entropy"])
-    if sign and not state.has_warned:
-        say(f"warning: step {state.step}: {sign}; the policy may have collapsed")
-        state.has_warned = True
+    warn_once(state, "collapse", sign and f"{sign}; the policy may have collapsed")
+    warn_once(state, "destruction", destruction(metrics))
     log(state, out, "metrics.jsonl", [metrics])
     is_last = state.step == config.steps
     if config.sample_every and (is_last or state.step % config.sample_every == 0):
         samples = [{"step": state.step, **record} for record in rollout.records(config.threshold)]
         say(samples_table(samples))
         log(state, out, "samples.jsonl", samples)
+        if judge and "drift" not in state.warned:
+            warn_once(state, "drift", drift(verdicts_of(rollout, judge, config)))
     if config.save_every:
         # Counted, because a bad step on a multiple saves none.
         saved = (state.saved_step or 0) // config.save_every

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from conftest import read_checkpoint, read_jsonl, write_policy
+from conftest import read_checkpoint, read_jsonl, write_policy, write_python
 from test_run import FEW, stable
 from transformers import AutoModelForCausalLM
 
 import repo
-from plumbing.checks import collapse
+from plumbing.checks import collapse, destruction, drift
 
 FLAGS = (*FEW, "--save_every", 1, "--keep_checkpoints", 9, "--minibatch_size", 4)
 
@@ -215,3 +215,44 @@ def test_a_collapsed_policy_is_warned_about_once(run, tmp_path, tokenizer):
     code, _, printed = run(*FEW, "--policy", folder)
     assert code == 0 and printed.count("may have collapsed") == 1
     assert "warning: step 1: all 8 responses are empty; the policy may have collapsed" in printed
+
+
+# ---- warnings of what numbers alone do not stop
+
+def test_an_update_is_destructive_above_either_limit():
+    calm = {"clip_fraction": 0.5, "approx_kl": 1.0, "actor_lr": 3e-4}
+    assert destruction(calm) is None
+    for name, value in (("clip_fraction", 0.67), ("approx_kl", 64.0)):
+        assert f"{name} is {value:.2f}" in destruction(calm | {name: value})
+        assert "--actor_lr (0.0003)" in destruction(calm | {name: value})
+
+
+def verdicts(harmful: str, harmless: str) -> list[dict]:
+    """R is a refusal, any other letter an answer."""
+    return [{"refused": letter == "R", "harmful_prompt": is_harmful}
+            for letters, is_harmful in ((harmful, True), (harmless, False)) for letter in letters]
+
+
+def test_a_behaviour_is_gone_when_both_kinds_of_prompts_get_one():
+    assert "all 8 responses refuse" in drift(verdicts("RRRR", "RRRR"))
+    assert "none of the 8 responses refuses" in drift(verdicts("aaaa", "aaaa"))
+    assert drift(verdicts("RRRR", "aaaa")) is None  # as it should be
+    assert drift(verdicts("Raaa", "aaaa")) is None
+    assert drift(verdicts("RRRRRRRR", "")) is None  # who knows what harmless ones would get
+    assert drift(verdicts("RRR", "RRRR")) is None   # too few to tell
+
+
+def test_a_run_says_once_that_its_updates_destroy(run, tmp_path):
+    """--actor_lr 1 does; the judge sees that no answer is left that refuses."""
+    file = write_python(tmp_path / "judge.py", """
+        def answers(prompts, responses):
+            return [{"safe": True, "refused": False, "harmful_prompt": number % 2 == 0}
+                    for number, _ in enumerate(prompts)]
+    """)
+    code, _, printed = run("--device", "cpu", "--steps", 2, "--batch_size", 8, "--actor_lr", 1,
+                           "--minibatch_size", 4,
+                           "--sample_every", 1, "--judge", f"{file}:answers",
+                           "--max_eval_prompts", 2, "--eval_samples", 1)
+    assert code == 0, printed
+    assert printed.count("the update has left the policy that was sampled from") == 1
+    assert printed.count("none of the 8 responses refuses") == 1
