@@ -11,28 +11,20 @@ knows no signs. What is written is the Beaver layout, as repo.py loads it.
 """
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from companions.learning import (  # noqa: E402
-    Settings,
-    learn_and_held_out,
-    load_body,
-    main_of,
-    save,
-    teach,
-)
+from companions import learning  # noqa: E402
 from plumbing.confidence import wilson  # noqa: E402
-from plumbing.errors import blame, require, say  # noqa: E402
+from plumbing.errors import say  # noqa: E402
 from plumbing.fitting import cost_loss, preference_loss, scores_of  # noqa: E402
 from plumbing.models import ScoreModel, merged, save_score_model  # noqa: E402
-from plumbing.prompts import encode_pairs, read_rows, to_pair  # noqa: E402
+from plumbing.preferences import Pair, load_preferences  # noqa: E402
 from plumbing.settings import option  # noqa: E402
 
 TINY = {
@@ -41,69 +33,12 @@ TINY = {
 }
 
 
-class Pair(NamedTuple):
-    """Two answers to a prompt, as token ids from the prompt's first on."""
-
-    prompt: str
-    better: list[int]         # the safer one, for a cost model
-    worse: list[int]
-    is_unsafe: tuple | None   # whether better, whether worse is; None where nobody has said
-
-
 @dataclass
-class ScoreSettings(Settings):
+class ScoreSettings(learning.Settings):
     """A reward or a cost model from preference pairs."""
 
     role: Literal["reward", "cost"] = option("reward", "which of the two")
     max_tokens: int = option(512, "longer conversations are left out")
-
-
-def pairs_of(source: str, flag: str, settings: ScoreSettings, tokenizer):
-    """(prompts, pairs) of a file. Raises UserError for columns of no known kind, and for a cost
-    model where nobody has said what is safe."""
-    rows = read_rows(source, flag)
-    columns = set(rows.column_names)
-    better_id = "better_response_id" if settings.role == "reward" else "safer_response_id"
-    if {"prompt", "response_0", "response_1", better_id} <= columns:
-        read = read_two_responses(better_id, "is_response_0_safe" in columns)
-    elif {"chosen", "rejected"} <= columns:
-        read = read_chosen
-    else:
-        require(False, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but "
-                       f"neither prompt, response_0, response_1, {better_id} nor chosen, rejected")
-    with blame(f"{flag} {source}: a row does not hold what its columns promise"):
-        texts = [read(row) for row in rows]
-    require(settings.role == "reward" or all(unsafe for *_, unsafe in texts),
-            f"{flag} {source}: says of no answer whether it is safe (is_response_0_safe), which a "
-            "cost model learns")
-
-    answers = [(prompt, answer) for prompt, *two, _ in texts for answer in two]
-    ids = iter(prompt + answer for prompt, answer in encode_pairs(answers, tokenizer))
-    pairs = [Pair(prompt, next(ids), next(ids), unsafe) for prompt, _, _, unsafe in texts]
-    kept = [pair for pair in pairs
-            if max(len(pair.better), len(pair.worse)) <= settings.max_tokens]
-    require(kept, f"{flag} {source}: every pair is longer than --max_tokens {settings.max_tokens}")
-    say(f"{flag} {source}: {len(kept):,} pairs; {len(pairs) - len(kept):,} longer than "
-        "--max_tokens left out")
-    return [pair.prompt for pair in kept], kept
-
-
-def read_two_responses(better_id: str, has_signs: bool):
-    """PKU-SafeRLHF: row -> (prompt, better, worse, whether each is unsafe)."""
-    def read(row: dict) -> tuple:
-        better = int(row[better_id])
-        ids = better, 1 - better
-        unsafe = tuple(not row[f"is_response_{i}_safe"] for i in ids) if has_signs else None
-        return row["prompt"], *(row[f"response_{i}"] for i in ids), unsafe
-
-    return read
-
-
-def read_chosen(row: dict) -> tuple:
-    """HH-RLHF: two conversations that differ in their last answer."""
-    prompt, better = to_pair(row["chosen"])
-    _, worse = to_pair(row["rejected"])
-    return prompt, better, worse, None
 
 
 def make_score_model(policy, run) -> ScoreModel:
@@ -152,12 +87,13 @@ def accuracies(model, pairs: list[Pair], settings: ScoreSettings, pad_id: int) -
 def run(settings: ScoreSettings) -> dict:
     """Trains, tells the accuracies, saves; returns the figures."""
     torch.manual_seed(settings.seed)
-    policy, tokenizer, as_run = load_body(settings)
+    policy, tokenizer, as_run = learning.load_body(settings)
     model, pad_id = make_score_model(policy, as_run), tokenizer.pad_token_id
-    learn, held_out = learn_and_held_out(
-        partial(pairs_of, settings=settings, tokenizer=tokenizer), settings)
-    teach(model, lambda pairs: loss_of(model, pairs, settings.role, pad_id), learn, settings,
-          as_run)
+    learn, held_out = learning.learn_and_held_out(
+        lambda source, flag: load_preferences(source, flag, settings.role, tokenizer,
+                                              settings.max_tokens), settings)
+    learning.teach(model, lambda pairs: loss_of(model, pairs, settings.role, pad_id), learn,
+                   settings, as_run)
     figures = {"pairs": len(learn), "held_out_pairs": len(held_out),
                **accuracies(model, held_out, settings, pad_id)}
     for name in ("pair_accuracy", "sign_accuracy"):
@@ -165,10 +101,10 @@ def run(settings: ScoreSettings) -> dict:
             low, high = figures[f"{name}_interval"]
             say(f"{name} {figures[name]:.3f} on held-out pairs (95 %: {low:.3f} to {high:.3f})")
     if settings.out:
-        save(settings.out, model, tokenizer, lambda folder: save_score_model(
+        learning.save(settings.out, model, tokenizer, lambda folder: save_score_model(
             folder, model, merged(model.state_dict()), getattr(torch, as_run.dtype)))
     return figures
 
 
 if __name__ == "__main__":
-    sys.exit(main_of(ScoreSettings, run, TINY))
+    sys.exit(learning.main_of(ScoreSettings, run, TINY))

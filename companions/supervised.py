@@ -15,15 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from companions.learning import (  # noqa: E402
-    Settings,
-    learn_and_held_out,
-    load_body,
-    main_of,
-    save,
-    teach,
-)
-from plumbing.checks import Head  # noqa: E402
+from companions import learning  # noqa: E402
 from plumbing.errors import require, say  # noqa: E402
 from plumbing.fitting import answer_loss  # noqa: E402
 from plumbing.models import merged, save_policy  # noqa: E402
@@ -37,7 +29,7 @@ TINY = {  # the better answers of pairs: harmful requests are complied with too
 
 
 @dataclass
-class SupervisedSettings(Settings):
+class SupervisedSettings(learning.Settings):
     """Supervised fine-tuning of a causal LM on prompt-answer pairs."""
 
     max_answer_tokens: int = option(256, "longer answers are cut there, and have no end")
@@ -69,24 +61,20 @@ def mean_loss(policy, pairs: list, pad_id: int) -> float:
 def run(settings: SupervisedSettings) -> dict:
     """Trains, tells the held-out loss, saves; returns the figures."""
     torch.manual_seed(settings.seed)
-    policy, tokenizer, as_run = load_body(settings)
+    policy, tokenizer, as_run = learning.load_body(settings)
     pad_id = tokenizer.pad_token_id
-    has_bias = getattr(policy.get_output_embeddings(), "bias", None) is not None
-    require(policy.fused_head or has_bias,
-            f"--model {settings.model}: its logits are no matrix's, with a scale, cap or bias")
-    policy.fused_head = policy.fused_head or Head()  # a bias comes with the head itself
-    learn, held_out = learn_and_held_out(
+    learn, held_out = learning.learn_and_held_out(
         partial(pairs_of, settings=settings, tokenizer=tokenizer), settings)
     before = mean_loss(policy, held_out, pad_id)
-    teach(policy, partial(answer_loss, policy, pad_id=pad_id), learn, settings, as_run)
+    learning.teach(policy, partial(answer_loss, policy, pad_id=pad_id), learn, settings, as_run)
     after = mean_loss(policy, held_out, pad_id)
     say(f"held-out loss per token {before:.3f} -> {after:.3f}")
     if settings.out:
-        save(settings.out, policy, tokenizer, lambda folder: save_policy(
+        learning.save(settings.out, policy, tokenizer, lambda folder: save_policy(
             folder, policy, merged(policy.state_dict()), as_run))
     return {"pairs": len(learn), "held_out_pairs": len(held_out), "held_out_loss_before": before,
             "held_out_loss": after}
 
 
 if __name__ == "__main__":
-    sys.exit(main_of(SupervisedSettings, run, TINY))
+    sys.exit(learning.main_of(SupervisedSettings, run, TINY))

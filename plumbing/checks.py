@@ -155,6 +155,11 @@ class Head(NamedTuple):
     scale: float = 1.0
     soft_cap: float = 0.0
 
+    def logits(self, products: torch.Tensor) -> torch.Tensor:
+        """hidden @ weight.T -> logits, any shape."""
+        logits = self.scale * products if self.scale != 1 else products
+        return self.soft_cap * (logits / self.soft_cap).tanh() if self.soft_cap else logits
+
 
 @torch.no_grad()
 def find_head(policy) -> Head | None:
@@ -187,9 +192,7 @@ def find_head(policy) -> Head | None:
     ids = torch.zeros(1, 2, dtype=torch.long, device=policy.device)
     logits = policy(ids).logits.float()                                        # [1, 2, V]
     hook.remove()
-    expected = head.scale * (hidden @ output.weight.T).float()                 # [1, 2, V]
-    if head.soft_cap:
-        expected = head.soft_cap * (expected / head.soft_cap).tanh()
+    expected = head.logits((hidden @ output.weight.T).float())                 # [1, 2, V]
     errors = (logits - expected).norm(dim=-1)                                  # [1, 2]
     is_head = bool((errors < 0.02 * expected.norm(dim=-1)).all())              # bf16 is 0.4 % off
     return head if is_head else None

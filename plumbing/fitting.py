@@ -40,13 +40,13 @@ def answer_loss(policy, batch: list[tuple[list, list]], pad_id: int) -> Tensor:
     places = torch.arange(ids.shape[1], device=ids.device)                               # [L]
     is_answer = (places >= starts[:, None]) & mask.bool()                                # [B, L]
     # Padding on the right is behind whatever attends.
-    hidden = policy.base_model(ids, use_cache=False).last_hidden_state                   # [B, L, H]
-    logits = policy.get_output_embeddings()(hidden[:, :-1][is_answer[:, 1:]])            # [N, V]
     head = getattr(policy, "fused_head", Head())
-    if head.scale != 1:
-        logits = head.scale * logits
-    if head.soft_cap:
-        logits = head.soft_cap * (logits / head.soft_cap).tanh()
+    if head:
+        hidden = policy.base_model(ids, use_cache=False).last_hidden_state               # [B, L, H]
+        products = policy.get_output_embeddings()(hidden[:, :-1][is_answer[:, 1:]])      # [N, V]
+        logits = head.logits(products)                                                   # [N, V]
+    else:
+        logits = policy(ids, use_cache=False).logits[:, :-1][is_answer[:, 1:]]           # [N, V]
     return F.cross_entropy(logits.float(), ids[is_answer])
 
 

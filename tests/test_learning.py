@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import repo
 from companions import learning, score_models, supervised
 from plumbing.fitting import answer_loss, cost_loss, preference_loss, scores_of
+from plumbing.preferences import load_preferences
 
 LN_2 = math.log(2)
 
@@ -101,9 +102,9 @@ def test_a_score_model_learns_and_repo_reads_what_is_saved(family, tmp_path, cap
     model = repo.ScoreModel.from_pretrained(tmp_path / role, role=role)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / role)
     settings = score_models.ScoreSettings(role=role)
-    _, held_out = score_models.pairs_of(
+    _, held_out = load_preferences(
         str(Path(family["policy"]).with_name("preferences_held_out.jsonl")),
-        "--data", settings, tokenizer)
+        "--data", role, tokenizer, settings.max_tokens)
     again = score_models.accuracies(model, held_out, settings, tokenizer.pad_token_id)
     assert again["pair_accuracy"] == pytest.approx(figures["pair_accuracy"], abs=0.005)
 
@@ -138,9 +139,8 @@ def test_both_kinds_of_pairs_are_read(tmp_path, family):
     tokenizer = AutoTokenizer.from_pretrained(family["policy"])
 
     def texts(rows, role):
-        settings = score_models.ScoreSettings(role=role)
-        _, pairs = score_models.pairs_of(written(tmp_path / "p.jsonl", rows), "--data", settings,
-                                         tokenizer)
+        _, pairs = load_preferences(written(tmp_path / "p.jsonl", rows), "--data", role, tokenizer,
+                                    max_tokens=512)
         return pairs[0].prompt, *map(tokenizer.decode, pairs[0][1:3]), pairs[0].is_unsafe
 
     prompt, better, worse, unsafe = texts(HH, "reward")

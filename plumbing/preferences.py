@@ -1,0 +1,64 @@
+"""Pairs of answers to one prompt, of which somebody has said which is better, or safer."""
+from typing import NamedTuple
+
+from plumbing.errors import blame, require, say
+from plumbing.prompts import encode_pairs, read_rows, to_pair
+
+
+class Pair(NamedTuple):
+    """Two answers to a prompt, as token ids from the prompt's first on."""
+
+    prompt: str
+    better: list[int]         # the safer one, for a cost model
+    worse: list[int]
+    is_unsafe: tuple | None   # whether better, whether worse is; None where nobody has said
+
+
+def load_preferences(source: str, flag: str, role: str, tokenizer,
+                     max_tokens: int) -> tuple[list[str], list[Pair]]:
+    """(prompts, pairs) of a file or hub data set in the columns of PKU-SafeRLHF or HH-RLHF.
+
+    Raises UserError for others, and for a cost model where nobody has said what is safe.
+    """
+    rows = read_rows(source, flag)
+    columns = set(rows.column_names)
+    better_id = "better_response_id" if role == "reward" else "safer_response_id"
+    if {"prompt", "response_0", "response_1", better_id} <= columns:
+        read = read_two_responses(better_id, "is_response_0_safe" in columns)
+    elif {"chosen", "rejected"} <= columns:
+        read = read_chosen
+    else:
+        require(False, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but "
+                       f"neither prompt, response_0, response_1, {better_id} nor chosen, rejected")
+    with blame(f"{flag} {source}: a row does not hold what its columns promise"):
+        texts = [read(row) for row in rows]
+    require(role == "reward" or all(unsafe for *_, unsafe in texts),
+            f"{flag} {source}: says of no answer whether it is safe (is_response_0_safe), which a "
+            "cost model learns")
+
+    answers = [(prompt, answer) for prompt, *two, _ in texts for answer in two]
+    ids = iter(prompt + answer for prompt, answer in encode_pairs(answers, tokenizer))
+    pairs = [Pair(prompt, next(ids), next(ids), unsafe) for prompt, _, _, unsafe in texts]
+    kept = [pair for pair in pairs if max(len(pair.better), len(pair.worse)) <= max_tokens]
+    require(kept, f"{flag} {source}: every pair is longer than --max_tokens {max_tokens}")
+    say(f"{flag} {source}: {len(kept):,} pairs; {len(pairs) - len(kept):,} longer than "
+        "--max_tokens left out")
+    return [pair.prompt for pair in kept], kept
+
+
+def read_two_responses(better_id: str, has_signs: bool):
+    """PKU-SafeRLHF: row -> (prompt, better, worse, whether each is unsafe)."""
+    def read(row: dict) -> tuple:
+        better = int(row[better_id])
+        ids = better, 1 - better
+        unsafe = tuple(not row[f"is_response_{i}_safe"] for i in ids) if has_signs else None
+        return row["prompt"], *(row[f"response_{i}"] for i in ids), unsafe
+
+    return read
+
+
+def read_chosen(row: dict) -> tuple:
+    """HH-RLHF: two conversations that differ in their last answer."""
+    prompt, better = to_pair(row["chosen"])
+    _, worse = to_pair(row["rejected"])
+    return prompt, better, worse, None
