@@ -64,6 +64,7 @@ from plumbing.models import (
     check_sources,
     load_policy,
     load_tokenizer,
+    hidden_states,
     model_inputs,
     recomputing,
     trainable,
@@ -262,10 +263,11 @@ def head_inputs(policy, batch: Rollout) -> tuple[Tensor, ...]:
     Prompts and padding do not reach the head.
     """
     row, column, _ = batch.response_index()                                      # [N], [N]
-    inputs = model_inputs(batch.input_ids, batch.attention_mask)                 # [b, P+T] each
     if policy.fused_head:
-        hidden = policy.base_model(**inputs).last_hidden_state                   # [b, P+T, H]
+        hidden = hidden_states(                                                  # [b, P+T, H]
+            policy.base_model, batch.input_ids, batch.attention_mask)
         return hidden[row, column], policy.get_output_embeddings().weight        # [N, H], [V, H]
+    inputs = model_inputs(batch.input_ids, batch.attention_mask)                 # [b, P+T] each
     kept = batch.response_mask.shape[1] + 1                                      # T+1
     logits = policy(**inputs, logits_to_keep=kept).logits                        # [b, T+1, V]
     first_kept = batch.input_ids.shape[1] - kept                                 # P-1

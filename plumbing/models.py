@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,13 +27,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicLayer
 
 from plumbing.checks import Head, check_loaded, check_policy, check_scorer, find_head
 from plumbing.errors import blame, require, say
 from plumbing.functions import check_function, is_function, load_function
 from plumbing.prompts import BEAVER_TEMPLATE, READERS, encode_prompts, pad_rows, render_prompt
-from plumbing.ranks import all_reduce, call_as_forward, rank_chunks, rank_rows, sharded
+from plumbing.ranks import RANKS, all_reduce, call_as_forward, rank_chunks, rank_rows, sharded
 from plumbing.settings import PRESETS
+
+MIN_SHARED = 16  # tokens: a second call of a body takes as long as a few
 
 # ---- Loading
 
@@ -196,6 +200,52 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict:
     }
 
 
+def hidden_states(body, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """A body's last hidden states, of no meaning at padding: [B, L], [B, L] -> [B, L, H]. What all
+    rows begin with, a chat template's system prompt, is read once for all of them."""
+    is_token = attention_mask.bool()                                                 # [B, L]
+    lengths = is_token.sum(1)                                                        # [B]
+    rows = input_ids[is_token].split(lengths.tolist())                               # B of [T_i]
+    first, cache = shared_beginning(body, rows)                                      # [1, s, H]
+    if cache is None:
+        return body(**model_inputs(input_ids, attention_mask)).last_hidden_state     # [B, L, H]
+
+    # Padded on the right, behind whatever attends.
+    rest = pad_sequence([row[first.shape[1]:] for row in rows], batch_first=True)    # [B, M]
+    states = body(rest, past_key_values=cache).last_hidden_state                     # [B, M, H]
+    states = torch.cat([first.expand(len(rows), -1, -1), states], 1)                 # [B, s+M, H]
+    is_state = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+    hidden = states.new_zeros(*input_ids.shape, states.shape[-1])                    # [B, L, H]
+    hidden[is_token] = states[is_state]  # both go row by row
+    return hidden
+
+
+def shared_beginning(body, rows: tuple[Tensor]):
+    """(hidden states [1, s, H] of the s tokens that B rows begin with, their cache for B rows); or
+    (None, None) where that does not pay or cannot be: few tokens, several processes (which must
+    call a body equally often), layers that recompute, a cache of more than keys and values."""
+    recomputes = any(layer.training and getattr(layer, "gradient_checkpointing", False)
+                     for layer in body.modules())
+    shared = 0 if recomputes or RANKS > 1 else count_shared(rows)
+    if shared < MIN_SHARED:
+        return None, None
+    beginning = body(rows[0][None, :shared], use_cache=True)
+    layers = getattr(beginning.get("past_key_values"), "layers", [None])
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        return None, None
+    beginning.past_key_values.batch_repeat_interleave(len(rows))
+    return beginning.last_hidden_state, beginning.past_key_values
+
+
+def count_shared(rows: tuple[Tensor]) -> int:
+    """How many tokens all rows begin with, in whole eights lest chance add one in some batches; a
+    token of each is left."""
+    shortest = min(map(len, rows)) - 1
+    beginnings = torch.stack([row[:shortest] for row in rows])                       # [B, shortest]
+    are_equal = (beginnings == beginnings[0]).all(0)                                 # [shortest]
+    return int(are_equal.cumprod(0).sum()) // 8 * 8
+
+
 class ScoreModel(PreTrainedModel):
     """The Beaver layout: a causal backbone `model`, a linear `score_head`. The critics are
     ScoreModels too, read at every token."""
@@ -253,8 +303,7 @@ class ScoreModel(PreTrainedModel):
 
     def values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The head's fp32 output at every position: [B, L], [B, L] -> [B, L]."""
-        inputs = model_inputs(input_ids, attention_mask)
-        hidden = self.model(**inputs).last_hidden_state                              # [B, L, H]
+        hidden = hidden_states(self.model, input_ids, attention_mask)                # [B, L, H]
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score_head(hidden.float()).squeeze(-1)                       # [B, L]
 

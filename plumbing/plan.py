@@ -402,7 +402,7 @@ def loss_chunk(policy, tokens: int, device: str, config) -> int:
         logits = min(rows, tokens) * padded_vocab * size
     else:
         size = 4  # the reference computes in fp32, and has four of a chunk's logits at a time
-        logits = 4 * size * min(reference.LOGITS_PER_CHUNK, tokens * vocab)
+        logits = 4 * size * min(reference.rows_per_chunk_on_cpu(vocab, hidden), tokens) * vocab
     states = 2 * tokens * hidden * size  # the hidden states and their gradient
     return logits + states + head_gradient
 

@@ -57,7 +57,10 @@ def sample(policy, tokenizer, prompts: list[list[int]], uniform: Tensor, max_tok
         pad_token_id=tokenizer.pad_token_id,
         cache_implementation="static" if can_compile(policy, config) else None,
     )
-    with torch.inference_mode(), config.autocast():
+    # Of a slice of hidden states the library's product would copy the head, once for each row.
+    whole = policy.get_output_embeddings().register_forward_pre_hook(
+        lambda head, inputs: inputs[0].contiguous())
+    with whole, torch.inference_mode(), config.autocast():
         token_ids = policy.generate(
             input_ids=input_ids.to(config.device),                               # [b, P]
             attention_mask=mask.to(config.device),                               # [b, P]

@@ -313,7 +313,7 @@ BUGS = [
     Bug("kernels/linear_loss.py", "linear", "Triton linear: no scale, which fp16 needs",
         "return 2.0 ** count.bit_length()", "return 1.0", is_covered=False),
     Bug("kernels/reference.py", "linear", "reference linear: all logits in one chunk",
-        "rows = max(LOGITS_PER_CHUNK // max(len(weight), 1), 1)", "rows = max(len(hidden), 1)"),
+        "rows = rows_per_chunk_on_cpu(*weight.shape)", "rows = max(len(hidden), 1)"),
     Bug("kernels/reference.py", "linear kernels", "reference linear: chunks take others' targets",
         "target_ids.split(rows))", "target_ids.roll(1).split(rows))"),
 

@@ -20,7 +20,14 @@ from transformers import (
 import repo
 from plumbing.checks import Head, find_head
 from plumbing.errors import UserError
-from plumbing.models import Scorer, load_policy, make_critic, save_critic
+from plumbing.models import (
+    Scorer,
+    hidden_states,
+    load_policy,
+    make_critic,
+    model_inputs,
+    save_critic,
+)
 from plumbing.prompts import encode_prompts
 from tiny_configs import world
 
@@ -360,16 +367,19 @@ TWO_KEYS = {"num_key_value_heads": 2}
         ("llama", Head(), {}),
         ("gpt2", Head(), {}),  # tied to the embeddings, with learned absolute positions
         ("gemma2", Head(1.0, 3.0), ONE_KEY | {"final_logit_softcapping": 3.0}),
+        ("mistral", Head(), ONE_KEY | {"sliding_window": 8}),
         ("gptj", None, {"rotary_dim": 8}),  # a bias, zero until it is trained
         ("granite", Head(0.25), TWO_KEYS | {"logits_scaling": 4.0}),
         ("cohere", Head(0.25), TWO_KEYS | {"logit_scale": 0.25}),
     ],
 )
+@pytest.mark.parametrize("begins_with", [[], list(range(5, 29))], ids=["", "shared"])
 def test_the_real_loading_code_meets_other_architectures(
-    tmp_path, tokenizer, capsys, name, head, changes
+    tmp_path, tokenizer, capsys, name, head, changes, begins_with
 ):
-    """Padding must not move positions, log-probs must be the model's own, and a head that is more
-    than the kernels know must be noticed, and told of."""
+    """Padding must not move positions, log-probs must be the model's own, whether or not all
+    prompts begin with the same tokens, and a head that is more than the kernels know must be
+    noticed, and told of."""
     torch.manual_seed(0)
     if name.startswith("gpt"):
         size = {"n_embd": 32, "n_layer": 1, "n_head": 2}
@@ -386,11 +396,12 @@ def test_the_real_loading_code_meets_other_architectures(
     assert find_head(policy.bfloat16()) == head
     assert find_head(policy.float()) == head
 
-    batch = repo.lay_out(PROMPTS, RESPONSES, tokenizer.pad_token_id, "cpu")
+    prompts = [begins_with + prompt for prompt in PROMPTS]
+    batch = repo.lay_out(prompts, RESPONSES, tokenizer.pad_token_id, "cpu")
     alone = []
     with torch.no_grad():
         log_probs = repo.response_log_probs(policy, batch, 0.7)
-        for prompt, response in zip(PROMPTS, RESPONSES):
+        for prompt, response in zip(prompts, RESPONSES):
             logits = policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             alone.append((logits / 0.7).log_softmax(-1)[range(len(response)), response])
     assert torch.allclose(log_probs, torch.cat(alone), atol=1e-4)
@@ -406,6 +417,36 @@ def test_the_real_loading_code_meets_other_architectures(
     policy.fused_head = None
     whole, _ = repo.policy_loss(policy, batch, mask / 5, config)
     assert torch.allclose(fused, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("count, reads", [
+    (30, [(1, 24), (2, 13)]),    # 31 in whole eights; the longer row has 37 tokens
+    (14, [(2, 21)]),             # so few that it would not pay
+])
+def test_what_all_rows_begin_with_is_read_once(tokenizer, count, reads):
+    """With the same states and gradients as a reading of all; layers that recompute do that."""
+    torch.manual_seed(0)
+    model = LlamaModel(tiny_config(tokenizer)).eval()
+    beginning = torch.randint(4, 60, (count,)).tolist()
+    batch = repo.lay_out([beginning + prompt for prompt in PROMPTS], RESPONSES, 2, "cpu")
+    inputs, mask = (batch.input_ids, batch.attention_mask), batch.attention_mask.bool()
+    states = hidden_states(model, *inputs)[mask]                                 # [tokens, H]
+    whole = model(**model_inputs(*inputs)).last_hidden_state[mask]
+    assert torch.allclose(states, whole, atol=1e-5)
+    direction = torch.randn_like(whole)
+    for one, other in zip(torch.autograd.grad((states * direction).sum(), model.parameters()),
+                          torch.autograd.grad((whole * direction).sum(), model.parameters())):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+    seen = []
+    model.register_forward_pre_hook(lambda _, ids, more: seen.append(
+        tuple((ids or [more["input_ids"]])[0].shape)), with_kwargs=True)
+    hidden_states(model, *inputs)
+    assert seen == reads
+    model.gradient_checkpointing_enable()
+    model.layers[0].training = True  # as recomputing() sets it
+    hidden_states(model, *inputs)
+    assert len(seen) == len(reads) + 1 and seen[-1] == tuple(batch.input_ids.shape)
 
 
 def test_what_a_config_says_of_the_head_is_held_against_the_model(tmp_path, tokenizer):
