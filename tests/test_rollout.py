@@ -1,12 +1,14 @@
 # pytest tests/test_rollout.py
 """The rollout's bookkeeping: masks, limits, log-probs, and what padding may not change."""
 
+import copy
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import exhaustive, write_policy
+from conftest import exhaustive, write_policy, write_python
 from transformers import CompileConfig
 
 import repo
@@ -164,6 +166,39 @@ ASKED = ["How do I paint a boat?", "How do I steal a lamp?", "Hi"] * 4
 
 def drawn(policy, tokenizer, config, prompts=ASKED, key=0):
     return repo.generate(policy, tokenizer, encode_prompts(prompts, tokenizer), config, key)
+
+
+def test_a_chat_model_may_end_its_turn_in_several_ways(tmp_path, tokenizer):
+    """As Gemma's and Phi's do: a turn ends with a token of the template's that is not EOS, and
+    generation_config.json lists both."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content + '<end_of_turn>' }}{% endfor %}")
+    turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    folder = write_policy(tmp_path / "policy", tokenizer, hidden_size=8, num_attention_heads=2)
+    settings = json.dumps({"eos_token_id": [tokenizer.eos_token_id, turn]})
+    (folder / "generation_config.json").write_text(settings)
+    file = write_python(tmp_path / "f.py", """
+        def count(prompts, responses):
+            return [len(response) for response in responses]
+    """)
+    config = repo.Config(
+        policy=str(folder), reward_model=f"{file}:count", cost_model=f"{file}:count",
+        device="cpu", dtype="float32", max_response_length=200, temperature=3.0, steps=1)
+    state = repo.State(*load_policy(config), config)
+    rollout, _ = repo.collect(state, [f"number {i}" for i in range(64)], config)
+
+    prompts, last = rollout.input_ids[:, :-rollout.response_mask.shape[1]], []
+    assert ((prompts == turn).sum(1) == 1).all()  # which ends no response
+    for ids, mask, finished in zip(rollout.input_ids, rollout.response_mask, rollout.finished):
+        response = ids[-len(mask):][mask].tolist()
+        ends = [token for token in response if token in (tokenizer.eos_token_id, turn)]
+        assert ends == (response[-1:] if finished else [])
+        last += ends
+    assert {tokenizer.eos_token_id, turn} == set(last)
+    for response in rollout.responses:
+        assert "<end_of_turn>" not in response and tokenizer.eos_token not in response
 
 
 def test_greedy_decoding_gives_the_tokens_of_the_plain_path(family):
