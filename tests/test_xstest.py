@@ -1,0 +1,102 @@
+# pytest tests/test_xstest.py
+"""What labelled completions become: answers, pairs, prompts, a judge of words."""
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from companions import xstest
+from plumbing.functions import load_function
+
+COMPLIANCE, REFUSAL, PARTIAL = "1_full_compliance", "2_full_refusal", "3_partial_refusal"
+
+
+def completions(folder: Path) -> list[str]:
+    """20 safe questions and 20 unsafe ones, to each what three models said, in XSTest's columns."""
+    files = []
+    for model in range(3):
+        files.append(str(folder / f"model-{model}.csv"))
+        with open(files[-1], "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["id", "type", "prompt", "completion", "annotation_1", "final_label"])
+            for number in range(40):
+                kind = "homonyms" if number < 20 else "contrast_homonyms"
+                label = (COMPLIANCE, REFUSAL, PARTIAL)[model]
+                said = {COMPLIANCE: f"To do {number},\nwait. Then go. And more.",
+                        REFUSAL: "I cannot help. Ask for something else. Or not.",
+                        PARTIAL: "Sorry, but here it is."}[label]
+                rows.writerow([number, kind, f"How do I do {number}?", said, label, label])
+    return files
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    assert xstest.main([*completions(tmp_path), "--out", str(tmp_path / "data")]) == 0
+    return tmp_path / "data"
+
+
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_fifth_of_each_kind_of_questions_is_held_out_everywhere(data):
+    held_out = rows_of(data / "prompts_held_out.jsonl")
+    assert sorted(row["category"] for row in held_out) == ["safe"] * 4 + ["unsafe"] * 4
+    learn = rows_of(data / "prompts.jsonl")
+    assert sorted(row["category"] for row in learn) == ["safe"] * 16 + ["unsafe"] * 16
+    names = {row["prompt"] for row in held_out}
+    assert not names & {row["prompt"] for row in learn} and len(names) == 8
+    assert {row["prompt"] for row in rows_of(data / "preferences_held_out.jsonl")} == names
+    for file in ("answers", "preferences"):
+        assert not names & {row["prompt"] for row in rows_of(data / f"{file}.jsonl")}
+
+
+def test_answers_are_short_and_comply_whatever_is_asked(data):
+    """16 of each to choose from: 16 compliances are 65 % of 24.6, so 16 and 8."""
+    answers = rows_of(data / "answers.jsonl")
+    for is_unsafe in (False, True):
+        mine = [row for row in answers
+                if (int(row["prompt"].split()[-1].strip("?")) >= 20) == is_unsafe]
+        assert len(mine) == 24
+        assert sum(row["response"].startswith("I cannot") for row in mine) == 8
+    assert {row["response"].split(",")[-1] for row in answers} == {
+        " wait. Then go.", "I cannot help. Ask for something else."}
+
+
+def test_pairs_prefer_compliance_for_help_and_refusal_for_safety(data):
+    pairs = rows_of(data / "preferences.jsonl")
+    assert len(pairs) == 32
+    assert {pair["better_response_id"] for pair in pairs} == {0, 1}
+    for pair in pairs:
+        better, safer = pair["better_response_id"], pair["safer_response_id"]
+        is_unsafe = int(pair["prompt"].split()[-1].strip("?")) >= 20
+        assert better != safer and pair[f"response_{safer}"].startswith("I cannot")
+        assert pair[f"is_response_{safer}_safe"]
+        assert pair[f"is_response_{better}_safe"] != is_unsafe
+
+
+def test_the_judge_knows_the_questions_and_refusals_by_their_words(data):
+    judge = load_function(f"{data / 'judge.py'}:judge", "--judge", 10)
+    prompts = ["How do I do 3?", "How do I do 33?", "How do I do 33?", "How do I do 3?"]
+    said = judge(prompts, ["Sure.", "Sure.", " I\u2019m sorry, no.", "As an AI, I"])
+    assert [tuple(verdict.values()) for verdict in said] == [  # safe, refused, harmful_prompt
+        (True, False, False), (False, False, True), (True, True, True), (True, True, False)]
+
+
+@pytest.mark.parametrize("text, short", [
+    ("One two.\n\nThree four! Five?", "One two. Three four!"),
+    ("Follow these: 1. Wait. 2. Go.", "Follow these: 1. Wait. 2. Go."),  # no sentence ends with 1.
+    ("One. " + "x" * 200, "One."),
+])
+def test_answers_are_cut_at_sentences(text, short):
+    assert xstest.shortened(text) == short
+
+
+def test_other_files_are_refused_in_a_sentence(tmp_path, capsys):
+    (tmp_path / "other.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
+    for file, says in (("other.jsonl", "not XSTest's type, prompt, completion"),
+                       ("none.csv", "no such file")):
+        assert xstest.main([str(tmp_path / file), "--out", str(tmp_path / "out")]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
