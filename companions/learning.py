@@ -121,9 +121,9 @@ def save(out: str, model, tokenizer, write) -> None:
     say(f"saved in {out}")
 
 
-def main_of(settings_class, run, tiny: dict, argv: list[str] | None = None) -> int:
+def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | None = None) -> int:
     """Settings from the command line, run(settings) -> figures, --json. `tiny`: the settings of
-    --model tiny. Returns 0, 2 after a UserError, 130 after Ctrl-C."""
+    --model tiny, where that is a model. Returns 0, 2 after a UserError, 130 after Ctrl-C."""
     parser = HfArgumentParser(settings_class, allow_abbrev=False,
                               description=settings_class.__doc__)
 
@@ -135,7 +135,7 @@ def main_of(settings_class, run, tiny: dict, argv: list[str] | None = None) -> i
         settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         require(not unknown, f"there is no {' '.join(unknown)}; --help lists the settings")
         settings.check()
-        if settings.model == "tiny":
+        if tiny and settings.model == "tiny":
             settings = settings.in_tiny_world(**tiny)
         figures = run(settings)
         if settings.json:

@@ -8,8 +8,8 @@ out. DIR gets
 
     answers.jsonl                  short answers, 65 % compliances and 35 % refusals to safe and to
                                    unsafe questions alike: for supervised.py
-    preferences[_held_out].jsonl   a compliance and a refusal of one question, in PKU-SafeRLHF's
-                                   columns: for score_models.py
+    help[_held_out].jsonl          two answers to a question, in PKU-SafeRLHF's columns, of which
+    harm[_held_out].jsonl          one helps more, or is safer: for score_models.py
     prompts[_held_out].jsonl       questions to train on, half of them unsafe, and held-out ones
     judge.py                       tells refusals by their words: for repo.py --judge
 """
@@ -89,21 +89,40 @@ def read_questions(sources: list[str]) -> list[dict]:
     return list(questions.values())
 
 
-def pairs_of(questions: list[dict]) -> list[dict]:
-    """Helpfulness prefers the compliance, whatever is asked; a refusal is never more harmful. The
-    compliance stands at either place by turns."""
+def pair(prompt: str, better: str, worse: str, at: int, **labels) -> dict:
+    """In PKU-SafeRLHF's columns, the better answer in place `at`."""
+    return {"prompt": prompt, f"response_{at}": better, f"response_{1 - at}": worse, **labels}
+
+
+def harm_pairs(questions: list[dict]) -> list[dict]:
+    """A refusal is never the more harmful answer; a compliance is unsafe where the question is."""
     rows = []
     for question in questions:
         for compliance in question["compliances"]:
             for refusal in question["refusals"]:
                 at = len(rows) % 2
-                rows.append({
-                    "prompt": question["prompt"],
-                    f"response_{at}": compliance, f"response_{1 - at}": refusal,
-                    f"is_response_{at}_safe": not question["is_unsafe"],
-                    f"is_response_{1 - at}_safe": True,
-                    "better_response_id": at, "safer_response_id": 1 - at,
-                })
+                rows.append(pair(question["prompt"], refusal, compliance, at, **{
+                    "safer_response_id": at, f"is_response_{at}_safe": True,
+                    f"is_response_{1 - at}_safe": not question["is_unsafe"]}))
+    return rows
+
+
+def help_pairs(questions: list[dict], draw: random.Random) -> list[dict]:
+    """A compliance is better than a refusal, whatever is asked; and either is better than what
+    answers another question. Without these a policy soon found what neither refuses nor answers."""
+    safe = [question for question in questions
+            if question["compliances"] and not question["is_unsafe"]]
+    rows = []
+    for question in questions:
+        orders = [(compliance, refusal) for compliance in question["compliances"]
+                  for refusal in question["refusals"]]
+        for kind in ("compliances", "refusals"):
+            for answer in question[kind][:2]:
+                other = draw.choice([each for each in safe if each is not question])
+                orders.append((answer, draw.choice(other["compliances"])))
+        for better, worse in orders:
+            at = len(rows) % 2
+            rows.append(pair(question["prompt"], better, worse, at, better_response_id=at))
     return rows
 
 
@@ -144,8 +163,10 @@ def prepare(sources: list[str], out: Path, seed: int) -> None:
     safe = [question for question in learn if not question["is_unsafe"]]
     files = {
         "answers": answers_of(learn, draw),
-        "preferences": pairs_of(learn),
-        "preferences_held_out": pairs_of(held_out),
+        "help": help_pairs(learn, draw),
+        "help_held_out": help_pairs(held_out, draw),
+        "harm": harm_pairs(learn),
+        "harm_held_out": harm_pairs(held_out),
         "prompts": as_prompts(unsafe + safe[:len(unsafe)]),
         "prompts_held_out": as_prompts(held_out),
     }

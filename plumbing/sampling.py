@@ -3,7 +3,12 @@ import hashlib
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from kernels import draw_tokens
 from plumbing.prompts import pad_rows
@@ -44,9 +49,9 @@ class Draw(LogitsProcessor):
 
 
 def sample(policy, tokenizer, prompts: list[list[int]], uniform: Tensor, max_tokens: int,
-           config) -> list[list[int]]:
+           config, stops=()) -> list[list[int]]:
     """The library's generate, with Draw for a sampler: b prompts, uniform numbers [b, T] -> token
-    ids, also those behind an end."""
+    ids, also those behind an end. `stops`: stopping criteria of the library's."""
     input_ids, mask = pad_rows(prompts, [[]] * len(prompts), tokenizer.pad_token_id)
     prompt_length = input_ids.shape[1]                                           # P
     draw = Draw(uniform.to(config.device), prompt_length, config.temperature)
@@ -66,6 +71,7 @@ def sample(policy, tokenizer, prompts: list[list[int]], uniform: Tensor, max_tok
             attention_mask=mask.to(config.device),                               # [b, P]
             generation_config=settings,
             logits_processor=LogitsProcessorList([draw]),
+            stopping_criteria=StoppingCriteriaList(stops),
             synced_gpus=False,
         )                                                                        # [b, P+T]
     return token_ids[:, prompt_length:].tolist()

@@ -47,8 +47,9 @@ def test_a_fifth_of_each_kind_of_questions_is_held_out_everywhere(data):
     assert sorted(row["category"] for row in learn) == ["safe"] * 16 + ["unsafe"] * 16
     names = {row["prompt"] for row in held_out}
     assert not names & {row["prompt"] for row in learn} and len(names) == 8
-    assert {row["prompt"] for row in rows_of(data / "preferences_held_out.jsonl")} == names
-    for file in ("answers", "preferences"):
+    for file in ("help", "harm"):
+        assert {row["prompt"] for row in rows_of(data / f"{file}_held_out.jsonl")} == names
+    for file in ("answers", "help", "harm"):
         assert not names & {row["prompt"] for row in rows_of(data / f"{file}.jsonl")}
 
 
@@ -64,16 +65,34 @@ def test_answers_are_short_and_comply_whatever_is_asked(data):
         " wait. Then go.", "I cannot help. Ask for something else."}
 
 
-def test_pairs_prefer_compliance_for_help_and_refusal_for_safety(data):
-    pairs = rows_of(data / "preferences.jsonl")
-    assert len(pairs) == 32
-    assert {pair["better_response_id"] for pair in pairs} == {0, 1}
+def number_in(text: str) -> int:
+    return int("".join(filter(str.isdigit, text)))
+
+
+def test_a_refusal_is_safer_and_a_compliance_as_safe_as_its_question(data):
+    pairs = rows_of(data / "harm.jsonl")
+    assert len(pairs) == 32 and {pair["safer_response_id"] for pair in pairs} == {0, 1}
     for pair in pairs:
-        better, safer = pair["better_response_id"], pair["safer_response_id"]
-        is_unsafe = int(pair["prompt"].split()[-1].strip("?")) >= 20
-        assert better != safer and pair[f"response_{safer}"].startswith("I cannot")
+        safer, number = pair["safer_response_id"], number_in(pair["prompt"])
+        assert pair[f"response_{safer}"].startswith("I cannot")
         assert pair[f"is_response_{safer}_safe"]
-        assert pair[f"is_response_{better}_safe"] != is_unsafe
+        assert number_in(pair[f"response_{1 - safer}"]) == number
+        assert pair[f"is_response_{1 - safer}_safe"] == (number < 20)
+
+
+def test_a_compliance_helps_more_than_a_refusal_and_another_questions_answer_least(data):
+    kinds = []
+    for pair in rows_of(data / "help.jsonl"):
+        at = pair["better_response_id"]
+        better, worse = pair[f"response_{at}"], pair[f"response_{1 - at}"]
+        if worse.startswith("I cannot"):
+            assert number_in(better) == number_in(pair["prompt"])
+            kinds.append("refusal")
+        else:
+            assert better.startswith("I cannot") or number_in(better) == number_in(pair["prompt"])
+            assert number_in(worse) != number_in(pair["prompt"]) and number_in(worse) < 20
+            kinds.append("other")
+    assert kinds.count("refusal") == 32 and kinds.count("other") == 64
 
 
 def test_the_judge_knows_the_questions_and_refusals_by_their_words(data):
