@@ -1,0 +1,178 @@
+# pytest tests/test_monitor.py
+"""The streaming monitor: its loss and its stops by hand, live stops against offline ones."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import exhaustive, random_beaver, write_beaver
+from transformers import AutoTokenizer
+
+from companions import monitor
+from companions.monitor import Answer
+from plumbing.models import load_policy
+from plumbing.prompts import encode_prompts
+
+LN_2 = math.log(2)
+
+
+def answer(is_unsafe: bool, is_harmful=None) -> Answer:
+    return Answer("p", [], 0, is_unsafe, is_harmful)
+
+
+# ---- by hand
+
+@pytest.mark.parametrize("is_harmful, of_tokens", [
+    ([True, False], (math.log(4 / 3) + math.log(4 / 3)) / 2),  # sigmoid(ln 3) = 3/4
+    (None, math.log(4 / 3)),                                   # max z = ln 3, and it is unsafe
+])
+def test_the_loss_of_an_unsafe_answer(is_harmful, of_tokens):
+    """Tokens' scores ln 3 and -ln 3, the whole's 0: c_whole = 1/2, c_max = 3/4."""
+    z = torch.tensor([math.log(3), -math.log(3), 0.0])
+    logic = -math.log(1 - 1 / 2 + 1 / 2 * 3 / 4)
+    for alpha, weight in ((1.0, 1.0), (0.25, 2.0), (0.0, 0.0)):
+        loss = monitor.monitor_loss([z], [answer(True, is_harmful)], alpha, weight).item()
+        expected = alpha * of_tokens + (1 - alpha) * LN_2 + weight * logic
+        assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_where_the_kth_token_is_reached():
+    z = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.9])
+    assert monitor.stop_of(z, 0.8, 1) == 2  # a score of theta counts
+    assert monitor.stop_of(z, 0.8, 2) == 4
+    assert monitor.stop_of(z, 0.05, 5) == 5
+    assert monitor.stop_of(z, 0.8, 4) is None
+
+
+def test_figures_by_hand():
+    """Four answers of four tokens: two harmful, of which one is stopped after three tokens, one of
+    its two harmful tokens read; two safe, of which one is stopped."""
+    high, low = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.zeros(4)
+    answers = [answer(True, [False, False, True, True]), answer(True, [False] * 3 + [True]),
+               answer(False, [False] * 4), answer(False, [False] * 4)]
+    figures = monitor.measure([high, low, high, low], answers, 0.5, 1)
+    assert figures == {
+        "macro_f1": 0.5, "recall": 0.5, "false_stop_rate": 0.5, "tokens_seen": (3 / 4 + 1) / 2,
+        "harm_let_through": (1 + 1) / 3, "theta": 0.5, "k": 1}
+    assert monitor.measure([high] * 2, [answer(True), answer(False)], 0.5, 1)[
+        "harm_let_through"] is None
+
+
+def test_the_threshold_is_chosen_on_other_prompts_than_it_is_measured_on():
+    """Scores of the first prompt's answers ask for a threshold that is wrong for the second's."""
+    scores = [torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([3.0]), torch.tensor([2.0])]
+    answers = [Answer(prompt, [], 0, is_unsafe, None)
+               for prompt in ("a", "b") for is_unsafe in (True, False)]
+    figures = monitor.validated(scores, answers)
+    assert 0 < figures["theta"] <= 1 and figures["false_stop_rate"] == 1
+
+
+def test_spans_become_the_tokens_they_touch(tokenizer):
+    response = "Sure, to steal a boat, cut the lock."
+    first = response.index("cut")
+    row = {"prompt": "p", "response": response, "safe": False,
+           "harmful_spans": [[first, first + len("cut the lock")]]}
+    read = monitor.answer_of(row, tokenizer)
+    tokens = read.ids[read.start:-1]
+    assert len(tokens) == len(read.is_harmful) and read.ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(tokens) == response
+    marked = [token for token, is_marked in zip(tokens, read.is_harmful) if is_marked]
+    assert tokenizer.decode(marked).strip() == "cut the lock"
+
+
+# ---- live
+
+@pytest.mark.parametrize("rereads", [False, True])
+def test_live_stops_are_the_offline_ones_and_answers_prefixes(family, tmp_path, tokenizer, rereads):
+    """A random monitor that stops about half of the answers; read in one go with a cache, or as
+    text again and again."""
+    live = monitor.WatchSettings(policy=family["policy"], device="cpu")
+    run = live.as_run(family["policy"])
+    run.max_response_length = 12
+    policy, tokenizer = load_policy(run)
+    write_beaver(tmp_path / "m", tokenizer, random_beaver(tokenizer)[1])
+    model, _ = monitor.load_monitor(monitor.WatchSettings(monitor=str(tmp_path / "m")), run)
+    with open(family["eval_dataset"]) as file:
+        prompts = [json.loads(line)["prompt"] for line in file][:24]
+    plain, cost = monitor.watched(policy, tokenizer, None, prompts, 0, 1, run)
+    assert cost["of_them_the_monitors"] == 0
+    seconds = []  # each answer's second-highest score: above their median half are stopped
+    for prompt, whole in zip(encode_prompts(prompts, tokenizer), plain):
+        ids = torch.tensor([prompt + whole["tokens"]])
+        z = model.values(ids, torch.ones_like(ids))[0, len(prompt):]
+        seconds.append(z.topk(2).values[1].item())
+    theta = sum(sorted(seconds)[11:13]) / 2
+    cut, cost = monitor.watched(policy, tokenizer, model, prompts, theta, 2, run,
+                                tokenizer if rereads else None)
+    assert 0 < cost["of_them_the_monitors"] < cost["milliseconds_per_token"]
+    for part, whole in zip(cut, plain):
+        assert part["tokens"] == whole["tokens"][:len(part["tokens"])]
+        assert part["tokens"] == monitor.offline(model, tokenizer, whole, theta, 2)
+        assert part["stopped"] or part["tokens"] == whole["tokens"]
+    assert sum(part["stopped"] for part in cut) == 12
+
+
+# ---- the commands
+
+ROWS = [{"prompt": f"p {i // 2}", "response": "a" if i % 2 else "b", "safe": bool(i % 2)}
+        for i in range(80)]
+
+
+def written(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_trained_and_scored(family, tmp_path, capsys):
+    """What differs in its only token is told apart, by response labels alone."""
+    data = written(tmp_path / "rows.jsonl", ROWS)
+    assert monitor.main(["train", "--model", family["policy"], "--data", data, "--out",
+                         str(tmp_path / "m"), "--steps", "30", "--lr", "1e-2", "--device", "cpu",
+                         "--json", str(tmp_path / "figures.json")]) == 0
+    assert json.loads((tmp_path / "figures.json").read_text())["macro_f1"] == 1
+    assert monitor.main(["score", "--monitor", str(tmp_path / "m"), "--data", data, "--device",
+                         "cpu"]) == 0
+    prompts = written(tmp_path / "prompts.jsonl", ROWS[:8])
+    assert monitor.main(["watch", "--monitor", str(tmp_path / "m"), "--policy", family["policy"],
+                         "--dataset", prompts, "--theta", "0", "--max_response_length", "4",
+                         "--device", "cpu"]) == 0
+    assert "of them the monitor's" in capsys.readouterr().out
+    assert AutoTokenizer.from_pretrained(tmp_path / "m").eos_token
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["train", "--model", "x"], "--data is missing"),
+    (["score", "--data", "x"], "--monitor is missing"),
+    (["watch", "--policy", "x", "--monitor", "y", "--dataset", "z"], "--theta is missing"),
+    (["score", "--monitor", "{run}", "--data", "{rows}"], "has no final/cost_critic"),
+    (["score", "--monitor", "./none", "--data", "{rows}"], "--monitor ./none: is none of"),
+    (["score", "--monitor", "{cost}", "--data", "{prompts}"], "not prompt, response and safe"),
+    (["score", "--monitor", "{cost}", "--data", "{safe}"], "a monitor needs both"),
+    (["score", "--monitor", "{cost}", "--data", "{rows}", "--k", "0"], "--k 0: must be above 0"),
+    (["stop"], "there is no stop"),
+])
+def test_what_cannot_work_is_refused_in_a_sentence(family, tmp_path, capsys, flags, says):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    names = {"run": tmp_path / "run", "cost": family["cost_model"],
+             "rows": written(tmp_path / "rows.jsonl", ROWS),
+             "safe": written(tmp_path / "safe.jsonl", ROWS[1::2]),
+             "prompts": written(tmp_path / "prompts.jsonl", [{"prompt": "p"}] * 3)}
+    assert monitor.main([flag.format(**names) for flag in flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and says in error
+
+
+@pytest.mark.parametrize("seed", [exhaustive(0), exhaustive(1)])
+def test_itself_in_the_tiny_world(tmp_path, seed):
+    """In the standard world, seeds 0 and 1: F1 1.000 and 1.000 of both."""
+    code = monitor.main(["--out", str(tmp_path / "m"), "--run", str(tmp_path / "run"), "--seed",
+                         str(seed), "--json", str(tmp_path / "figures.json")])
+    assert code == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    trained, critic = figures["trained"], figures["run_critic"]
+    assert trained["macro_f1"] >= 0.98 and trained["false_stop_rate"] <= 0.01
+    assert trained["tokens_seen"] <= 0.65
+    assert critic["macro_f1"] >= 0.9 and critic["tokens_seen"] <= 0.25
+    assert figures["cost_model_on_prefixes"]["false_stop_rate"] > 10 * critic["false_stop_rate"]
+    assert figures["live_equals_offline"]
