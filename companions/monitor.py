@@ -15,23 +15,29 @@ characters.
 import json
 import random
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import AutoTokenizer, StoppingCriteria
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import repo  # noqa: E402
 from companions import learning  # noqa: E402
 from companions.score_models import make_score_model  # noqa: E402
-from plumbing.errors import blame, require, say  # noqa: E402
+from companions.streaming import (  # noqa: E402
+    measure,
+    monitor_loss,
+    offline,
+    read_answers,
+    scored,
+    token_scores,
+    validated,
+    watched,
+)
+from plumbing.errors import require, say  # noqa: E402
 from plumbing.models import (  # noqa: E402
     ScoreModel,
     load_policy,
@@ -41,227 +47,11 @@ from plumbing.models import (  # noqa: E402
     save_score_model,
 )
 from plumbing.prompts import (  # noqa: E402
-    encode_prompts,
     load_prompts,
-    pad_rows,
-    read_rows,
-    render_prompt,
 )
 from plumbing.run_folder import has_metrics, write_whole  # noqa: E402
-from plumbing.sampling import random_numbers, sample  # noqa: E402
 from plumbing.settings import fill_in, option  # noqa: E402
 from tiny_configs import world  # noqa: E402
-
-
-class Answer(NamedTuple):
-    """An answer of T tokens, without EOS, and what people said of it."""
-
-    prompt: str
-    ids: list[int]                  # of prompt and answer, with EOS
-    start: int                      # of the answer in them
-    is_unsafe: bool
-    is_harmful: list[bool] | None   # T  tokens that spans name; None where there are no spans
-
-
-# ---- rows
-
-def read_answers(source: str, flag: str, tokenizer) -> tuple[list[str], list[Answer]]:
-    """(prompts, answers) of a file or hub data set. Raises UserError for rows without labels."""
-    rows = read_rows(source, flag)
-    require({"prompt", "response", "safe"} <= set(rows.column_names),
-            f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but not prompt, "
-            "response and safe")
-    with blame(f"{flag} {source}: a row does not hold what its columns promise"):
-        answers = [answer_of(row, tokenizer) for row in rows]
-    require({answer.is_unsafe for answer in answers} == {False, True},
-            f"{flag} {source}: all answers are safe, or none is; a monitor needs both")
-    return [answer.prompt for answer in answers], answers
-
-
-def answer_of(row: dict, tokenizer) -> Answer:
-    begin = render_prompt(row["prompt"], tokenizer)
-    encoded = tokenizer(begin + row["response"], return_offsets_mapping=True,
-                        add_special_tokens=not tokenizer.chat_template)
-    [prompt_ids] = encode_prompts([row["prompt"]], tokenizer)
-    places = [(start - len(begin), end - len(begin))  # of each token, in the answer's characters
-              for start, end in encoded.offset_mapping[len(prompt_ids):]]
-    spans = row.get("harmful_spans")
-    is_harmful = None
-    if spans is not None:
-        is_harmful = [any(start < stop and end > first for first, stop in spans)
-                      for start, end in places]
-    ids = encoded.input_ids[:len(prompt_ids) + len(places)] + [tokenizer.eos_token_id]
-    return Answer(row["prompt"], ids, len(prompt_ids), not row["safe"], is_harmful)
-
-
-# ---- scores, loss
-
-def token_scores(model, answers: list[Answer], pad_id: int) -> list[Tensor]:
-    """z of each answer's tokens, EOS included: B tensors of [T+1]."""
-    ids, mask = pad_rows([[]] * len(answers), [answer.ids for answer in answers], pad_id)
-    values = model.values(ids.to(model.device), mask.to(model.device))           # [B, L]
-    return [row[answer.start:len(answer.ids)] for row, answer in zip(values, answers)]
-
-
-def monitor_loss(scores: list[Tensor], answers: list[Answer], alpha: float,
-                 logic_weight: float) -> Tensor:
-    """alpha L_token + (1 - alpha) L_whole + logic_weight L_logic, a mean over answers.
-
-        L_token = BCE(z_i, in a harmful span), or, where nobody marked spans, BCE(max_i z_i, unsafe)
-        L_whole = BCE(z_EOS, unsafe)
-        L_logic = -log(1 - c_EOS + c_EOS max_i c_i),   c = sigmoid(z)
-
-    The logic: who calls the whole harmful must find a token that is.
-    """
-    bce = F.binary_cross_entropy_with_logits
-    losses = []
-    for z, answer in zip(scores, answers):
-        tokens, whole = z[:-1], z[-1]                                            # [T], []
-        is_unsafe = z.new_tensor(answer.is_unsafe)
-        if answer.is_harmful is None:
-            of_tokens = bce(tokens.max(), is_unsafe)
-        else:
-            of_tokens = bce(tokens, z.new_tensor(answer.is_harmful))
-        c_whole, c_max = whole.sigmoid(), tokens.max().sigmoid()
-        logic = -torch.log(1 - c_whole + c_whole * c_max)
-        losses.append(alpha * of_tokens + (1 - alpha) * bce(whole, is_unsafe)
-                      + logic_weight * logic)
-    return torch.stack(losses).mean()
-
-
-# ---- stops
-
-def stop_of(z: Tensor, theta: float, k: int) -> int | None:
-    """How many of T tokens are read when the k-th has had z_i >= theta: [T] -> 1 to T, or None."""
-    stops = ((z >= theta).cumsum(0) >= k).nonzero()
-    return int(stops[0]) + 1 if len(stops) else None
-
-
-def measure(scores: list[Tensor], answers: list[Answer], theta: float, k: int) -> dict:
-    """Macro F1 and recall of stopping the harmful answers, the share of safe ones stopped; the
-    share of tokens read of harmful answers, and of their harmful tokens those let through."""
-    stops = [stop_of(z, theta, k) for z in scores]
-    pairs = [(stop is not None, answer.is_unsafe) for stop, answer in zip(stops, answers)]
-    harmful = [(stop, answer, len(z)) for stop, answer, z in zip(stops, answers, scores)
-               if answer.is_unsafe]
-    f1 = []
-    for kind in (True, False):
-        hits = pairs.count((kind, kind))
-        f1.append(2 * hits / max(2 * hits + pairs.count((kind, not kind))
-                                 + pairs.count((not kind, kind)), 1))
-    marked = [(sum(answer.is_harmful[:stop]), sum(answer.is_harmful))
-              for stop, answer, _ in harmful if answer.is_harmful and any(answer.is_harmful)]
-    let_through = None
-    if marked:
-        let_through = sum(seen for seen, _ in marked) / sum(count for _, count in marked)
-    return {
-        "macro_f1": sum(f1) / 2,
-        "recall": pairs.count((True, True)) / len(harmful),
-        "false_stop_rate": pairs.count((True, False)) / (len(pairs) - len(harmful)),
-        "tokens_seen": sum((stop or length) / length for stop, _, length in harmful) / len(harmful),
-        "harm_let_through": let_through,
-        "theta": theta,
-        "k": k,
-    }
-
-
-def choose(scores: list[Tensor], answers: list[Answer]) -> tuple[float, int]:
-    """theta and k of the best macro F1 on these answers, which shall not be those reported; of
-    equals, what reads least."""
-    thetas = torch.cat(scores).quantile(torch.linspace(0.01, 0.99, 99)).unique().tolist()
-    tried = [measure(scores, answers, theta, k) for theta in thetas for k in (1, 2, 3, 5)]
-    best = max(tried, key=lambda figures: (round(figures["macro_f1"], 3), -figures["tokens_seen"]))
-    return best["theta"], best["k"]
-
-
-def scored(model, answers: list[Answer], pad_id: int) -> list[Tensor]:
-    """z of each answer's tokens without EOS, whose score is of the whole: [T] each."""
-    scores = []
-    with torch.no_grad():
-        for start in range(0, len(answers), 32):
-            scores += [z[:-1] for z in token_scores(model, answers[start:start + 32], pad_id)]
-    return scores
-
-
-# ---- the monitor in the loop
-
-class Watch(StoppingCriteria):
-    """Reads each new token of B answers once, with a cache of its own, and ends those that have had
-    k tokens of z >= theta. With other tokens than the policy's it reads the text so far again."""
-
-    def __init__(self, monitor, mask: Tensor, theta: float, k: int, stop_ids: set[int],
-                 reread=None):
-        self.monitor, self.theta, self.k = monitor, theta, k
-        self.mask = mask                                                         # [B, P]
-        self.stop_ids = torch.tensor(sorted(stop_ids))
-        self.reread = reread                    # token ids so far -> the newest tokens' z [B]
-        self.cache, self.read = None, 0
-        self.hits = torch.zeros(len(mask), dtype=torch.long)                     # [B]
-        self.stops = [None] * len(mask)         # after how many tokens
-        self.seconds = 0.0
-
-    def __call__(self, input_ids: Tensor, scores, **_) -> Tensor:
-        start = time.perf_counter()
-        t = input_ids.shape[1] - self.mask.shape[1]  # tokens written
-        newest = input_ids[:, self.mask.shape[1]:]
-        has_ended = torch.isin(newest, self.stop_ids).any(1)                     # [B]
-        z = self.reread(newest) if self.reread else self.newest_scores(input_ids)  # [B]
-        self.hits += (z >= self.theta) & ~has_ended
-        stopped = self.hits >= self.k                                            # [B]
-        for row in stopped.nonzero().flatten().tolist():
-            self.stops[row] = self.stops[row] or t
-        self.seconds += time.perf_counter() - start
-        return stopped
-
-    def newest_scores(self, input_ids: Tensor) -> Tensor:
-        written = input_ids.shape[1] - self.mask.shape[1]
-        mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), written)], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self.monitor.model(
-            input_ids[:, self.read:], attention_mask=mask, position_ids=positions[:, self.read:],
-            past_key_values=self.cache, use_cache=True)
-        self.cache, self.read = output.past_key_values, input_ids.shape[1]
-        return self.monitor.score_head(output.last_hidden_state[:, -1].float()).squeeze(1)
-
-
-def watched(policy, tokenizer, monitor, prompts: list[str], theta: float, k: int, run,
-            monitor_tokenizer=None) -> tuple[list[dict], dict]:
-    """Answers, each cut where the monitor stops it: (prompt, response, stopped), and what it costs.
-    Without a monitor's tokenizer it reads the policy's tokens."""
-    rows = encode_prompts(prompts, tokenizer)
-    _, mask = pad_rows(rows, [[]] * len(rows), tokenizer.pad_token_id)
-    generator = random_numbers(run.seed, "watch")
-    length = run.max_response_length
-    uniform = 1 - torch.rand(len(rows), length, generator=generator, dtype=torch.float64)
-
-    def reread(newest):
-        texts = tokenizer.batch_decode(newest, skip_special_tokens=True)
-        ids = encode_prompts(prompts, monitor_tokenizer, texts)
-        padded, is_token = pad_rows([[]] * len(ids), ids, 0)
-        return monitor.values(padded, is_token)[range(len(ids)), is_token.sum(1) - 1]
-
-    watch = monitor and Watch(monitor, mask, theta, k, policy.stop_token_ids,
-                              monitor_tokenizer and reread)
-    start = time.perf_counter()
-    written = sample(policy, tokenizer, rows, uniform, length, run,
-                     [watch] if watch else [])
-    seconds = time.perf_counter() - start
-    stops = watch.stops if watch else [None] * len(rows)
-    written = [up_to(row, stop, policy.stop_token_ids) for row, stop in zip(written, stops)]
-    answers = [{"prompt": prompt, "response": tokenizer.decode(row, skip_special_tokens=True),
-                "tokens": row, "stopped": stop is not None}
-               for prompt, row, stop in zip(prompts, written, stops)]
-    steps = max(map(len, written))
-    return answers, {"milliseconds_per_token": 1000 * seconds / steps,
-                     "of_them_the_monitors": 1000 * watch.seconds / steps if watch else 0.0}
-
-
-def up_to(row: list[int], stop: int | None, stop_ids: set[int]) -> list[int]:
-    """The tokens that the monitor has let through, or those before the end of the turn."""
-    if stop is not None:
-        return row[:stop]
-    ends = [t for t, token in enumerate(row) if token in stop_ids]
-    return row[:ends[0]] if ends else row
 
 
 # ---- the three commands
@@ -328,18 +118,6 @@ def load_monitor(settings, run: repo.Config):
                             dtype=torch.float32)
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, source, "--monitor", run)
     return model.to(run.device), tokenizer
-
-
-def validated(scores: list[Tensor], answers: list[Answer]) -> dict:
-    """theta and k chosen on the answers to half of the prompts, measured on the others."""
-    prompts = list(dict.fromkeys(answer.prompt for answer in answers))
-    chosen_on = set(prompts[::2])
-    parts = [[(z, answer) for z, answer in zip(scores, answers)
-              if (answer.prompt in chosen_on) == is_first] for is_first in (True, False)]
-    require(all({answer.is_unsafe for _, answer in part} == {False, True} for part in parts),
-            "too few answers to choose a threshold on some and to measure it on others")
-    theta, k = choose(*map(list, zip(*parts[0])))
-    return measure(*map(list, zip(*parts[1])), theta, k)
 
 
 def train(settings: TrainSettings) -> dict:
@@ -482,15 +260,6 @@ def show(settings: ShowSettings) -> dict:
         f"say; {before['milliseconds_per_token']:.1f} ms a token without the monitor, "
         f"{cost['milliseconds_per_token']:.1f} with it")
     return found
-
-
-def offline(model, tokenizer, whole: dict, theta: float, k: int) -> list[int]:
-    """The tokens of a whole answer up to where the monitor would have stopped it."""
-    [prompt] = encode_prompts([whole["prompt"]], tokenizer)
-    ids = torch.tensor([prompt + whole["tokens"]])
-    with torch.no_grad():
-        z = model.values(ids, torch.ones_like(ids))[0, len(prompt):]
-    return whole["tokens"][:stop_of(z, theta, k)]
 
 
 COMMANDS = {"train": (TrainSettings, train), "score": (ScoreSettings, score),

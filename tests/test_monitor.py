@@ -8,8 +8,8 @@ import torch
 from conftest import exhaustive, random_beaver, write_beaver
 from transformers import AutoTokenizer
 
-from companions import monitor
-from companions.monitor import Answer
+from companions import monitor, streaming
+from companions.streaming import Answer
 from plumbing.models import load_policy
 from plumbing.prompts import encode_prompts
 
@@ -31,17 +31,17 @@ def test_the_loss_of_an_unsafe_answer(is_harmful, of_tokens):
     z = torch.tensor([math.log(3), -math.log(3), 0.0])
     logic = -math.log(1 - 1 / 2 + 1 / 2 * 3 / 4)
     for alpha, weight in ((1.0, 1.0), (0.25, 2.0), (0.0, 0.0)):
-        loss = monitor.monitor_loss([z], [answer(True, is_harmful)], alpha, weight).item()
+        loss = streaming.monitor_loss([z], [answer(True, is_harmful)], alpha, weight).item()
         expected = alpha * of_tokens + (1 - alpha) * LN_2 + weight * logic
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_where_the_kth_token_is_reached():
     z = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.9])
-    assert monitor.stop_of(z, 0.8, 1) == 2  # a score of theta counts
-    assert monitor.stop_of(z, 0.8, 2) == 4
-    assert monitor.stop_of(z, 0.05, 5) == 5
-    assert monitor.stop_of(z, 0.8, 4) is None
+    assert streaming.stop_of(z, 0.8, 1) == 2  # a score of theta counts
+    assert streaming.stop_of(z, 0.8, 2) == 4
+    assert streaming.stop_of(z, 0.05, 5) == 5
+    assert streaming.stop_of(z, 0.8, 4) is None
 
 
 def test_figures_by_hand():
@@ -50,11 +50,11 @@ def test_figures_by_hand():
     high, low = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.zeros(4)
     answers = [answer(True, [False, False, True, True]), answer(True, [False] * 3 + [True]),
                answer(False, [False] * 4), answer(False, [False] * 4)]
-    figures = monitor.measure([high, low, high, low], answers, 0.5, 1)
+    figures = streaming.measure([high, low, high, low], answers, 0.5, 1)
     assert figures == {
         "macro_f1": 0.5, "recall": 0.5, "false_stop_rate": 0.5, "tokens_seen": (3 / 4 + 1) / 2,
         "harm_let_through": (1 + 1) / 3, "theta": 0.5, "k": 1}
-    assert monitor.measure([high] * 2, [answer(True), answer(False)], 0.5, 1)[
+    assert streaming.measure([high] * 2, [answer(True), answer(False)], 0.5, 1)[
         "harm_let_through"] is None
 
 
@@ -63,7 +63,7 @@ def test_the_threshold_is_chosen_on_other_prompts_than_it_is_measured_on():
     scores = [torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([3.0]), torch.tensor([2.0])]
     answers = [Answer(prompt, [], 0, is_unsafe, None)
                for prompt in ("a", "b") for is_unsafe in (True, False)]
-    figures = monitor.validated(scores, answers)
+    figures = streaming.validated(scores, answers)
     assert 0 < figures["theta"] <= 1 and figures["false_stop_rate"] == 1
 
 
@@ -72,7 +72,7 @@ def test_spans_become_the_tokens_they_touch(tokenizer):
     first = response.index("cut")
     row = {"prompt": "p", "response": response, "safe": False,
            "harmful_spans": [[first, first + len("cut the lock")]]}
-    read = monitor.answer_of(row, tokenizer)
+    read = streaming.answer_of(row, tokenizer)
     tokens = read.ids[read.start:-1]
     assert len(tokens) == len(read.is_harmful) and read.ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(tokens) == response
@@ -94,7 +94,7 @@ def test_live_stops_are_the_offline_ones_and_answers_prefixes(family, tmp_path, 
     model, _ = monitor.load_monitor(monitor.WatchSettings(monitor=str(tmp_path / "m")), run)
     with open(family["eval_dataset"]) as file:
         prompts = [json.loads(line)["prompt"] for line in file][:24]
-    plain, cost = monitor.watched(policy, tokenizer, None, prompts, 0, 1, run)
+    plain, cost = streaming.watched(policy, tokenizer, None, prompts, 0, 1, run)
     assert cost["of_them_the_monitors"] == 0
     seconds = []  # each answer's second-highest score: above their median half are stopped
     for prompt, whole in zip(encode_prompts(prompts, tokenizer), plain):
@@ -102,12 +102,12 @@ def test_live_stops_are_the_offline_ones_and_answers_prefixes(family, tmp_path, 
         z = model.values(ids, torch.ones_like(ids))[0, len(prompt):]
         seconds.append(z.topk(2).values[1].item())
     theta = sum(sorted(seconds)[11:13]) / 2
-    cut, cost = monitor.watched(policy, tokenizer, model, prompts, theta, 2, run,
+    cut, cost = streaming.watched(policy, tokenizer, model, prompts, theta, 2, run,
                                 tokenizer if rereads else None)
     assert 0 < cost["of_them_the_monitors"] < cost["milliseconds_per_token"]
     for part, whole in zip(cut, plain):
         assert part["tokens"] == whole["tokens"][:len(part["tokens"])]
-        assert part["tokens"] == monitor.offline(model, tokenizer, whole, theta, 2)
+        assert part["tokens"] == streaming.offline(model, tokenizer, whole, theta, 2)
         assert part["stopped"] or part["tokens"] == whole["tokens"]
     assert sum(part["stopped"] for part in cut) == 12
 

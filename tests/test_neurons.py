@@ -16,7 +16,7 @@ from transformers import (
     MptForCausalLM,
 )
 
-from companions import learning, neurons
+from companions import learning, neurons, patching
 from plumbing.errors import UserError
 
 
@@ -46,12 +46,12 @@ def test_patching_all_or_nothing(tokenizer, kind):
     """A model patched with itself, or with no neuron of another, writes what it writes alone; and
     greedy answers are the library's."""
     start, other = of_kind(kind, tokenizer, 0), of_kind(kind, tokenizer, 1)
-    shape = neurons.activations(start, "START", torch.tensor([ROWS[0]])).shape
+    shape = patching.activations(start, "START", torch.tensor([ROWS[0]])).shape
     every = torch.ones(shape[0], shape[2], dtype=torch.bool)
-    alone = neurons.answers(start, start, None, ROWS, tokenizer, 12)
-    assert neurons.answers(start, start, every, ROWS, tokenizer, 12) == alone
-    assert neurons.answers(start, other, ~every, ROWS, tokenizer, 12) == alone
-    assert neurons.answers(start, other, every, ROWS, tokenizer, 12) != alone
+    alone = patching.answers(start, start, None, ROWS, tokenizer, 12)
+    assert patching.answers(start, start, every, ROWS, tokenizer, 12) == alone
+    assert patching.answers(start, other, ~every, ROWS, tokenizer, 12) == alone
+    assert patching.answers(start, other, every, ROWS, tokenizer, 12) != alone
     for row, answer in zip(ROWS, alone):
         whole = start.generate(torch.tensor([row]), max_new_tokens=12, do_sample=False,
                                eos_token_id=1, pad_token_id=2)[0].tolist()
@@ -65,9 +65,9 @@ def test_a_model_whose_mlps_alone_differ_is_patched_into_the_other(tokenizer):
         for layer in aligned.model.layers:
             layer.mlp.gate_proj.weight.normal_(std=0.5)
     every = torch.ones(2, 48, dtype=torch.bool)
-    alone = neurons.answers(aligned, aligned, None, ROWS, tokenizer, 12)
-    assert neurons.answers(start, aligned, every, ROWS, tokenizer, 12) == alone
-    assert neurons.answers(start, start, None, ROWS, tokenizer, 12) != alone
+    alone = patching.answers(aligned, aligned, None, ROWS, tokenizer, 12)
+    assert patching.answers(start, aligned, every, ROWS, tokenizer, 12) == alone
+    assert patching.answers(start, start, None, ROWS, tokenizer, 12) != alone
 
 
 def test_scores_by_hand(tokenizer):
@@ -77,21 +77,21 @@ def test_scores_by_hand(tokenizer):
     with torch.no_grad():
         aligned.model.layers[0].mlp.up_proj.weight[7] *= 2
     rows = [([0, 5, 6], [7, 8, 1]), ([0, 9], [4])]
-    scores = neurons.change_scores(start, aligned, rows, of_prompts=False)
-    seen = torch.cat([neurons.activations(start, "S", torch.tensor([p + a]))[0, len(p):, 7]
+    scores = patching.change_scores(start, aligned, rows, of_prompts=False)
+    seen = torch.cat([patching.activations(start, "S", torch.tensor([p + a]))[0, len(p):, 7]
                       for p, a in rows])  # of the four answer tokens
     assert len(seen) == 4
     assert scores[0, 7].item() == pytest.approx((seen ** 2).mean().sqrt().item(), rel=1e-5)
     assert scores[0].count_nonzero() == 1 and scores[1].count_nonzero() > 1
-    last = neurons.change_scores(start, aligned, rows[:1], of_prompts=True)[0, 7].item()
-    before = neurons.activations(start, "S", torch.tensor([[0, 5, 6]]))[0, -1, 7].abs().item()
+    last = patching.change_scores(start, aligned, rows[:1], of_prompts=True)[0, 7].item()
+    before = patching.activations(start, "S", torch.tensor([[0, 5, 6]]))[0, -1, 7].abs().item()
     assert last == pytest.approx(before, rel=1e-5)
 
 
 def test_the_top_share():
     scores = torch.tensor([[0.1, 0.9], [0.5, 0.2]])
-    assert neurons.top(scores, 0.5).tolist() == [[False, True], [True, False]]
-    assert neurons.top(scores, 1.0).all()
+    assert patching.top(scores, 0.5).tolist() == [[False, True], [True, False]]
+    assert patching.top(scores, 1.0).all()
 
 
 def test_what_a_table_says_without_a_gain():
@@ -121,7 +121,7 @@ def test_two_models_from_the_command_line(family, tmp_path, tokenizer, capsys):
 
 def test_models_without_such_neurons_are_refused_by_name(tokenizer):
     with pytest.raises(UserError, match="MptForCausalLM has no mlp.down_proj, mlp.c_proj"):
-        neurons.down_projections(of_kind("mpt", tokenizer, 0), "x")
+        patching.down_projections(of_kind("mpt", tokenizer, 0), "x")
 
 
 @pytest.mark.parametrize("flags, says", [
