@@ -8,6 +8,9 @@ import pytest
 from conftest import ROOT
 
 import repo
+from companions import monitor
+from companions.monitor import ShowSettings, TrainSettings, WatchSettings
+from companions.neurons import NeuronSettings
 from companions.score_models import ScoreSettings
 from companions.supervised import SupervisedSettings
 from kernels.bench import bench_parser
@@ -61,6 +64,7 @@ def test_every_link_to_a_file_leads_to_one(page):
 BENCH = r"kernels\.bench([^`\n]*)"  # and the settings it is called with
 TORCHRUN = r"torchrun --.*? repo\.py"  # the settings between are torchrun's own
 SHIP = r"python -m tiny_configs\.world --ship"
+PIP = r"pip install [^\n`]*"
 
 
 def settings_in(text: str) -> set[str]:
@@ -71,7 +75,8 @@ def settings_of_companions() -> set[str]:
     names = {"harmful_share"}  # compare.py makes a data set of it for repo.py
     for file in (ROOT / "companions").glob("*.py"):
         names |= set(re.findall(r'add_argument\(\s*"--([a-z_0-9]+)"', file.read_text()))
-    for settings in (SupervisedSettings, ScoreSettings):
+    for settings in (SupervisedSettings, ScoreSettings, NeuronSettings, ShowSettings,
+                     TrainSettings, monitor.ScoreSettings, WatchSettings):
         names |= set(settings.__dataclass_fields__)
     return names
 
@@ -82,7 +87,7 @@ def test_every_setting_it_names_exists(page):
     of_the_bench = {word.lstrip("-") for word in bench_parser("cpu")._option_string_actions}
     assert settings_in(" ".join(re.findall(BENCH, text))) <= of_the_bench
 
-    others = re.sub(f"{BENCH}|{TORCHRUN}|{SHIP}", "", text)
+    others = re.sub(f"{BENCH}|{TORCHRUN}|{SHIP}|{PIP}", "", text)
     known = set(repo.Config.__dataclass_fields__) | {"config", "help"} | settings_of_companions()
     assert settings_in(others) <= known
 
@@ -92,6 +97,6 @@ def test_every_setting_it_names_exists(page):
 
 def test_the_front_page_is_short_and_narrow():
     lines = text_of(FRONT).splitlines()
-    assert len(lines) <= 230
+    assert len(lines) <= 250
     wide = [n for n, line in enumerate(lines, 1) if len(line) > 140 and not line.startswith("|")]
     assert not wide
