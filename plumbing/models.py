@@ -222,11 +222,11 @@ def hidden_states(body, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 def shared_beginning(body, rows: tuple[Tensor]):
     """(hidden states [1, s, H] of the s tokens that B rows begin with, their cache for B rows); or
-    (None, None) where that does not pay or cannot be: few tokens, several processes (which must
-    call a body equally often), layers that recompute, a cache of more than keys and values."""
+    (None, None) where that does not pay or cannot be: few tokens, one row, several processes (which
+    must call a body equally often), layers that recompute, a cache of more than keys and values."""
     recomputes = any(layer.training and getattr(layer, "gradient_checkpointing", False)
                      for layer in body.modules())
-    shared = 0 if recomputes or RANKS > 1 else count_shared(rows)
+    shared = 0 if recomputes or RANKS > 1 or len(rows) == 1 else count_shared(rows)
     if shared < MIN_SHARED:
         return None, None
     beginning = body(rows[0][None, :shared], use_cache=True)

@@ -443,6 +443,8 @@ def test_what_all_rows_begin_with_is_read_once(tokenizer, count, reads):
         tuple((ids or [more["input_ids"]])[0].shape)), with_kwargs=True)
     hidden_states(model, *inputs)
     assert seen == reads
+    hidden_states(model, *(part[:1] for part in inputs))
+    assert seen.pop() == (1, inputs[0].shape[1])  # of one row nothing is shared
     model.gradient_checkpointing_enable()
     model.layers[0].training = True  # as recomputing() sets it
     hidden_states(model, *inputs)
