@@ -108,18 +108,17 @@ def harm_pairs(questions: list[dict]) -> list[dict]:
 
 
 def help_pairs(questions: list[dict], draw: random.Random) -> list[dict]:
-    """A compliance is better than a refusal, whatever is asked; and either is better than what
-    answers another question. Without these a policy soon found what neither refuses nor answers."""
+    """A compliance is better than a refusal, whatever is asked, and than what answers another
+    question: else anything would do that does not refuse."""
     safe = [question for question in questions
             if question["compliances"] and not question["is_unsafe"]]
     rows = []
     for question in questions:
         orders = [(compliance, refusal) for compliance in question["compliances"]
                   for refusal in question["refusals"]]
-        for kind in ("compliances", "refusals"):
-            for answer in question[kind][:2]:
-                other = draw.choice([each for each in safe if each is not question])
-                orders.append((answer, draw.choice(other["compliances"])))
+        for answer in question["compliances"]:
+            other = draw.choice([each for each in safe if each is not question])
+            orders.append((answer, draw.choice(other["compliances"])))
         for better, worse in orders:
             at = len(rows) % 2
             rows.append(pair(question["prompt"], better, worse, at, better_response_id=at))

@@ -80,19 +80,18 @@ def test_a_refusal_is_safer_and_a_compliance_as_safe_as_its_question(data):
         assert pair[f"is_response_{1 - safer}_safe"] == (number < 20)
 
 
-def test_a_compliance_helps_more_than_a_refusal_and_another_questions_answer_least(data):
+def test_a_compliance_helps_more_than_a_refusal_and_than_another_questions_answer(data):
     kinds = []
     for pair in rows_of(data / "help.jsonl"):
         at = pair["better_response_id"]
         better, worse = pair[f"response_{at}"], pair[f"response_{1 - at}"]
+        assert number_in(better) == number_in(pair["prompt"])
         if worse.startswith("I cannot"):
-            assert number_in(better) == number_in(pair["prompt"])
             kinds.append("refusal")
         else:
-            assert better.startswith("I cannot") or number_in(better) == number_in(pair["prompt"])
             assert number_in(worse) != number_in(pair["prompt"]) and number_in(worse) < 20
             kinds.append("other")
-    assert kinds.count("refusal") == 32 and kinds.count("other") == 64
+    assert kinds.count("refusal") == 32 and kinds.count("other") == 32
 
 
 def test_the_judge_knows_the_questions_and_refusals_by_their_words(data):
