@@ -28,6 +28,7 @@ import repo  # noqa: E402
 from companions import learning  # noqa: E402
 from companions.score_models import make_score_model  # noqa: E402
 from companions.streaming import (  # noqa: E402
+    caught,
     measure,
     monitor_loss,
     offline,
@@ -62,6 +63,10 @@ class TrainSettings(learning.Settings):
 
     alpha: float = option(1.0, "weight of the tokens' loss; the rest is that of the whole answer")
     logic_weight: float = option(1.0, "weight of the loss that ties the two")
+
+    def check(self) -> None:
+        require(self.model != "tiny", "--model is missing")
+        super().check()
 
 
 @dataclass
@@ -184,6 +189,24 @@ def table(named: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(curves: dict[str, list[float]], harmful: int, file: Path) -> None:
+    """Share of harmful answers stopped, by the share of their tokens that was read."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # optional
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for name, shares in curves.items():
+        stopped = [number / harmful for number in range(len(shares) + 1)]
+        axes.step([0, *shares], stopped, where="post", label=name.replace("_", " "))
+    axes.set(xlabel="share of its tokens read", ylabel="share of harmful answers stopped",
+             xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
 # ---- itself, in the tiny world
 
 @dataclass
@@ -231,17 +254,22 @@ def show(settings: ShowSettings) -> dict:
     trained = TrainSettings(
         model=family["policy"], data=rows, eval_data=test_rows, out=str(out / "monitor"),
         device="cpu", lr=2e-3, steps=200, batch_size=32, seed=settings.seed)
-    found = {"trained": train(trained)}
-    for name, source in (("cost_model_on_prefixes", family["cost_model"]),
+    found, curves = {"trained": train(trained)}, {}
+    for name, source in (("trained", trained.out), ("cost_model_on_prefixes", family["cost_model"]),
                          ("run_critic", settings.run)):
         of = ScoreSettings(monitor=source, device="cpu")
         model, tokenizer = load_monitor(of, of.as_run(source))
         _, answers = read_answers(test_rows, "--data", tokenizer)
         scores = scored(model, answers, tokenizer.pad_token_id)
         # A cost model calls harmful what is above 0.
-        found[name] = (validated(scores, answers) if name == "run_critic"
-                       else measure(scores, answers, theta=0.0, k=1))
+        if name == "cost_model_on_prefixes":
+            found[name] = measure(scores, answers, theta=0.0, k=1)
+        elif name == "run_critic":
+            found[name] = validated(scores, answers)
+        curves[name] = caught(scores, answers, found[name]["theta"], found[name]["k"])
+        harmful = sum(answer.is_unsafe for answer in answers)
     say(table(found))
+    draw(curves, harmful, out / "caught.png")
 
     live = WatchSettings(policy=family["policy"], monitor=str(out / "monitor"), device="cpu")
     run = live.as_run(family["policy"])

@@ -230,16 +230,16 @@ def show(settings: NeuronSettings) -> dict:
     source = world.build()["policy"]
     as_run = RunSettings(model=source, policy=source, device="cpu", output_dir="unused")
     fill_in(as_run)
-    _, held_out = world.split_requests()
+    taught, held_out = world.split_requests()
 
-    def pair_with(aligned):
-        return Pair(start, aligned, tokenizer, held_out, of_the_world, 32)
+    def pair_with(aligned, prompts=held_out):
+        return Pair(start, aligned, tokenizer, prompts, of_the_world, 32)
 
     start, tokenizer = load_policy(as_run)
     say("19 neurons learn to refuse")
     learned, _ = load_policy(as_run)
     planted = plant(learned, tokenizer, 19, random.Random(settings.seed))
-    pair = pair_with(learned)
+    pair = pair_with(learned, taught[::4])  # what 19 neurons can do for other requests is little
     scores = pair.scores(of_prompts=False)
     found = {(int(at), int(index)) for at, index in top(scores, 19 / scores.numel()).nonzero()}
     of_planted = restored(pair, scores, [0.05], settings.draws, settings.seed)

@@ -128,6 +128,13 @@ def measure(scores: list[Tensor], answers: list[Answer], theta: float, k: int) -
     }
 
 
+def caught(scores: list[Tensor], answers: list[Answer], theta: float, k: int) -> list[float]:
+    """Of each harmful answer that is stopped, the share of its tokens read by then, sorted."""
+    stops = [(stop_of(z, theta, k), len(z)) for z, answer in zip(scores, answers)
+             if answer.is_unsafe]
+    return sorted(stop / length for stop, length in stops if stop)
+
+
 def choose(scores: list[Tensor], answers: list[Answer]) -> tuple[float, int]:
     """theta and k of the best macro F1 on these answers, which shall not be those reported; of
     equals, what reads least."""
@@ -168,10 +175,10 @@ class Watch(StoppingCriteria):
                  reread=None):
         self.monitor, self.theta, self.k = monitor, theta, k
         self.mask = mask                                                         # [B, P]
-        self.stop_ids = torch.tensor(sorted(stop_ids))
+        self.stop_ids = torch.tensor(sorted(stop_ids), device=mask.device)
         self.reread = reread                    # token ids so far -> the newest tokens' z [B]
         self.cache, self.read = None, 0
-        self.hits = torch.zeros(len(mask), dtype=torch.long)                     # [B]
+        self.hits = mask.new_zeros(len(mask))                                    # [B]
         self.stops = [None] * len(mask)         # after how many tokens
         self.seconds = 0.0
 
@@ -212,10 +219,10 @@ def watched(policy, tokenizer, monitor, prompts: list[str], theta: float, k: int
     def reread(newest):
         texts = tokenizer.batch_decode(newest, skip_special_tokens=True)
         ids = encode_prompts(prompts, monitor_tokenizer, texts)
-        padded, is_token = pad_rows([[]] * len(ids), ids, 0)
+        padded, is_token = (part.to(monitor.device) for part in pad_rows([[]] * len(ids), ids, 0))
         return monitor.values(padded, is_token)[range(len(ids)), is_token.sum(1) - 1]
 
-    watch = monitor and Watch(monitor, mask, theta, k, policy.stop_token_ids,
+    watch = monitor and Watch(monitor, mask.to(policy.device), theta, k, policy.stop_token_ids,
                               monitor_tokenizer and reread)
     start = time.perf_counter()
     written = sample(policy, tokenizer, rows, uniform, length, run,
@@ -242,7 +249,7 @@ def up_to(row: list[int], stop: int | None, stop_ids: set[int]) -> list[int]:
 def offline(model, tokenizer, whole: dict, theta: float, k: int) -> list[int]:
     """The tokens of a whole answer up to where the monitor would have stopped it."""
     [prompt] = encode_prompts([whole["prompt"]], tokenizer)
-    ids = torch.tensor([prompt + whole["tokens"]])
+    ids = torch.tensor([prompt + whole["tokens"]], device=model.device)
     with torch.no_grad():
         z = model.values(ids, torch.ones_like(ids))[0, len(prompt):]
     return whole["tokens"][:stop_of(z, theta, k)]

@@ -141,6 +141,7 @@ def test_trained_and_scored(family, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, says", [
+    (["train", "--data", "x"], "--model is missing"),
     (["train", "--model", "x"], "--data is missing"),
     (["score", "--data", "x"], "--monitor is missing"),
     (["watch", "--policy", "x", "--monitor", "y", "--dataset", "z"], "--theta is missing"),
