@@ -19,8 +19,8 @@ SOURCES = {  # of a rollout's numbers
 # floor: they give one answer to each request.
 ENTROPY_FLOOR = 0.01
 # Of a rollout's updates, on average. With SmolLM2-135M and adapters an early trial with --actor_lr
-# 3e-4 gave .67 and 64 in the first step, and a policy of nonsense; seven runs with 2e-5 stayed below
-# .22 and .08.
+# 3e-4 gave .67 and 64 in the first step, and a policy of nonsense; seven runs with 2e-5 stayed
+# below .22 and .08.
 DESTRUCTIVE = {"clip_fraction": 0.5, "approx_kl": 1.0}
 
 
