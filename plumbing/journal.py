@@ -68,7 +68,10 @@ def keep_step(state, out: Path, rollout, metrics: dict, judge, config) -> None:
         say(samples_table(samples))
         log(state, out, "samples.jsonl", samples)
         if judge and "drift" not in state.warned:
-            warn_once(state, "drift", drift(verdicts_of(rollout, judge, config)))
+            try:
+                warn_once(state, "drift", drift(verdicts_of(rollout, judge, config)))
+            except UserError:  # a judge may know the held-out prompts alone, and need not tell
+                state.warned.add("drift")
     if config.save_every:
         # Counted, because a bad step on a multiple saves none.
         saved = (state.saved_step or 0) // config.save_every

@@ -256,3 +256,19 @@ def test_a_run_says_once_that_its_updates_destroy(run, tmp_path):
     assert code == 0, printed
     assert printed.count("the update has left the policy that was sampled from") == 1
     assert printed.count("none of the 8 responses refuses") == 1
+
+
+def test_a_judge_that_does_not_know_the_training_prompts_ends_no_run(run, tmp_path, family):
+    """It is asked about them for a warning only."""
+    file = write_python(tmp_path / "judge.py", f"""
+        held_out = open({str(family["eval_dataset"])!r}).read()
+
+        def knows(prompts, responses):
+            assert all(prompt in held_out for prompt in prompts)
+            return [{{"safe": True, "refused": False, "harmful_prompt": False}} for _ in prompts]
+    """)
+    code, out, printed = run("--device", "cpu", "--steps", 2, "--batch_size", 8,
+                             "--sample_every", 1, "--judge", f"{file}:knows",
+                             "--max_eval_prompts", 2, "--eval_samples", 1)
+    assert code == 0, printed
+    assert json.loads((out / "summary.json").read_text())["judge_safety_rate"] == 1
