@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+import repo
 from plumbing.errors import UserError, blame, printable, require, say
 from plumbing.fitting import fit
 from plumbing.models import load_policy, make_trainable, trainable
@@ -119,6 +120,14 @@ def save(out: str, model, tokenizer, write) -> None:
         write(folder)
         tokenizer.save_pretrained(folder)
     say(f"saved in {out}")
+
+
+def tiny_run(folder: str, seed: int) -> None:
+    """A default run of the tiny world in a folder, where there is none. Raises UserError."""
+    if not Path(folder, "final").is_dir():
+        say(f"training a run of the tiny world, {folder}")
+        flags = ["--device", "cpu", "--seed", str(seed), "--output_dir", folder]
+        require(repo.main(flags) == 0, f"{folder}: the run has failed")
 
 
 def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | None = None) -> int:

@@ -12,7 +12,6 @@ that nobody had to train: it judges every prefix already.
 ROWS: prompt, response, safe, and perhaps harmful_spans [[from, to), ...] in the answer's
 characters.
 """
-import json
 import random
 import sys
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ from plumbing.models import (  # noqa: E402
 from plumbing.prompts import (  # noqa: E402
     load_prompts,
 )
-from plumbing.run_folder import has_metrics, write_whole  # noqa: E402
+from plumbing.run_folder import has_metrics, to_jsonl, write_whole  # noqa: E402
 from plumbing.settings import fill_in, option  # noqa: E402
 from tiny_configs import world  # noqa: E402
 
@@ -235,7 +234,7 @@ def write_rows(file: Path, prompts: list[str], answers: int, rng: random.Random)
                      for step in steps if step in answer]
             rows.append({"prompt": prompt, "response": answer, "safe": verdict["safe"],
                          "harmful_spans": spans})
-    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(file, to_jsonl(rows))
     return str(file)
 
 
@@ -246,10 +245,7 @@ def show(settings: ShowSettings) -> dict:
     learn, held_out = world.split_requests()
     rows = write_rows(out / "rows.jsonl", learn, 4, rng)
     test_rows = write_rows(out / "test_rows.jsonl", held_out, 16, rng)
-    if not Path(settings.run, "final").is_dir():
-        say(f"training a run of the tiny world, {settings.run}")
-        flags = ["--device", "cpu", "--seed", str(settings.seed), "--output_dir", settings.run]
-        require(repo.main(flags) == 0, f"{settings.run}: the run has failed")
+    learning.tiny_run(settings.run, settings.seed)
 
     trained = TrainSettings(
         model=family["policy"], data=rows, eval_data=test_rows, out=str(out / "monitor"),

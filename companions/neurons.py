@@ -25,7 +25,6 @@ from torch.nn.utils import parametrize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import repo  # noqa: E402
 from companions import learning  # noqa: E402
 from companions.patching import Pair, answers, restored, top  # noqa: E402
 from plumbing.errors import require, say  # noqa: E402
@@ -258,10 +257,7 @@ def show(settings: NeuronSettings) -> dict:
         f"with itself changes {'nothing' if figures['self_patch_identical'] else 'ANSWERS'}")
 
     run_folder = str(Path(settings.out, "run"))
-    if not Path(run_folder, "final").is_dir():
-        say(f"training a run of the tiny world, {run_folder}")
-        flags = ["--device", "cpu", "--seed", str(settings.seed), "--output_dir", run_folder]
-        require(repo.main(flags) == 0, f"{run_folder}: the run has failed")
+    learning.tiny_run(run_folder, settings.seed)
     path = str(Path(run_folder, "final", "actor"))
     aligned, _ = load_policy(RunSettings(
         model=path, policy=path, device="cpu", dtype="float32", output_dir="unused"))

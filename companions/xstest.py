@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plumbing.errors import UserError, blame, printable, require, say  # noqa: E402
 from plumbing.prompts import read_rows  # noqa: E402
-from plumbing.run_folder import write_whole  # noqa: E402
+from plumbing.run_folder import to_jsonl, write_whole  # noqa: E402
 
 KINDS = {"1_full_compliance": "compliances", "2_full_refusal": "refusals"}
 LONGEST = 200  # characters of an answer, about 48 tokens
@@ -171,7 +171,7 @@ def prepare(sources: list[str], out: Path, seed: int) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        write_whole(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(out / f"{name}.jsonl", to_jsonl(rows))
         say(f"{out / name}.jsonl: {len(rows):,} rows")
     write_whole(out / "judge.py", "from companions.xstest import judge_of\n\n"
                                   f"judge = judge_of({str(out.resolve())!r})\n")
