@@ -1,4 +1,4 @@
-"""Compares runs, as tables and pictures, and trains those that are not there yet.
+"""Compares runs, as tables, pictures and a page, and trains those that are not there yet.
 
     python companions/compare.py                    # PPO, PPO-Lag and both estimators of RePO,
                                                     # three seeds each, in the tiny world
@@ -23,7 +23,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -31,16 +31,23 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import repo  # noqa: E402
-from plumbing.errors import UserError, blame, printable, require  # noqa: E402
+from companions.page import write_page  # noqa: E402
+from companions.runs import (  # noqa: E402
+    ALGOS,
+    COLUMNS,
+    CURVES,
+    OF_ONE_RUN,
+    Run,
+    cell,
+    curve,
+    grouped,
+    load_runs,
+    mean_of,
+    read_jsonl,
+)
+from plumbing.errors import UserError, printable, require  # noqa: E402
 from tiny_configs import world  # noqa: E402
 
-ALGOS = {  # what --algos calls a method -> its title, and its settings
-    "ppo": ("PPO", ["--algo", "ppo"]),
-    "ppo_lag": ("PPO-Lag", ["--algo", "ppo_lag"]),
-    "repo": ("RePO", ["--algo", "repo"]),
-    "mask": ("RePO, mask", ["--algo", "repo", "--rectify", "mask"]),
-    "gate": ("gate", ["--algo", "gate"]),
-}
 DEFAULT_ALGOS = ["ppo", "ppo_lag", "repo", "mask"]
 
 STUDY = [  # the settings that --study changes, a variant each
@@ -56,126 +63,10 @@ STUDY = [  # the settings that --study changes, a variant each
     "--algo ppo_lag --lambda_lr 0.8",
 ]
 
-COLUMNS = {  # what a table shows of summary.json -> the column's title
-    "reward": "reward",
-    "cost": "cost",
-    "rectified_cost": "rectified cost",
-    "safety_rate": "responses safe",
-    "prompts_fully_safe": "prompts fully safe",
-    "unsafe_prompts_at_most": "unsafe prompts at most",
-    "cost_at_most": "mean cost at most",
-    "over_refusal_rate": "over-refusal",
-    "reward_on_harmless_prompts": "reward on harmless prompts",
-    "lambda": "final λ",
-    "kl": "KL",
-    "wall_seconds": "seconds",
-}
-
-OF_ONE_RUN = {  # no part of a method: runs that differ in these alone may be averaged
-    "seed", "output_dir", "resume", "environment", "sample_every", "save_every",
-    "keep_checkpoints", "dry_run", "gpu_memory", "scorer_timeout", "max_bad_steps",
-}
 SET_HERE = (  # by the comparison itself, so not by its user
     "--seed", "--algo", "--rectify", "--output_dir", "--eval_only", "--dry_run", "--resume",
     "--config",
 )
-
-
-# ---- Runs and their groups
-
-class Run:
-    """A finished run's files, and the name of its method."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.config = json.loads((folder / "config.json").read_text())
-        self.summary = json.loads((folder / "summary.json").read_text())
-        self.metrics = read_jsonl(folder / "metrics.jsonl")
-        self.prompts = read_jsonl(folder / "eval.jsonl")
-        self.before = read_jsonl(folder / "eval_before.jsonl")
-
-        self.name, _ = ALGOS[self.algo()]
-        evaluated = self.config.get("eval_only")
-        if evaluated:  # nothing was trained
-            self.name = f"{Path(evaluated).name}, evaluated"
-            self.summary |= {"lambda": None, "wall_seconds": None}
-
-    def algo(self) -> str:
-        """What --algos calls its method."""
-        if self.config["algo"] == "repo" and self.config["rectify"] == "mask":
-            return "mask"
-        return self.config["algo"]
-
-    def settings(self) -> dict:
-        """The settings of its method, which are the same for every seed."""
-        settings = {key: value for key, value in self.config.items() if key not in OF_ONE_RUN}
-        if self.config["algo"] != "repo":
-            del settings["rectify"]  # nothing reads it
-        return settings
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a file with one a line; none if there is no such file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def load_runs(folders: list[Path]) -> list[Run]:
-    """Finished runs. Raises UserError for a folder that is none."""
-    runs = []
-    for folder in folders:
-        for name in ("config.json", "summary.json", "eval.jsonl"):
-            require((folder / name).is_file(),
-                    f"{folder}: has no {name}, so it is not a finished run of repo.py")
-        with blame(f"{folder}: cannot be read as a run of repo.py"):
-            runs.append(Run(folder))
-    return runs
-
-
-def grouped(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, under a name that tells the groups apart.
-
-    The same seed twice is a run repeated, say after a change of code: then each run of the group
-    stands for itself, under a name with its folder.
-    """
-    groups = {}
-    for run in runs:
-        groups.setdefault(json.dumps(run.settings(), sort_keys=True), []).append(run)
-
-    changed = changed_settings([group[0].settings() for group in groups.values()])
-    named = {}
-    for group in groups.values():
-        name = group_name(group[0], changed)
-        seeds = {run.config["seed"] for run in group}
-        if name in named or len(seeds) < len(group):
-            named |= {f"{name} ({run.folder})": [run] for run in group}
-        else:
-            named[name] = group
-    return named
-
-
-def changed_settings(all_settings: list[dict]) -> list[str]:
-    """The names of settings that are not everywhere the same, but for those that Run.name tells."""
-    names = dict.fromkeys(name for settings in all_settings for name in settings)
-    changed = []
-    for name in names:
-        values = {json.dumps(settings.get(name)) for settings in all_settings}
-        if len(values) > 1 and name not in ("algo", "rectify", "eval_only"):
-            changed.append(name)
-    return changed
-
-
-def group_name(run: Run, changed: list[str]) -> str:
-    """The method and its changed settings; its folder instead where those are too many to read."""
-    parts = [run.name]
-    for key in changed:
-        value = run.settings().get(key)
-        if isinstance(value, str):  # mostly a path
-            value = Path(value).name
-        parts.append(f"{key} {value}")
-    name = ", ".join(parts)
-    return name if len(name) < 60 else f"{run.name}, {run.folder.name}"
 
 
 # ---- Tables
@@ -199,21 +90,6 @@ def runs_table(groups: dict[str, list[Run]]) -> str:
             cells = [name, str(len(summaries)), *(cell(summaries, key) for key in COLUMNS)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def cell(summaries: list[dict], key: str) -> str:
-    """Mean and standard deviation over runs."""
-    values = [summary.get(key) for summary in summaries]
-    if None in values:
-        return "-"
-    digits = 0 if key == "wall_seconds" else 3
-    mean = f"{fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
-
-
-def mean_of(row: dict, key: str) -> float:
-    """The mean over a held-out prompt's responses, from its row of eval.jsonl."""
-    return fmean(response[key] for response in row["responses"])
 
 
 def quadrant(old: dict, new: dict) -> tuple[str, str]:
@@ -275,14 +151,6 @@ STYLES = [
     {"color": "0.6", "ls": "--", "lw": 2},
 ]
 
-CURVES = {  # metric -> its panel's title
-    "reward": "reward",
-    "cost": "cost",
-    "rectified_cost": "rectified cost {C − d}⁺",
-    "unsafe_rate": "responses safe (share)",
-    "lambda": "λ",
-}
-
 
 def draw_pictures(groups: dict[str, list[Run]], out: Path) -> list[Path]:
     """curves.png, compensation.png and before_after.png; a sentence instead without matplotlib."""
@@ -319,16 +187,6 @@ def draw_curves(figure, groups: dict[str, list[Run]]) -> None:
         axis.set(xlabel="step", ylabel=title)
         axis.grid(alpha=0.2)
     axes[0].legend(frameon=False)
-
-
-def curve(run: Run, metric: str) -> list[float]:
-    """A metric by step, each the mean of the nine steps around it; but λ as it was."""
-    values = [row.get(metric, math.nan) for row in run.metrics]
-    if metric == "lambda":
-        return values
-    if metric == "unsafe_rate":  # what is shown is the share of the others
-        values = [1 - value for value in values]
-    return [fmean(values[max(0, i - 4):i + 5]) for i in range(len(values))]
 
 
 def draw_compensation(figure, groups: dict[str, list[Run]]) -> None:
@@ -530,7 +388,7 @@ def read_command_line(words: list[str]) -> tuple[list[Path], argparse.Namespace,
     parser.add_argument("--algos", nargs="+", choices=ALGOS, default=DEFAULT_ALGOS)
     parser.add_argument("--study", action="store_true",
                         help="RePO with the settings of STUDY instead")
-    parser.add_argument("--out", type=Path, help="where tables and pictures go; "
+    parser.add_argument("--out", type=Path, help="where tables, pictures and page go; "
                                                  "default: runs/compare, or here for RUNs")
 
     before_flags = itertools.takewhile(lambda word: not word.startswith("-"), words)
@@ -583,6 +441,7 @@ def compare(words: list[str]) -> None:
     if not options.study:
         for picture in draw_pictures(groups, options.out):
             print(f"drawn: {picture}")
+        print(printable(f"a page for the browser: {write_page(groups, options.out)}"))
 
 
 def write_tables(groups: dict[str, list[Run]], out: Path, name: str) -> None:

@@ -1,0 +1,168 @@
+"""Finished runs: their files, their names in a comparison, and the numbers that tables, pictures
+and pages show of them."""
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+
+from plumbing.errors import blame, require
+
+ALGOS = {  # what --algos calls a method -> its title, and its settings
+    "ppo": ("PPO", ["--algo", "ppo"]),
+    "ppo_lag": ("PPO-Lag", ["--algo", "ppo_lag"]),
+    "repo": ("RePO", ["--algo", "repo"]),
+    "mask": ("RePO, mask", ["--algo", "repo", "--rectify", "mask"]),
+    "gate": ("gate", ["--algo", "gate"]),
+}
+
+COLUMNS = {  # what a table shows of summary.json -> the column's title
+    "reward": "reward",
+    "cost": "cost",
+    "rectified_cost": "rectified cost",
+    "safety_rate": "responses safe",
+    "prompts_fully_safe": "prompts fully safe",
+    "unsafe_prompts_at_most": "unsafe prompts at most",
+    "cost_at_most": "mean cost at most",
+    "over_refusal_rate": "over-refusal",
+    "reward_on_harmless_prompts": "reward on harmless prompts",
+    "lambda": "final λ",
+    "kl": "KL",
+    "wall_seconds": "seconds",
+}
+
+CURVES = {  # metric -> its panel's title
+    "reward": "reward",
+    "cost": "cost",
+    "rectified_cost": "rectified cost {C − d}⁺",
+    "unsafe_rate": "responses safe (share)",
+    "lambda": "λ",
+}
+
+OF_ONE_RUN = {  # no part of a method: runs that differ in these alone may be averaged
+    "seed", "output_dir", "resume", "environment", "sample_every", "save_every",
+    "keep_checkpoints", "dry_run", "gpu_memory", "scorer_timeout", "max_bad_steps",
+}
+
+
+# ---- Runs and their groups
+
+class Run:
+    """A finished run's files, and the name of its method."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config = json.loads((folder / "config.json").read_text())
+        self.summary = json.loads((folder / "summary.json").read_text())
+        self.metrics = read_jsonl(folder / "metrics.jsonl")
+        self.prompts = read_jsonl(folder / "eval.jsonl")
+        self.before = read_jsonl(folder / "eval_before.jsonl")
+
+        self.name, _ = ALGOS[self.algo()]
+        evaluated = self.config.get("eval_only")
+        if evaluated:  # nothing was trained
+            self.name = f"{Path(evaluated).name}, evaluated"
+            self.summary |= {"lambda": None, "wall_seconds": None}
+
+    def algo(self) -> str:
+        """What --algos calls its method."""
+        if self.config["algo"] == "repo" and self.config["rectify"] == "mask":
+            return "mask"
+        return self.config["algo"]
+
+    def settings(self) -> dict:
+        """The settings of its method, which are the same for every seed."""
+        settings = {key: value for key, value in self.config.items() if key not in OF_ONE_RUN}
+        if self.config["algo"] != "repo":
+            del settings["rectify"]  # nothing reads it
+        return settings
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a file with one a line; none if there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load_runs(folders: list[Path]) -> list[Run]:
+    """Finished runs. Raises UserError for a folder that is none."""
+    runs = []
+    for folder in folders:
+        for name in ("config.json", "summary.json", "eval.jsonl"):
+            require((folder / name).is_file(),
+                    f"{folder}: has no {name}, so it is not a finished run of repo.py")
+        with blame(f"{folder}: cannot be read as a run of repo.py"):
+            runs.append(Run(folder))
+    return runs
+
+
+def grouped(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in their seed alone, under a name that tells the groups apart.
+
+    The same seed twice is a run repeated, say after a change of code: then each run of the group
+    stands for itself, under a name with its folder.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.settings(), sort_keys=True), []).append(run)
+
+    changed = changed_settings([group[0].settings() for group in groups.values()])
+    named = {}
+    for group in groups.values():
+        name = group_name(group[0], changed)
+        seeds = {run.config["seed"] for run in group}
+        if name in named or len(seeds) < len(group):
+            named |= {f"{name} ({run.folder})": [run] for run in group}
+        else:
+            named[name] = group
+    return named
+
+
+def changed_settings(all_settings: list[dict]) -> list[str]:
+    """The names of settings that are not everywhere the same, but for those that Run.name tells."""
+    names = dict.fromkeys(name for settings in all_settings for name in settings)
+    changed = []
+    for name in names:
+        values = {json.dumps(settings.get(name)) for settings in all_settings}
+        if len(values) > 1 and name not in ("algo", "rectify", "eval_only"):
+            changed.append(name)
+    return changed
+
+
+def group_name(run: Run, changed: list[str]) -> str:
+    """The method and its changed settings; its folder instead where those are too many to read."""
+    parts = [run.name]
+    for key in changed:
+        value = run.settings().get(key)
+        if isinstance(value, str):  # mostly a path
+            value = Path(value).name
+        parts.append(f"{key} {value}")
+    name = ", ".join(parts)
+    return name if len(name) < 60 else f"{run.name}, {run.folder.name}"
+
+
+# ---- Numbers
+
+def cell(summaries: list[dict], key: str) -> str:
+    """Mean and standard deviation over runs."""
+    values = [summary.get(key) for summary in summaries]
+    if None in values:
+        return "-"
+    digits = 0 if key == "wall_seconds" else 3
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
+
+
+def mean_of(row: dict, key: str) -> float:
+    """The mean over a held-out prompt's responses, from its row of eval.jsonl."""
+    return fmean(response[key] for response in row["responses"])
+
+
+def curve(run: Run, metric: str) -> list[float]:
+    """A metric by step, each the mean of the nine steps around it; but λ as it was."""
+    values = [row.get(metric, math.nan) for row in run.metrics]
+    if metric == "lambda":
+        return values
+    if metric == "unsafe_rate":  # what is shown is the share of the others
+        values = [1 - value for value in values]
+    return [fmean(values[max(0, i - 4):i + 5]) for i in range(len(values))]
