@@ -248,7 +248,8 @@ def test_an_evaluation_alone(tmp_path):
     assert "before" not in page.runs()[0]["rows"][0]
 
 
-def test_compare_writes_it_for_one_run_and_says_where(run, tmp_path, capsys):
+def test_compare_writes_it_for_one_run_and_says_where(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "draw_pictures", lambda groups, out: [])  # which take seconds
     out = tmp_path / "seen"
     assert compare.main([str(run), "--out", str(out)]) == 0
     assert f"a page for the browser: {out / 'report.html'}" in capsys.readouterr().out
