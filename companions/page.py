@@ -146,7 +146,7 @@ def interval(summaries: list[dict], key: str) -> str:
 # ---- Charts: lines are drawn in a square of 100 by 100 that is stretched; words stand around it
 
 def curve_charts(groups: dict[str, list[Run]]) -> str:
-    """A chart per metric of training: the mean over a group's seeds."""
+    """A chart per metric of training: the mean over a group's seeds. Nothing without metrics."""
     trained = {name: [run for run in runs if run.metrics] for name, runs in groups.items()}
     if not any(trained.values()):
         return ""
@@ -158,7 +158,7 @@ def curve_charts(groups: dict[str, list[Run]]) -> str:
             lines.append([(step, fmean(values)) for step, values in enumerate(by_step, 1)])
         charts.append(chart(title, lines, "step"))
     names = [(text(name), style_of(i)) for i, name in enumerate(groups)]
-    return f"<div class='charts'>{''.join(charts)}</div>{legend(names)}"
+    return f"<h2>Training</h2><div class='charts'>{''.join(charts)}</div>{legend(names)}"
 
 
 def cost_chart(groups: dict[str, list[Run]]) -> str:

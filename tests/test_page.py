@@ -231,6 +231,7 @@ def test_what_a_run_lacks_is_told_and_left_out(run, tmp_path):
         "has no eval_before.jsonl, so its prompts are shown after training alone.",
         "has no intervals in its summary.json, being from an earlier version.",
     ]
+    assert "<h2>Training</h2>" in whole.written and "<h2>Training</h2>" not in page.written
     assert len(page.lines("line0")) == 1 and len(page.runs()[0]["rows"]) == 2
     assert page.scores()["cost"][-1] == "-1.250"
 
