@@ -128,11 +128,13 @@ def test_several_seeds_have_mean_and_spread_and_a_choice_of_runs(tmp_path):
     folders = [write_run(tmp_path / "lag-0", "ppo_lag", 0, COMPENSATING),
                write_run(tmp_path / "lag-1", "ppo_lag", 1, COMPENSATING),
                write_run(tmp_path / "repo-0", "repo", 0, SAFE)]
-    change(folders[2], intervals={"cost": [-3.0, -1.0]})
+    for folder in folders:
+        change(folder, intervals={"cost": [-3.0, -1.0]})
     page = page_of(tmp_path, *folders)
     scores = page.scores()
     assert scores[""] == ["before [2 seeds]", "PPO-Lag [2 seeds]", "RePO"]
     assert scores["final λ"][1] == "2.500 ± 0.707"
+    assert scores["cost"][1] == "-2.875 ± 0.000"
     assert scores["cost"][2] == "-1.113 [-3.000 to -1.000]"  # -8.9 / 8
     assert [shown["name"] for shown in page.runs()] == [
         f"PPO-Lag, {folders[0]}", f"PPO-Lag, {folders[1]}", f"RePO, {folders[2]}"]
