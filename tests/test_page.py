@@ -348,6 +348,7 @@ def test_sorted_and_filtered_in_a_browser(tmp_path):
     assert prompts("changed") == [1, 4]
     assert prompts("search") == [3]
     assert prompts("other run") == [2, 3, 0, 1]
+    assert seen["other run"]["titles"][0] == "rectified cost descending"  # without a before
 
     assert seen["first_row"].startswith("1.001.501.001.501.501.502 of 22 of 2prompt 0before")
     assert {HOSTILE[0], HOSTILE[2]} <= set(seen["texts"]) and len(seen["texts"]) == 20
