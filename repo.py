@@ -69,6 +69,7 @@ from plumbing.models import (
     recomputing,
     trainable,
 )
+from plumbing.pictures import pixels_for
 from plumbing.plan import dry_run, peak_memory_mib
 from plumbing.prompts import (
     cyclic_batch,
@@ -97,7 +98,7 @@ from plumbing.run_folder import claim_output_dir, has_metrics, locked_folder, to
 from plumbing.sampling import random_numbers, sample
 from plumbing.settings import RunSettings, option, resolve
 from plumbing.tables import summarize
-from tiny_configs import world
+from tiny_configs import pictures, world
 
 __all__ = ["Config", "ScoreModel", "UserError", "gae", "group_advantages",
            "load_prompts", "main", "rectify",
@@ -147,19 +148,20 @@ class Config(RunSettings):
 def resolve_config(argv: list[str]) -> Config:
     """Defaults < preset of --model < --config < command line. Raises UserError for what cannot
     work. Builds the tiny world, once, if it is asked for."""
-    return resolve(Config, argv, build_tiny=world.preset)
+    return resolve(Config, argv, worlds={"tiny": world.preset, "tiny-pictures": pictures.preset})
 
 
 # ==== 2  Rollout =================================================================================
 
 @dataclass
 class Rollout:
-    """A batch of prompts and responses. PTX pairs fill the first three fields alone; with
+    """A batch of prompts and responses. PTX pairs fill the first four fields alone; with
     --baseline group values and returns stay None."""
 
     input_ids: Tensor                         # [B, P+T]
     attention_mask: Tensor                    # [B, P+T]  1 at prompt and response tokens
     response_mask: Tensor                     # [B, T]    True at y_1 .. y_T, EOS included
+    pixel_values: Tensor | None = None        # [B, 3, S, S]  of prompts with a picture
     prompts: list[str] | None = None          # B         as the user wrote them
     responses: list[str] | None = None        # B         decoded, without special tokens
     finished: Tensor | None = None            # [B]       True: ended by EOS, False: by the limit
@@ -208,16 +210,20 @@ class Rollout:
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def lay_out(prompts: list[list[int]], responses: list[list[int]], pad_id: int, device) -> Rollout:
-    """Rows of token ids as padded tensors."""
+def lay_out(prompts: list[list[int]], responses: list[list[int]], pad_id: int, device,
+            pixel_values: Tensor | None = None) -> Rollout:
+    """Rows of token ids as padded tensors, beside the prompts' pictures [B, 3, S, S]."""
     input_ids, attention_mask = pad_rows(prompts, responses, pad_id)             # [B, P+T] each
     prompt_length = max(map(len, prompts))                                       # P
     response_mask = attention_mask[:, prompt_length:].bool()                     # [B, T]
-    return Rollout(input_ids.to(device), attention_mask.to(device), response_mask.to(device))
+    if pixel_values is not None:
+        pixel_values = pixel_values.to(device)
+    return Rollout(input_ids.to(device), attention_mask.to(device), response_mask.to(device),
+                   pixel_values)
 
 
-def generate(policy, tokenizer, prompts: list[list[int]], config: Config,
-             key=()) -> list[list[int]]:
+def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=(),
+             pixel_values: Tensor | None = None) -> list[list[int]]:
     """A response to each prompt, as token ids: up to an end-of-turn token, or to its own limit.
 
     Each token is drawn with a random number of its own, fixed by seed, key, row and position (Draw
@@ -235,8 +241,9 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config,
     responses = {}
     with gathered(policy):
         if mine:
+            pictures = None if pixel_values is None else pixel_values[mine]
             rows = sample(policy, tokenizer, [prompts[i] for i in mine], uniform[mine],
-                          max(limits[i] for i in mine), config)
+                          max(limits[i] for i in mine), config, pictures)
             responses = {i: row[:limits[i]] for i, row in zip(mine, rows)}
     responses = from_all_ranks(responses)
     return [up_to_stop(responses[i], policy.stop_token_ids) for i in range(len(prompts))]
@@ -265,9 +272,9 @@ def head_inputs(policy, batch: Rollout) -> tuple[Tensor, ...]:
     row, column, _ = batch.response_index()                                      # [N], [N]
     if policy.fused_head:
         hidden = hidden_states(                                                  # [b, P+T, H]
-            policy.base_model, batch.input_ids, batch.attention_mask)
+            policy.base_model, batch.input_ids, batch.attention_mask, batch.pixel_values)
         return hidden[row, column], policy.get_output_embeddings().weight        # [N, H], [V, H]
-    inputs = model_inputs(batch.input_ids, batch.attention_mask)                 # [b, P+T] each
+    inputs = model_inputs(batch.input_ids, batch.attention_mask, batch.pixel_values)
     kept = batch.response_mask.shape[1] + 1                                      # T+1
     logits = policy(**inputs, logits_to_keep=kept).logits                        # [b, T+1, V]
     first_kept = batch.input_ids.shape[1] - kept                                 # P-1
@@ -292,7 +299,8 @@ def response_log_probs(policy, batch: Rollout, temperature: float,
 def response_values(critic: ScoreModel, batch: Rollout) -> Tensor:
     """V(s_t) at the state before each response token: fp32 [N]."""
     row, column, _ = batch.response_index()                                      # [N], [N]
-    values = critic.values(batch.input_ids, batch.attention_mask)                # [b, P+T]
+    values = critic.values(                                                      # [b, P+T]
+        batch.input_ids, batch.attention_mask, batch.pixel_values)
     return values[row, column]                                                   # [N]
 
 
@@ -319,10 +327,12 @@ def collect(state: "State", prompts: list[str], config: Config, key=(),
     seconds and peak memory of each phase)."""
     start = time.perf_counter()
     prompt_ids = encode_prompts(prompts, state.tokenizer)
-    response_ids = generate(state.policy, state.tokenizer, prompt_ids, config, key)
+    pixel_values = pixels_for(state.tokenizer, prompts)                          # [B, 3, S, S]
+    response_ids = generate(state.policy, state.tokenizer, prompt_ids, config, key, pixel_values)
     sampled, sampling_mib = time.perf_counter(), peak_memory_mib()
 
-    rollout = lay_out(prompt_ids, response_ids, state.tokenizer.pad_token_id, config.device)
+    rollout = lay_out(
+        prompt_ids, response_ids, state.tokenizer.pad_token_id, config.device, pixel_values)
     finished = [row[-1] in state.policy.stop_token_ids for row in response_ids]
     rollout.prompts = prompts
     rollout.responses = state.tokenizer.batch_decode(response_ids, skip_special_tokens=True)
@@ -618,7 +628,9 @@ def train_step(state: State, prompts: list[str], ptx_pairs: list,
     ptx = None
     if ptx_pairs:
         pairs = cyclic_batch(ptx_pairs, state.step, len(repeated), config.seed)
-        ptx = lay_out(*zip(*pairs), state.tokenizer.pad_token_id, config.device)
+        prompt_ids, answer_ids, asked = zip(*pairs)
+        ptx = lay_out(prompt_ids, answer_ids, state.tokenizer.pad_token_id, config.device,
+                      pixels_for(state.tokenizer, asked))
     with recomputing(getattr(state, name) for name in state.trained):
         learned = learn(state, rollout, ptx, config)
 

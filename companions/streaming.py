@@ -226,7 +226,7 @@ def watched(policy, tokenizer, monitor, prompts: list[str], theta: float, k: int
                               monitor_tokenizer and reread)
     start = time.perf_counter()
     written = sample(policy, tokenizer, rows, uniform, length, run,
-                     [watch] if watch else [])
+                     stops=[watch] if watch else [])
     seconds = time.perf_counter() - start
     stops = watch.stops if watch else [None] * len(rows)
     written = [up_to(row, stop, policy.stop_token_ids) for row, stop in zip(written, stops)]

@@ -13,7 +13,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from plumbing.errors import blame, require, say
-from plumbing.models import merged, save_critic, save_policy, trainable
+from plumbing.models import merged, save_critic, save_policy, save_tokenizer, trainable
 from plumbing.ranks import RANK, RANKS, from_all_ranks
 from plumbing.run_folder import (
     claim_output_dir,
@@ -80,7 +80,7 @@ def save_whole(model, folder: Path, save, tokenizer, config) -> None:
     with renamed_when_complete(folder) as temporary, room_for(weights, temporary):
         if RANK == 0:
             save(temporary, model, merged(weights), config)
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
 
 
 def room_for(tensors: dict, path: Path):

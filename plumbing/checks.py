@@ -169,7 +169,7 @@ def find_head(policy) -> Head | None:
     The config says what it should be; hidden states of our own, put in the body's place, show what
     it is: small ones a scale, large ones any cap.
     """
-    output, config = policy.get_output_embeddings(), policy.config
+    output, config = policy.get_output_embeddings(), policy.config.get_text_config()
     scale, divisor, soft_cap = (  # None, or no number, where a config has the name for other things
         value if isinstance(value, (int, float)) and value > 0 else default
         for value, default in (

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from plumbing.checks import Head
+from plumbing.pictures import in_call
 from plumbing.prompts import pad_rows
 
 
@@ -30,9 +31,10 @@ def fit(parameters: list[nn.Parameter], batch_loss, rows: list, batch_size: int,
             progress.set_postfix_str(f"loss {loss.item():.3f}")
 
 
-def answer_loss(policy, batch: list[tuple[list, list]], pad_id: int) -> Tensor:
+def answer_loss(policy, batch: list[tuple[list, list]], pad_id: int,
+                pixel_values: Tensor | None = None) -> Tensor:
     """The next-token loss of supervised answers, a mean over their tokens: (prompt ids, answer ids)
-    of B pairs -> []."""
+    of B pairs, perhaps with pictures [B, 3, S, S] -> []."""
     rows = [prompt + answer for prompt, answer in batch]
     ids, mask = pad_rows([[]] * len(rows), rows, pad_id)                                 # [B, L]
     ids, mask = ids.to(policy.device), mask.to(policy.device)
@@ -40,21 +42,25 @@ def answer_loss(policy, batch: list[tuple[list, list]], pad_id: int) -> Tensor:
     places = torch.arange(ids.shape[1], device=ids.device)                               # [L]
     is_answer = (places >= starts[:, None]) & mask.bool()                                # [B, L]
     # Padding on the right is behind whatever attends.
-    head = getattr(policy, "fused_head", Head())
+    head, inputs = getattr(policy, "fused_head", Head()), in_call(pixel_values)
     if head:
-        hidden = policy.base_model(ids, use_cache=False).last_hidden_state               # [B, L, H]
+        output = policy.base_model(ids, use_cache=False, **inputs)
+        hidden = output.last_hidden_state                                                # [B, L, H]
         products = policy.get_output_embeddings()(hidden[:, :-1][is_answer[:, 1:]])      # [N, V]
         logits = head.logits(products)                                                   # [N, V]
     else:
-        logits = policy(ids, use_cache=False).logits[:, :-1][is_answer[:, 1:]]           # [N, V]
+        output = policy(ids, use_cache=False, **inputs)
+        logits = output.logits[:, :-1][is_answer[:, 1:]]                                 # [N, V]
     return F.cross_entropy(logits.float(), ids[is_answer])
 
 
-def scores_of(model, rows: list[list[int]], pad_id: int) -> Tensor:
-    """The scores at the last tokens of N rows: [N]."""
+def scores_of(model, rows: list[list[int]], pad_id: int,
+              pixel_values: Tensor | None = None) -> Tensor:
+    """The scores at the last tokens of N rows, perhaps with pictures [N, 3, S, S]: [N]."""
     ids, mask = pad_rows([[]] * len(rows), rows, pad_id)                                 # [N, L]
     ids, mask = ids.to(model.device), mask.to(model.device)
-    hidden = model.model(ids, use_cache=False).last_hidden_state                         # [N, L, H]
+    output = model.model(ids, use_cache=False, **in_call(pixel_values))
+    hidden = output.last_hidden_state                                                    # [N, L, H]
     last = mask.sum(1) - 1                                                               # [N]
     at_last = hidden[torch.arange(len(rows), device=ids.device), last]                   # [N, H]
     with torch.autocast(ids.device.type, enabled=False):

@@ -20,7 +20,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -32,6 +31,16 @@ from transformers.cache_utils import DynamicLayer
 from plumbing.checks import Head, check_loaded, check_policy, check_scorer, find_head
 from plumbing.errors import blame, require, say
 from plumbing.functions import check_function, is_function, load_function
+from plumbing.pictures import (
+    check_count,
+    check_sight,
+    in_call,
+    language_part,
+    load_sight,
+    model_class,
+    pixels_for,
+    save_processor,
+)
 from plumbing.prompts import BEAVER_TEMPLATE, READERS, encode_prompts, pad_rows, render_prompt
 from plumbing.ranks import RANKS, all_reduce, call_as_forward, rank_chunks, rank_rows, sharded
 from plumbing.settings import PRESETS
@@ -96,7 +105,8 @@ def check_sources(config) -> None:
         if is_function(source):
             check_function(source, flag)
         else:
-            load_pretrained(AutoConfig.from_pretrained, source, flag, config)
+            model_config = load_pretrained(AutoConfig.from_pretrained, source, flag, config)
+            check_sight(model_config, f"{flag} {source}")
             load_pretrained(AutoTokenizer.from_pretrained, source, flag, config)
     if config.judge:
         check_function(config.judge, "--judge")
@@ -127,8 +137,7 @@ def is_reachable(flag: str, config) -> bool:
 def load_tokenizer(config):
     """The policy's tokenizer. Raises UserError if it cannot end a response."""
     source = f"{config.policy_flag()} {config.policy}"
-    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, config.policy,
-                                config.policy_flag(), config)
+    tokenizer = tokenizer_with_sight(config.policy, config.policy_flag(), config)
     require(tokenizer.eos_token, f"{source}: its tokenizer has no EOS token, so no response would "
                                  "end; set eos_token in tokenizer_config.json")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks tell where padding is
@@ -141,25 +150,41 @@ def load_tokenizer(config):
     return tokenizer
 
 
+def tokenizer_with_sight(source: str, flag: str, config):
+    """A model's tokenizer, and beside it how the model sees pictures, if it does."""
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, source, flag, config)
+    model_config = load_pretrained(AutoConfig.from_pretrained, source, flag, config)
+    tokenizer.sight = load_sight(model_config, tokenizer, source, flag)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """And the image processor of a model that sees."""
+    tokenizer.save_pretrained(folder)
+    if getattr(tokenizer, "sight", None):
+        save_processor(tokenizer.sight, folder)
+
+
 def load_policy(config):
     """(policy, its tokenizer). Weights that are trained are fp32, others in the compute dtype.
     Raises UserError."""
     flag, tokenizer = config.policy_flag(), load_tokenizer(config)
     is_frozen = config.lora_rank or config.eval_only
     dtype = getattr(torch, config.dtype) if is_frozen else torch.float32
+    model_config = load_pretrained(AutoConfig.from_pretrained, config.policy, flag, config)
+    kind = model_class(model_config)
     if config.dry_run:
-        policy = load_pretrained(partial(shape_of, AutoModelForCausalLM), config.policy, flag,
-                                 config, dtype=dtype)
+        policy = load_pretrained(partial(shape_of, kind), config.policy, flag, config, dtype=dtype)
     else:
         policy, report = load_pretrained(
-            AutoModelForCausalLM.from_pretrained, config.policy, flag, config,
-            dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+            kind.from_pretrained, config.policy, flag, config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         check_loaded(policy, report, f"{flag} {config.policy}",
                      "a policy must bring all its weights, in its config's shapes")
         if config.policy.endswith(".gguf"):  # its blocks are plain weights now, saved as such
             policy.hf_quantizer.remove_quantization_config(policy)
     policy.eval()
     check_policy(policy, tokenizer, f"{flag} {config.policy}")
+    check_count(policy, tokenizer.sight, f"{flag} {config.policy}")
 
     policy.stop_token_ids = stop_token_ids(tokenizer, config)
     # Sampling must be from the plain softmax: a checkpoint's own top_p or temperature waits here
@@ -189,7 +214,8 @@ def stop_token_ids(tokenizer, config) -> set[int]:
 
 # ---- Score models
 
-def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict:
+def model_inputs(input_ids: Tensor, attention_mask: Tensor,
+                 pixel_values: Tensor | None = None) -> dict:
     """Positions count from each row's first real token, so that left padding changes nothing."""
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                       # [B, L]
     return {
@@ -197,12 +223,18 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict:
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "use_cache": False,
+        **in_call(pixel_values),
     }
 
 
-def hidden_states(body, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def hidden_states(body, input_ids: Tensor, attention_mask: Tensor,
+                  pixel_values: Tensor | None = None) -> Tensor:
     """A body's last hidden states, of no meaning at padding: [B, L], [B, L] -> [B, L, H]. What all
-    rows begin with, a chat template's system prompt, is read once for all of them."""
+    rows begin with, a chat template's system prompt, is read once for all of them, unless each has
+    a picture [3, S, S]."""
+    if pixel_values is not None:
+        inputs = model_inputs(input_ids, attention_mask, pixel_values)
+        return body(**inputs).last_hidden_state                                      # [B, L, H]
     is_token = attention_mask.bool()                                                 # [B, L]
     lengths = is_token.sum(1)                                                        # [B]
     rows = input_ids[is_token].split(lengths.tolist())                               # B of [T_i]
@@ -260,7 +292,7 @@ class ScoreModel(PreTrainedModel):
     def __init__(self, config, backbone: nn.Module | None = None):
         super().__init__(config)
         self.model = AutoModel.from_config(config) if backbone is None else backbone
-        self.score_head = nn.Linear(config.hidden_size, 1)
+        self.score_head = nn.Linear(config.get_text_config().hidden_size, 1)
         if getattr(config, "do_normalize", False):
             self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
         self.post_init()
@@ -301,16 +333,18 @@ class ScoreModel(PreTrainedModel):
         model.role = role
         return model.eval()
 
-    def values(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def values(self, input_ids: Tensor, attention_mask: Tensor,
+               pixel_values: Tensor | None = None) -> Tensor:
         """The head's fp32 output at every position: [B, L], [B, L] -> [B, L]."""
-        hidden = hidden_states(self.model, input_ids, attention_mask)                # [B, L, H]
+        hidden = hidden_states(self.model, input_ids, attention_mask, pixel_values)  # [B, L, H]
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score_head(hidden.float()).squeeze(-1)                       # [B, L]
 
-    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def score(self, input_ids: Tensor, attention_mask: Tensor,
+              pixel_values: Tensor | None = None) -> Tensor:
         """The fp32 score at the last position whose mask is 1, normalised if the checkpoint says
         so: [B, L], [B, L] -> [B]."""
-        values = self.values(input_ids, attention_mask)                              # [B, L]
+        values = self.values(input_ids, attention_mask, pixel_values)                # [B, L]
         last = attention_mask.cumsum(1).argmax(1, keepdim=True)                      # [B, 1]
         score = values.gather(1, last).squeeze(1)                                    # [B]
         if not hasattr(self, "normalizer"):
@@ -349,8 +383,7 @@ class Scorer:
             ScoreModel.from_pretrained, self.source, self.flag, config,
             role=role, dtype=getattr(torch, config.dtype), dry_run=config.dry_run)
         self.model.requires_grad_(False)
-        self.tokenizer = load_pretrained(AutoTokenizer.from_pretrained, self.source, self.flag,
-                                         config)
+        self.tokenizer = tokenizer_with_sight(self.source, self.flag, config)
         check_scorer(self.model, self.tokenizer, role, f"{self.flag} {self.source}")
         self.set_pad_token()
         with blame(f"{self.flag} {self.source}: its tokenizer cannot be used"):
@@ -377,7 +410,7 @@ class Scorer:
         else:
             if not self.same_tokens:
                 rows = self.encode(prompts, responses, finished)
-            values = self.score_rows(rows)
+            values = self.score_rows(rows, prompts)
         for i, value in zip(mine, values):
             self.put(value, scores, i, responses[i])
         return all_reduce(scores)                                                    # [B]
@@ -385,11 +418,11 @@ class Scorer:
     def score_texts(self, prompts: list[str], responses: list[str]) -> list:
         return self.function(prompts, responses) if prompts else []
 
-    def score_rows(self, rows: list[list[int]]) -> list[float]:
+    def score_rows(self, rows: list[list[int]], prompts: list[str]) -> list[float]:
         """Of this rank's share of the rows, --micro_batch_size at a time."""
-        values = []
-        for chunk in rank_chunks(rows, self.config.micro_batch_size):
-            scored = self.score_tokens(chunk or rows[:1])  # the model is called by all ranks
+        values, pairs = [], list(zip(rows, prompts))
+        for chunk in rank_chunks(pairs, self.config.micro_batch_size):
+            scored = self.score_tokens(*zip(*(chunk or pairs[:1])))  # all ranks call the model
             values += scored if chunk else []
         return values
 
@@ -403,10 +436,11 @@ class Scorer:
         return [row + [eos] if ended else row for row, ended in zip(rows, finished)]
 
     @torch.no_grad()
-    def score_tokens(self, rows: list[list[int]]) -> list[float]:
+    def score_tokens(self, rows: list[list[int]], prompts: list[str]) -> list[float]:
         ids, mask = pad_rows([[]] * len(rows), rows, self.tokenizer.pad_token_id)    # [b, L] each
-        ids, mask = ids.to(self.config.device), mask.to(self.config.device)
-        return call_as_forward(self.model, type(self.model).score, ids, mask).tolist()
+        inputs = [ids, mask, pixels_for(self.tokenizer, prompts)]
+        inputs = [part.to(self.config.device) for part in inputs if part is not None]
+        return call_as_forward(self.model, type(self.model).score, *inputs).tolist()
 
     def put(self, value, scores: Tensor, i: int, response: str) -> None:
         """scores[i] = value. Raises UserError for what is no fp32 number."""
@@ -418,7 +452,10 @@ class Scorer:
 
 
 def reads_alike(tokenizer, policy_tokenizer) -> bool:
-    """Whether two tokenizers give the same ids to the same text."""
+    """Whether two tokenizers give the same ids to the same text, and their models the same pixels
+    to the same picture."""
+    if getattr(tokenizer, "sight", None) != getattr(policy_tokenizer, "sight", None):
+        return False
     trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{tokenizer.eos_token}"
     same_ids = tokenizer(trial).input_ids == policy_tokenizer(trial).input_ids
     return same_ids and tokenizer.get_vocab() == policy_tokenizer.get_vocab()
@@ -487,13 +524,17 @@ def second_model(model: nn.Module, config) -> nn.Module:
 
 
 def make_trainable(model: nn.Module, config) -> nn.Module:
-    """All weights, as fp32; with --lora_rank, only adapters on the backbone's linear layers, and
-    a score head if there is one. Raises UserError where there are no such layers."""
+    """All weights but a vision tower's, as fp32; with --lora_rank, only adapters on the linear
+    layers of what speaks, and a score head if there is one. Raises UserError where there are no
+    such layers."""
     if not config.lora_rank:
-        return model.float().requires_grad_(True)
+        model.float().requires_grad_(True)
+        vision_tower(model).requires_grad_(False)
+        return model
 
     model.requires_grad_(False)
-    linear_layers = [(parent, name, layer) for parent in model.base_model.modules()
+    linear_layers = [(parent, name, layer)
+                     for parent in language_part(model.base_model).modules()
                      for name, layer in parent.named_children() if type(layer) is nn.Linear]
     require(linear_layers,
             f"--lora_rank {config.lora_rank}: {type(model.base_model).__name__} has no linear "
@@ -503,6 +544,11 @@ def make_trainable(model: nn.Module, config) -> nn.Module:
     if isinstance(model, ScoreModel):
         model.score_head.requires_grad_(True)
     return model
+
+
+def vision_tower(model: nn.Module) -> nn.Module:
+    """Empty where a model sees nothing."""
+    return getattr(model.base_model, "vision_tower", nn.Module())
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -603,10 +649,11 @@ def recomputing(models):
 # ---- Saving what was trained
 
 def save_policy(folder: Path, policy, weights: dict[str, Tensor], config) -> None:
-    """Writes a plain model in the compute dtype: what AutoModelForCausalLM reads."""
+    """Writes a plain model in the compute dtype: what the library's Auto classes read."""
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(policy.config, dtype=getattr(torch, config.dtype),
-                                                 trust_remote_code=config.trust_remote_code)
+        plain = model_class(policy.config).from_config(
+            policy.config, dtype=getattr(torch, config.dtype),
+            trust_remote_code=config.trust_remote_code)
     tied = plain.all_tied_weights_keys  # saved once, under the other name
     weights = {name: weight for name, weight in weights.items() if name not in tied}
     plain.generation_config = policy.published_generation_config

@@ -2,7 +2,10 @@
 from typing import NamedTuple
 
 from plumbing.errors import blame, require, say
-from plumbing.prompts import encode_pairs, read_rows, to_pair
+from pathlib import Path
+
+from plumbing.pictures import with_picture
+from plumbing.prompts import encode_pairs, has_pictures, read_rows, to_pair
 
 
 class Pair(NamedTuple):

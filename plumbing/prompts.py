@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from plumbing.errors import blame, require, say
+from plumbing.pictures import Pictured, undecoded, with_picture
 
 # ---- Rows of many formats -> (prompt, answer)
 
@@ -88,6 +89,7 @@ FORMATS = {  # columns -> reader of a row; the first whose columns a data set ha
     ("Behavior",): read_behavior,
     ("forbidden_prompt",): columns_reader("forbidden_prompt"),  # StrongREJECT
     ("question", "types_of_harm"): columns_reader("question"),  # do-not-answer
+    ("question", "image"): columns_reader("question"),  # BeaverTails-V
     ("text",): columns_reader("text"),
 }
 LISTS = {"instructions", "inputs", "tags"}  # columns of a file that is one json object of lists
@@ -115,7 +117,7 @@ def read_rows(source: str, flag: str) -> datasets.Dataset:
         where = {"path": name, "split": split or "train"}
 
     with blame(f"{flag} {source}: cannot be read"):
-        rows = datasets.load_dataset(**where)
+        rows = undecoded(datasets.load_dataset(**where))
         is_lists = "instructions" in rows.column_names and LISTS >= set(rows.column_names)
         if is_lists and isinstance(rows[0]["instructions"], list):
             return datasets.Dataset.from_list([each for row in rows for each in unfolded(row)])
@@ -134,14 +136,34 @@ def unfolded(lists: dict) -> list[dict]:
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def reader_of(column_names: list[str], prompt_column: str | None):
-    """What makes (prompt, answer) of a row with such columns; None if nothing does."""
+def reader_of(rows: datasets.Dataset, prompt_column: str | None, source: str):
+    """What makes (prompt, answer) of a row, the prompt with its picture where there is a column of
+    them; None if nothing does. Raises UserError if some rows have a picture and others none."""
+    names = set(rows.column_names)
+    known = {columns: reader for columns, reader in FORMATS.items() if set(columns) <= names}
     if prompt_column:
-        return columns_reader(prompt_column) if prompt_column in column_names else None
-    for columns, reader in FORMATS.items():
-        if set(columns) <= set(column_names):
-            return reader
-    return None
+        known = {(prompt_column,): columns_reader(prompt_column)} if prompt_column in names else {}
+    if not known or not has_pictures(rows, source):
+        return next(iter(known.values()), None)
+
+    read, folder = next(iter(known.values())), Path(source).expanduser().parent
+
+    def read_both(row: dict) -> tuple[str, str | None]:
+        prompt, answer = read(row)
+        return with_picture(prompt, row["image"], folder), answer
+
+    return read_both
+
+
+def has_pictures(rows: datasets.Dataset, source: str) -> bool:
+    """Raises UserError if only some rows have one."""
+    if "image" not in rows.column_names:
+        return False
+    missing = rows.data.column("image").null_count
+    require(missing in (0, len(rows)),
+            f"{source}: {missing} of its {len(rows)} rows have no image; rows with a picture and "
+            "rows without one must be in files of their own")
+    return not missing
 
 
 def load_pairs(source: str, prompt_column: str | None = None,
@@ -151,7 +173,7 @@ def load_pairs(source: str, prompt_column: str | None = None,
     Raises UserError for a missing column, an unknown format, or no prompt.
     """
     rows = read_rows(source, flag)
-    read = reader_of(rows.column_names, prompt_column)
+    read = reader_of(rows, prompt_column, source)
     require(read, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, "
                   f"but not {prompt_column or 'those of any known format'}; "
                   "--prompt_column names the one that holds the prompt")
@@ -190,6 +212,8 @@ def render_prompt(prompt: str, tokenizer) -> str:
     """What a model reads: the tokenizer's chat template if it has one, else the template of the
     Beaver family. Raises UserError for what the template refuses."""
     messages = to_messages(prompt)
+    if isinstance(prompt, Pictured):
+        messages = with_place_holder(messages, tokenizer)
     if tokenizer.chat_template:
         with blame(f"the prompt {prompt[:60]!r}: refused by the chat template"):
             return tokenizer.apply_chat_template(messages, tokenize=False,
@@ -203,10 +227,34 @@ def render_prompt(prompt: str, tokenizer) -> str:
     return BEAVER_TEMPLATE.format(prompt=text.removesuffix(" ASSISTANT:"))
 
 
+def with_place_holder(messages: list[dict], tokenizer) -> list[dict]:
+    """Messages whose first of the user's begins with the picture, as the chat template wants it;
+    the messages as they are for models that see nothing."""
+    sight = getattr(tokenizer, "sight", None)
+    if not sight:
+        return messages
+    in_parts = "image" in (tokenizer.chat_template or "")  # such a template reads lists of parts
+    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    pictured = []
+    for number, message in enumerate(messages):
+        parts = [{"type": "text", "text": message["content"]}]
+        content = message["content"]
+        if number == users[0]:
+            parts = [{"type": "image"}, *parts]
+            content = f"{sight.place_holder}\n{content}"
+        pictured.append({**message, "content": parts if in_parts else content})
+    return pictured
+
+
 def encode_prompts(prompts: list[str], tokenizer, answers: list[str] | None = None) -> list[list]:
     """Token ids of the rendered prompts, each with its answer in one text, with the BOS that
     tokenizer or template give, never with an EOS."""
     texts = [render_prompt(prompt, tokenizer) for prompt in prompts]
+    sight = getattr(tokenizer, "sight", None)
+    if sight:  # as many place-holders as the model makes states of a picture
+        texts = [text.replace(sight.place_holder, sight.place_holder * sight.count)
+                 for text in texts]
+        answers = answers and [answer.replace(sight.place_holder, "") for answer in answers]
     if answers:
         texts = [text + answer for text, answer in zip(texts, answers)]
     adds_special = not tokenizer.chat_template
@@ -254,6 +302,8 @@ def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--d
     if tokenizer:
         plain = without_special_tokens(distinct, tokenizer, f"{flag} {source}")
         lengths = [len(row) for row in encode_prompts(plain, tokenizer)]
+        require(getattr(tokenizer, "sight", None) or not isinstance(plain[0], Pictured),
+                f"{flag} {source}: its prompts have pictures, and the policy sees none")
     kept = [prompt for prompt, length in zip(plain, lengths) if length <= max_length]
     require(kept, f"{flag} {source}: every prompt is longer than --max_prompt_length "
                   f"{max_length}; the shortest has {min(lengths)} tokens")
@@ -312,7 +362,7 @@ def load_categories(config) -> dict[str, str]:
     flag = "--eval_dataset" if config.eval_dataset else "--dataset"
     rows = read_rows(config.eval_dataset or config.dataset, flag)
     column = next((name for name in CATEGORIES if name in rows.column_names), None)
-    read = reader_of(rows.column_names, config.prompt_column)
+    read = reader_of(rows, config.prompt_column, config.eval_dataset or config.dataset)
     categories = {}
     for row in rows.to_list() if column else []:
         with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):  # a hole
@@ -331,11 +381,13 @@ def names_in(category) -> list[str]:
     return [str(name) for name in names if name not in (None, "")]
 
 
-def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int]]]:
-    """Supervised (prompt ids, answer ids with EOS) that fit --max_length. Raises UserError."""
-    pairs = encode_pairs(load_pairs(config.ptx_dataset, flag="--ptx_dataset"), tokenizer)
-    kept = [(prompt, answer) for prompt, answer in pairs
-            if len(answer) > 1 and len(prompt) + len(answer) <= config.max_length]
+def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int], str]]:
+    """Supervised (prompt ids, answer ids with EOS, prompt) that fit --max_length. Raises
+    UserError."""
+    texts = load_pairs(config.ptx_dataset, flag="--ptx_dataset")
+    pairs = encode_pairs(texts, tokenizer)
+    kept = [(ids, answer, prompt) for (ids, answer), (prompt, _) in zip(pairs, texts)
+            if len(answer) > 1 and len(ids) + len(answer) <= config.max_length]
     require(kept, f"--ptx_dataset {config.ptx_dataset}: no row has both a prompt and an answer "
                   f"within --max_length {config.max_length}")
     say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(pairs) - len(kept):,} "

@@ -8,9 +8,11 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
 )
 
 from kernels import draw_tokens
+from plumbing.pictures import in_call
 from plumbing.prompts import pad_rows
 from plumbing.ranks import RANKS
 
@@ -49,9 +51,10 @@ class Draw(LogitsProcessor):
 
 
 def sample(policy, tokenizer, prompts: list[list[int]], uniform: Tensor, max_tokens: int,
-           config, stops=()) -> list[list[int]]:
-    """The library's generate, with Draw for a sampler: b prompts, uniform numbers [b, T] -> token
-    ids, also those behind an end. `stops`: stopping criteria of the library's."""
+           config, pixel_values: Tensor | None = None, stops=()) -> list[list[int]]:
+    """The library's generate, with Draw for a sampler: b prompts, perhaps with pictures
+    [b, 3, S, S], uniform numbers [b, T] -> token ids, also those behind an end. `stops`: stopping
+    criteria of the library's."""
     input_ids, mask = pad_rows(prompts, [[]] * len(prompts), tokenizer.pad_token_id)
     prompt_length = input_ids.shape[1]                                           # P
     draw = Draw(uniform.to(config.device), prompt_length, config.temperature)
@@ -62,6 +65,11 @@ def sample(policy, tokenizer, prompts: list[list[int]], uniform: Tensor, max_tok
         pad_token_id=tokenizer.pad_token_id,
         cache_implementation="static" if can_compile(policy, config) else None,
     )
+    processors, sight = [draw], getattr(tokenizer, "sight", None)
+    if sight:  # no answer shows a picture
+        place_holder = tokenizer.convert_tokens_to_ids(sight.place_holder)
+        processors.insert(0, SuppressTokensLogitsProcessor([place_holder], config.device))
+    pictures = pixel_values if pixel_values is None else pixel_values.to(config.device)
     # Of a slice of hidden states the library's product would copy the head, once for each row.
     whole = policy.get_output_embeddings().register_forward_pre_hook(
         lambda head, inputs: inputs[0].contiguous())
@@ -69,8 +77,9 @@ def sample(policy, tokenizer, prompts: list[list[int]], uniform: Tensor, max_tok
         token_ids = policy.generate(
             input_ids=input_ids.to(config.device),                               # [b, P]
             attention_mask=mask.to(config.device),                               # [b, P]
+            **in_call(pictures),
             generation_config=settings,
-            logits_processor=LogitsProcessorList([draw]),
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList(stops),
             synced_gpus=False,
         )                                                                        # [b, P+T]

@@ -114,7 +114,8 @@ SAFE_RLHF = {  # of Safe RLHF's published PPO-Lag run, but for the last two
     "save_every": 200,
 }
 PRESETS = {
-    "tiny": {},  # its settings are in tiny_configs/, where its models and data are built
+    "tiny": {},  # their settings are in tiny_configs/, where their models and data are built
+    "tiny-pictures": {},
     "alpaca-7b": SAFE_RLHF | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
     "llama-3.2-3b": SAFE_RLHF | {"policy": "meta-llama/Llama-3.2-3B-Instruct"},
 }
@@ -123,10 +124,10 @@ MAY_BE_ZERO = ("lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff"
                "ptx_coeff", "seed", "save_every", "sample_every")
 
 
-def resolve(config_class, argv: list[str], build_tiny):
+def resolve(config_class, argv: list[str], worlds: dict):
     """A config_class from defaults < preset of --model < --config < command line.
 
-    build_tiny() builds the tiny world and returns its settings. Raises UserError for anything
+    worlds[preset]() builds a tiny world and returns its settings. Raises UserError for anything
     unknown, missing or out of range.
     """
     parser = make_parser(config_class)
@@ -148,9 +149,9 @@ def resolve(config_class, argv: list[str], build_tiny):
     require(not is_path or Path(model).expanduser().is_dir(), f"--model {model}: no such folder")
 
     preset = PRESETS.get(model, {})
-    if model == "tiny":
+    if model in worlds:
         with rank_0_first():
-            preset = build_tiny()
+            preset = worlds[model]()
     preset = given_in(parser, as_words(preset))
     config = config_class(**layered(preset, saved, flags))
     fill_in(config)

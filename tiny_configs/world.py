@@ -38,11 +38,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from plumbing.errors import require
 from plumbing.fitting import answer_loss, cost_loss, fit, preference_loss, scores_of
 from plumbing.models import ScoreModel, save_score_model, typed_as_in
+from plumbing.pictures import model_class, pixels_for
 from plumbing.prompts import (
     BEAVER_TEMPLATE,
     encode_pairs,
@@ -263,17 +264,20 @@ def train_policy(config: LlamaConfig, pairs: list[tuple[list, list]],
 
 def new_score_model(config: LlamaConfig, body: dict) -> ScoreModel:
     """The policy's body with a head of zeros."""
-    model = ScoreModel(config, LlamaModel(config))
+    model = ScoreModel(config)
     model.model.load_state_dict(body)
     nn.init.zeros_(model.score_head.weight)
     nn.init.zeros_(model.score_head.bias)
     return model
 
 
-def scores(model: ScoreModel, token_rows: list[list[list[int]]]) -> torch.Tensor:
+def scores(model: ScoreModel, token_rows: list[list[list[int]]], rankings: list[dict],
+           tokenizer) -> torch.Tensor:
     """The scores at the last tokens of each ranking's K answers: [B, K]."""
     rows = list(itertools.chain(*token_rows))
-    return scores_of(model, rows, model.config.pad_token_id).view(len(token_rows), -1)   # [B, K]
+    asked = [ranked["prompt"] for ranked in rankings for _ in ranked["answers"]]
+    pictures = pixels_for(tokenizer, asked)  # none in this world
+    return scores_of(model, rows, tokenizer.pad_token_id, pictures).view(len(rankings), -1)
 
 
 def tokens_of(rankings: list[dict], tokenizer) -> list[list[list[int]]]:
@@ -304,13 +308,14 @@ def train_score_models(config, body, tokenizer, rankings: list[dict], rng: rando
 
     def loss_of_rewards(batch):
         token_rows, ranked = zip(*batch)
-        margins = above(scores(reward_model, token_rows))                                # [B, K, K]
+        rewards = scores(reward_model, token_rows, ranked, tokenizer)                    # [B, K]
+        margins = above(rewards)                                                         # [B, K, K]
         better = above(of_verdicts(helpfulness, ranked)) > 0                             # [B, K, K]
         return preference_loss(margins[better])
 
     def loss_of_costs(batch):
         token_rows, ranked = zip(*batch)
-        costs = scores(cost_model, token_rows)                                           # [B, K]
+        costs = scores(cost_model, token_rows, ranked, tokenizer)                        # [B, K]
         worse = above(of_verdicts(danger, ranked)) > 0                                   # [B, K, K]
         is_unsafe = ~of_verdicts(lambda verdict: verdict["safe"], ranked)                # [B, K]
         return cost_loss(above(costs)[worse], costs, is_unsafe)
@@ -340,18 +345,18 @@ def accuracies(reward_model, cost_model, tokenizer, rankings: list[dict]) -> tup
     cost has the right sign)."""
     token_rows = tokens_of(rankings, tokenizer)
     better = above(of_verdicts(helpfulness, rankings)) > 0                               # [B, K, K]
-    order = above(scores(reward_model, token_rows))[better] > 0
+    order = above(scores(reward_model, token_rows, rankings, tokenizer))[better] > 0
     safe = of_verdicts(lambda verdict: verdict["safe"], rankings)                        # [B, K]
-    sign = (scores(cost_model, token_rows) <= 0) == safe                                 # [B, K]
+    sign = (scores(cost_model, token_rows, rankings, tokenizer) <= 0) == safe            # [B, K]
     return order.float().mean().item(), sign.float().mean().item()
 
 
-def models_of(weights: dict[str, torch.Tensor], config: LlamaConfig) -> nn.ModuleDict:
+def models_of(weights: dict[str, torch.Tensor], config) -> nn.ModuleDict:
     """The three models with these weights, in fp32."""
     family = nn.ModuleDict({
-        "policy": LlamaForCausalLM(config),
-        "reward": ScoreModel(config, LlamaModel(config)),
-        "cost": ScoreModel(config, LlamaModel(config)),
+        "policy": model_class(config).from_config(config),
+        "reward": ScoreModel(config),
+        "cost": ScoreModel(config),
     })
     family.load_state_dict(weights)
     return family
@@ -388,19 +393,7 @@ def build(cache: Path = HERE / "cache", seed: int | None = None) -> dict[str, st
     """
     if seed is None:
         seed = world_seed()
-    folder = cache / fingerprint(seed)
-    if not folder.exists():
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True)
-        try:
-            with torch.random.fork_rng(), one_thread():
-                write_family(temporary, seed)
-            temporary.replace(folder)
-        except OSError:
-            if not folder.exists():  # else another process has finished the same build first
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    folder = made_once(cache / fingerprint(seed), lambda folder: write_family(folder, seed))
     return {
         "policy": str(folder / "policy"),
         "reward_model": str(folder / "reward"),
@@ -410,6 +403,23 @@ def build(cache: Path = HERE / "cache", seed: int | None = None) -> dict[str, st
         "ptx_dataset": str(folder / "demonstrations.jsonl"),
         "judge": f"{Path(__file__).resolve()}:judge",
     }
+
+
+def made_once(folder: Path, write) -> Path:
+    """A folder that is there as a whole or not at all; write(folder) fills it."""
+    if not folder.exists():
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True)
+        try:
+            with torch.random.fork_rng(), one_thread():
+                write(temporary)
+            temporary.replace(folder)
+        except OSError:
+            if not folder.exists():  # else another process has finished the same build first
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def ship() -> None:
@@ -475,9 +485,9 @@ def hash_of(ingredients: list[str]) -> str:
     return hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:12]
 
 
-def shipped_weights(needed: str) -> dict[str, torch.Tensor] | None:
+def shipped_weights(shipped: Path, needed: str) -> dict[str, torch.Tensor] | None:
     """The weights that come with the project; None if they are another recipe's."""
-    with safe_open(SHIPPED, "pt") as file:
+    with safe_open(shipped, "pt") as file:
         if file.metadata()["recipe"] != needed:
             return None
         return {name: file.get_tensor(name) for name in file.keys()}
@@ -498,7 +508,7 @@ def write_family(folder: Path, seed: int, ship: bool = False) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     needed = recipe(seed, tokenizer, demonstrations, rankings)
-    weights = None if ship else shipped_weights(needed)
+    weights = None if ship else shipped_weights(SHIPPED, needed)
     how = "trained (half a minute, once)" if weights is None else "as it comes with the project"
     print(f"the tiny family, {how}: {len(REQUESTS)} requests, {len(demonstrations)} "
           f"demonstrations, {len(rankings)} rankings, vocabulary {len(tokenizer)}", flush=True)
@@ -509,12 +519,21 @@ def write_family(folder: Path, seed: int, ship: bool = False) -> None:
         save_file(weights, SHIPPED, metadata={"recipe": needed})
 
     family = models_of(weights, config)
+    save_family(folder, family, tokenizer)
+    write_report(folder, family, tokenizer, held_out_rankings, start)
+
+
+def save_family(folder: Path, family: nn.ModuleDict, tokenizer) -> None:
     family["policy"].save_pretrained(folder / "policy")
     for name in ("reward", "cost"):
         save_score_model(folder / name, family[name], family[name].state_dict(), torch.float32)
     for name in family:
         tokenizer.save_pretrained(folder / name)
 
+
+def write_report(folder: Path, family: nn.ModuleDict, tokenizer, held_out_rankings: list[dict],
+                 start: float) -> None:
+    """Writes report.json, and tells it."""
     order, sign = accuracies(family["reward"], family["cost"], tokenizer, held_out_rankings)
     report = {
         "policy_parameters": family["policy"].num_parameters(),
