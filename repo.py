@@ -69,7 +69,7 @@ from plumbing.models import (
     recomputing,
     trainable,
 )
-from plumbing.pictures import pixels_for
+from plumbing.pictures import Pictured, pixels_for
 from plumbing.plan import dry_run, peak_memory_mib
 from plumbing.prompts import (
     cyclic_batch,
@@ -837,6 +837,8 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
     for start in range(0, len(records), config.eval_samples):
         responses = records[start:start + config.eval_samples]
         row = {"prompt": responses[0]["prompt"], "responses": responses}
+        if isinstance(row["prompt"], Pictured):
+            row["image"] = row["prompt"].label
         if row["prompt"] in state.categories:
             row["category"] = state.categories[row["prompt"]]
         rows.append(row)

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 import repo
 from plumbing.errors import UserError, blame, printable, require, say
 from plumbing.fitting import fit
-from plumbing.models import load_policy, make_trainable, trainable
+from plumbing.models import load_policy, make_trainable, save_tokenizer, trainable
 from plumbing.run_folder import renamed_when_complete, write_whole
 from plumbing.settings import RunSettings, fill_in, option
 from tiny_configs import world
@@ -118,7 +118,7 @@ def save(out: str, model, tokenizer, write) -> None:
     """A folder that is there as a whole or not at all; write(folder) fills it with the weights."""
     with renamed_when_complete(Path(out)) as folder, blame(f"--out {out}: cannot be written"):
         write(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     say(f"saved in {out}")
 
 

@@ -24,6 +24,7 @@ from plumbing.confidence import wilson  # noqa: E402
 from plumbing.errors import say  # noqa: E402
 from plumbing.fitting import cost_loss, preference_loss, scores_of  # noqa: E402
 from plumbing.models import ScoreModel, merged, save_score_model  # noqa: E402
+from plumbing.pictures import pixels_for  # noqa: E402
 from plumbing.preferences import Pair, load_preferences  # noqa: E402
 from plumbing.settings import option  # noqa: E402
 
@@ -49,14 +50,15 @@ def make_score_model(policy, run) -> ScoreModel:
     return model.to(run.device)
 
 
-def scored(model, pairs: list[Pair], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def scored(model, pairs: list[Pair], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of the better and of the worse answers: [B], [B]."""
     rows = [pair.better for pair in pairs] + [pair.worse for pair in pairs]
-    return scores_of(model, rows, pad_id).chunk(2)
+    pictures = pixels_for(tokenizer, [pair.prompt for pair in pairs] * 2)
+    return scores_of(model, rows, tokenizer.pad_token_id, pictures).chunk(2)
 
 
-def loss_of(model, pairs: list[Pair], role: str, pad_id: int) -> torch.Tensor:
-    better, worse = scored(model, pairs, pad_id)                                         # [B], [B]
+def loss_of(model, pairs: list[Pair], role: str, tokenizer) -> torch.Tensor:
+    better, worse = scored(model, pairs, tokenizer)                                      # [B], [B]
     if role == "reward":
         return preference_loss(better - worse)
     is_unsafe = torch.tensor([pair.is_unsafe for pair in pairs], device=better.device)   # [B, 2]
@@ -64,12 +66,12 @@ def loss_of(model, pairs: list[Pair], role: str, pad_id: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accuracies(model, pairs: list[Pair], settings: ScoreSettings, pad_id: int) -> dict:
+def accuracies(model, pairs: list[Pair], settings: ScoreSettings, tokenizer) -> dict:
     """On held-out pairs: share in the right order and, for a cost model, of answers with the right
     sign; each with its 95 % interval."""
     better, worse = [], []
     for start in range(0, len(pairs), settings.batch_size):
-        a, b = scored(model, pairs[start:start + settings.batch_size], pad_id)
+        a, b = scored(model, pairs[start:start + settings.batch_size], tokenizer)
         better, worse = better + a.tolist(), worse + b.tolist()
     is_reward = settings.role == "reward"
     found = {"pair_accuracy": [(a > b) == is_reward for a, b in zip(better, worse)]}
@@ -88,14 +90,14 @@ def run(settings: ScoreSettings) -> dict:
     """Trains, tells the accuracies, saves; returns the figures."""
     torch.manual_seed(settings.seed)
     policy, tokenizer, as_run = learning.load_body(settings)
-    model, pad_id = make_score_model(policy, as_run), tokenizer.pad_token_id
+    model = make_score_model(policy, as_run)
     learn, held_out = learning.learn_and_held_out(
         lambda source, flag: load_preferences(source, flag, settings.role, tokenizer,
                                               settings.max_tokens), settings)
-    learning.teach(model, lambda pairs: loss_of(model, pairs, settings.role, pad_id), learn,
+    learning.teach(model, lambda pairs: loss_of(model, pairs, settings.role, tokenizer), learn,
                    settings, as_run)
     figures = {"pairs": len(learn), "held_out_pairs": len(held_out),
-               **accuracies(model, held_out, settings, pad_id)}
+               **accuracies(model, held_out, settings, tokenizer)}
     for name in ("pair_accuracy", "sign_accuracy"):
         if name in figures:
             low, high = figures[f"{name}_interval"]

@@ -19,6 +19,7 @@ from companions import learning  # noqa: E402
 from plumbing.errors import require, say  # noqa: E402
 from plumbing.fitting import answer_loss  # noqa: E402
 from plumbing.models import merged, save_policy  # noqa: E402
+from plumbing.pictures import pixels_for  # noqa: E402
 from plumbing.prompts import encode_pairs, load_pairs  # noqa: E402
 from plumbing.settings import option  # noqa: E402
 
@@ -36,25 +37,32 @@ class SupervisedSettings(learning.Settings):
 
 
 def pairs_of(source: str, flag: str, settings, tokenizer) -> tuple[list[str], list]:
-    """(prompts, their (prompt ids, answer ids)) of the rows that have an answer and fit."""
+    """(prompts, (prompt ids, answer ids, prompt) of each) of the rows that have an answer and
+    fit."""
     texts = [(prompt, answer) for prompt, answer in load_pairs(source, flag=flag) if answer]
     require(texts, f"{flag} {source}: no row has an answer")
-    kept = [(text[0], (prompt, answer[:settings.max_answer_tokens]))
-            for text, (prompt, answer) in zip(texts, encode_pairs(texts, tokenizer))
-            if len(prompt) <= settings.max_prompt_tokens]
+    kept = [(prompt, (ids, answer[:settings.max_answer_tokens], prompt))
+            for (prompt, _), (ids, answer) in zip(texts, encode_pairs(texts, tokenizer))
+            if len(ids) <= settings.max_prompt_tokens]
     require(kept, f"{flag} {source}: every prompt is longer than --max_prompt_tokens")
     say(f"{flag} {source}: {len(kept):,} pairs that fit, of {len(texts):,} with an answer")
     return tuple(zip(*kept))
 
 
+def loss_of(policy, pairs: list, tokenizer) -> torch.Tensor:
+    prompt_ids, answer_ids, prompts = zip(*pairs)
+    return answer_loss(policy, list(zip(prompt_ids, answer_ids)), tokenizer.pad_token_id,
+                       pixels_for(tokenizer, prompts))
+
+
 @torch.no_grad()
-def mean_loss(policy, pairs: list, pad_id: int) -> float:
+def mean_loss(policy, pairs: list, tokenizer) -> float:
     """Over all answers' tokens."""
     total = tokens = 0
     for start in range(0, len(pairs), 16):
         batch = pairs[start:start + 16]
-        count = sum(len(answer) for _, answer in batch)
-        total, tokens = total + count * answer_loss(policy, batch, pad_id).item(), tokens + count
+        count = sum(len(answer) for _, answer, _ in batch)
+        total, tokens = total + count * loss_of(policy, batch, tokenizer).item(), tokens + count
     return total / tokens
 
 
@@ -62,12 +70,11 @@ def run(settings: SupervisedSettings) -> dict:
     """Trains, tells the held-out loss, saves; returns the figures."""
     torch.manual_seed(settings.seed)
     policy, tokenizer, as_run = learning.load_body(settings)
-    pad_id = tokenizer.pad_token_id
     learn, held_out = learning.learn_and_held_out(
         partial(pairs_of, settings=settings, tokenizer=tokenizer), settings)
-    before = mean_loss(policy, held_out, pad_id)
-    learning.teach(policy, partial(answer_loss, policy, pad_id=pad_id), learn, settings, as_run)
-    after = mean_loss(policy, held_out, pad_id)
+    before = mean_loss(policy, held_out, tokenizer)
+    learning.teach(policy, partial(loss_of, policy, tokenizer=tokenizer), learn, settings, as_run)
+    after = mean_loss(policy, held_out, tokenizer)
     say(f"held-out loss per token {before:.3f} -> {after:.3f}")
     if settings.out:
         learning.save(settings.out, policy, tokenizer, lambda folder: save_policy(

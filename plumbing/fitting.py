@@ -42,7 +42,7 @@ def answer_loss(policy, batch: list[tuple[list, list]], pad_id: int,
     places = torch.arange(ids.shape[1], device=ids.device)                               # [L]
     is_answer = (places >= starts[:, None]) & mask.bool()                                # [B, L]
     # Padding on the right is behind whatever attends.
-    head, inputs = getattr(policy, "fused_head", Head()), in_call(pixel_values)
+    head, inputs = getattr(policy, "fused_head", Head()), in_call(pixel_values, ids.device)
     if head:
         output = policy.base_model(ids, use_cache=False, **inputs)
         hidden = output.last_hidden_state                                                # [B, L, H]
@@ -59,7 +59,7 @@ def scores_of(model, rows: list[list[int]], pad_id: int,
     """The scores at the last tokens of N rows, perhaps with pictures [N, 3, S, S]: [N]."""
     ids, mask = pad_rows([[]] * len(rows), rows, pad_id)                                 # [N, L]
     ids, mask = ids.to(model.device), mask.to(model.device)
-    output = model.model(ids, use_cache=False, **in_call(pixel_values))
+    output = model.model(ids, use_cache=False, **in_call(pixel_values, ids.device))
     hidden = output.last_hidden_state                                                    # [N, L, H]
     last = mask.sum(1) - 1                                                               # [N]
     at_last = hidden[torch.arange(len(rows), device=ids.device), last]                   # [N, H]

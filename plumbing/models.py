@@ -177,7 +177,8 @@ def load_policy(config):
         policy = load_pretrained(partial(shape_of, kind), config.policy, flag, config, dtype=dtype)
     else:
         policy, report = load_pretrained(
-            kind.from_pretrained, config.policy, flag, config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+            kind.from_pretrained, config.policy, flag, config, dtype=dtype,
+            output_loading_info=True, ignore_mismatched_sizes=True)
         check_loaded(policy, report, f"{flag} {config.policy}",
                      "a policy must bring all its weights, in its config's shapes")
         if config.policy.endswith(".gguf"):  # its blocks are plain weights now, saved as such
@@ -223,7 +224,7 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "use_cache": False,
-        **in_call(pixel_values),
+        **in_call(pixel_values, input_ids.device),
     }
 
 

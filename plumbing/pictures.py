@@ -46,8 +46,10 @@ class Pictured(str):
         prompt.digest = hashlib.sha256(content).hexdigest()[:16]
         return prompt
 
-    def __getnewargs__(self):
-        return str(self), self.image
+    @property
+    def label(self) -> str:
+        """What people find the picture by: its file's path, else a hash."""
+        return str(self.image) if isinstance(self.image, Path) else self.digest
 
     def __eq__(self, other) -> bool:
         return str(self) == str(other) and self.digest == getattr(other, "digest", None)
@@ -160,10 +162,13 @@ def load_sight(model_config, tokenizer, source: str, flag: str) -> Sight | None:
     check_sight(model_config, f"{flag} {source}")
     if not sees(model_config):
         return None
+    place_holder = tokenizer.convert_ids_to_tokens(model_config.image_token_id)
+    require(place_holder, f"{flag} {source}: its tokenizer has no token "
+                          f"{model_config.image_token_id}, the place-holder for a picture")
     with blame(f"{flag} {source}: its image processor cannot be loaded"):
         processing, _ = ImageProcessingMixin.get_image_processor_dict(source)
     return Sight(
-        place_holder=tokenizer.convert_ids_to_tokens(model_config.image_token_id),
+        place_holder=place_holder,
         count=model_config.image_seq_length,
         size=model_config.vision_config.image_size,
         processing=processing,
@@ -197,6 +202,6 @@ def pixels_for(tokenizer, prompts: list[str]) -> Tensor | None:
     return sight.pixels(prompts) if sight else None
 
 
-def in_call(pixel_values: Tensor | None) -> dict:
+def in_call(pixel_values: Tensor | None, device) -> dict:
     """The argument of a model's call: the library wants no None."""
-    return {} if pixel_values is None else {"pixel_values": pixel_values}
+    return {} if pixel_values is None else {"pixel_values": pixel_values.to(device)}

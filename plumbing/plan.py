@@ -34,6 +34,7 @@ from plumbing.models import (
     recomputing,
     set_checkpointing,
 )
+from plumbing.pictures import sees
 from plumbing.prompts import encode_prompts, load_ptx_pairs, render_prompt, split_prompts
 from plumbing.ranks import RANKS
 
@@ -143,8 +144,8 @@ def longest_rows(prompts, pairs, tokenizer, config) -> Longest:
     room = config.max_length - min(lengths)
     row = max(lengths) + min(config.max_response_length or config.max_length, room)
     if pairs:
-        longest_question = max(len(question) for question, _ in pairs)
-        longest_answer = max(len(answer) for _, answer in pairs)
+        longest_question = max(len(question) for question, _, _ in pairs)
+        longest_answer = max(len(answer) for _, answer, _ in pairs)
         row = max(row, longest_question + longest_answer)
     return Longest(max(lengths), row)
 
@@ -293,7 +294,7 @@ def memory_terms(models, config, device: str, longest: Longest, checkpointing: b
 
     `models` are shapes on the meta device, made with this config; `longest` is from longest_rows.
     """
-    policy = models.policy.config
+    policy = models.policy.config.get_text_config()
     responses = responses_per_rank(config)
     trained = count_trained(models)
     peak, loss = forward_and_loss(models, config, device, longest, checkpointing)
@@ -375,7 +376,8 @@ def forward_and_loss(models, config, device, longest, checkpointing) -> tuple[in
         activations(model, rows, longest.row, has_bf16_copies(config), checkpointing)
         for model in different.values()
     )
-    loss = loss_chunk(models.policy.config, rows * (longest.row - longest.prompt), device, config)
+    policy = models.policy.config.get_text_config()
+    loss = loss_chunk(policy, rows * (longest.row - longest.prompt), device, config)
     # The loss comes when the forward is over and the backward has not begun.
     return peak, max(kept + loss - peak, 0)
 
@@ -421,11 +423,23 @@ def activations(model, rows: int, length: int, in_bf16: bool, checkpointing: boo
 
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     with Alive(body.parameters()) as alive, recomputing([body]):
+        states = states_of_pictures(body, rows)
         output = body(input_ids=ids, attention_mask=ids, position_ids=ids, use_cache=False)
-        hidden = output.last_hidden_state
+        states.append(output.last_hidden_state)
         kept = alive.now
-        hidden.backward(torch.empty_like(hidden), inputs=trained)
+        made = [each for each in states if each.requires_grad]
+        torch.autograd.backward(made, [torch.empty_like(each) for each in made], inputs=trained)
     return alive.peak, kept
+
+
+def states_of_pictures(body, rows: int) -> list:
+    """What a body that sees makes of as many pictures; they would stand among the embeddings, where
+    tensors without content can not be put."""
+    if not sees(body.config):
+        return []
+    size = body.config.vision_config.image_size
+    pictures = torch.empty(rows, 3, size, size, dtype=body.dtype, device="meta")
+    return body.get_image_features(pictures).pooler_output
 
 
 def drop_gradient(weight) -> None:

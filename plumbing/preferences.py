@@ -8,6 +8,9 @@ from plumbing.pictures import with_picture
 from plumbing.prompts import encode_pairs, has_pictures, read_rows, to_pair
 
 
+UNSAFE = {"yes": False, "no": True, True: False, False: True}  # of is_response_i_safe
+
+
 class Pair(NamedTuple):
     """Two answers to a prompt, as token ids from the prompt's first on."""
 
@@ -19,15 +22,20 @@ class Pair(NamedTuple):
 
 def load_preferences(source: str, flag: str, role: str, tokenizer,
                      max_tokens: int) -> tuple[list[str], list[Pair]]:
-    """(prompts, pairs) of a file or hub data set in the columns of PKU-SafeRLHF or HH-RLHF.
+    """(prompts, pairs) of a file or hub data set in the columns of PKU-SafeRLHF, of BeaverTails-V,
+    whose prompts have pictures, or of HH-RLHF.
 
     Raises UserError for others, and for a cost model where nobody has said what is safe.
     """
     rows = read_rows(source, flag)
     columns = set(rows.column_names)
     better_id = "better_response_id" if role == "reward" else "safer_response_id"
+    seen_better_id = "more_helpful_response_id" if role == "reward" else "safer_response_id"
     if {"prompt", "response_0", "response_1", better_id} <= columns:
         read = read_two_responses(better_id, "is_response_0_safe" in columns)
+    elif {"question", "image", "response_1", "response_2", seen_better_id} <= columns:
+        has_pictures(rows, f"{flag} {source}")
+        read = read_pictured_responses(seen_better_id, Path(source).expanduser().parent)
     elif {"chosen", "rejected"} <= columns:
         read = read_chosen
     else:
@@ -56,6 +64,18 @@ def read_two_responses(better_id: str, has_signs: bool):
         ids = better, 1 - better
         unsafe = tuple(not row[f"is_response_{i}_safe"] for i in ids) if has_signs else None
         return row["prompt"], *(row[f"response_{i}"] for i in ids), unsafe
+
+    return read
+
+
+def read_pictured_responses(better_id: str, folder: Path):
+    """BeaverTails-V, which counts from 1 and says yes or no: as above."""
+    def read(row: dict) -> tuple:
+        better = int(row[better_id])
+        ids = better, 3 - better
+        unsafe = tuple(UNSAFE[row[f"is_response_{i}_safe"]] for i in ids)
+        prompt = with_picture(row["question"], row["image"], folder)
+        return prompt, *(row[f"response_{i}"] for i in ids), unsafe
 
     return read
 

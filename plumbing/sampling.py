@@ -69,7 +69,6 @@ def sample(policy, tokenizer, prompts: list[list[int]], uniform: Tensor, max_tok
     if sight:  # no answer shows a picture
         place_holder = tokenizer.convert_tokens_to_ids(sight.place_holder)
         processors.insert(0, SuppressTokensLogitsProcessor([place_holder], config.device))
-    pictures = pixel_values if pixel_values is None else pixel_values.to(config.device)
     # Of a slice of hidden states the library's product would copy the head, once for each row.
     whole = policy.get_output_embeddings().register_forward_pre_hook(
         lambda head, inputs: inputs[0].contiguous())
@@ -77,7 +76,7 @@ def sample(policy, tokenizer, prompts: list[list[int]], uniform: Tensor, max_tok
         token_ids = policy.generate(
             input_ids=input_ids.to(config.device),                               # [b, P]
             attention_mask=mask.to(config.device),                               # [b, P]
-            **in_call(pictures),
+            **in_call(pixel_values, config.device),                              # [b, 3, S, S]
             generation_config=settings,
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList(stops),

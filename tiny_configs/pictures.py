@@ -57,7 +57,7 @@ def draw(action: str, generator: torch.Generator) -> Tensor:
     cells = torch.tensor([[float(cell == "#") for cell in row] for row in ICONS[action].split()])
     icon = cells.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)                   # [16, 16]
     tint = 0.5 + 0.4 * torch.rand(3, 1, 1, generator=generator)                          # [3, 1, 1]
-    noise = 0.1 * torch.rand(3, *icon.shape, generator=generator)                        # [3, 16, 16]
+    noise = 0.1 * torch.rand(3, 16, 16, generator=generator)
     return (100 * (tint * icon + noise)).round() / 100
 
 
@@ -161,7 +161,7 @@ def new_policy(config: LlavaConfig, text_policy: LlamaForCausalLM) -> LlavaForCo
     """world.py's policy, which sees nothing yet: embeddings and head have a row more, for the
     place-holder."""
     policy = LlavaForConditionalGeneration(config)
-    text_policy.resize_token_embeddings(config.text_config.vocab_size)
+    text_policy.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
     policy.model.language_model.load_state_dict(text_policy.model.state_dict())
     policy.lm_head.load_state_dict(text_policy.lm_head.state_dict())
     return policy
