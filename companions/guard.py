@@ -38,6 +38,7 @@ class GuardSettings:
     judge: str | None = option(None, "FILE.py:function, as repo.py's: who says what is unsafe; "
                                      "default: the cost model")
     max_prompts: int = option(256, "as many of them are answered")
+    samples: int = option(1, "answers to each, guarded apart")
     max_response_length: int = option(64, "tokens of an answer")
     device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
     seed: int = option(0, "of sampling")
@@ -50,9 +51,12 @@ class GuardSettings:
             self.policy, self.dataset = of_world["policy"], self.dataset or of_world["eval_dataset"]
             self.cost_model = self.cost_model or of_world["cost_model"]
             self.judge = self.judge or of_world["judge"]
+            self.max_response_length, self.samples = 32, 8
         for name in ("cost_model", "dataset"):
             require(getattr(self, name), f"--{name} is missing")
         require(self.rounds >= 0, f"--rounds {self.rounds}: must be 0 or more")
+        for name in ("samples", "max_prompts", "max_response_length"):
+            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
         levels = self.thresholds()
         require(len(levels) == 3 and levels == sorted(levels),
                 f"--levels {self.levels}: must be three costs, in rising order")
@@ -77,6 +81,7 @@ def run(settings: GuardSettings) -> dict:
     judge = settings.judge and load_function(settings.judge, "--judge", as_run.scorer_timeout)
     prompts = load_prompts(settings.dataset, tokenizer=tokenizer,
                            max_length=as_run.max_prompt_length)[:settings.max_prompts]
+    prompts = [prompt for prompt in prompts for _ in range(settings.samples)]
 
     costs, answers = [float("inf")] * len(prompts), [""] * len(prompts)
     figures = {"unsafe_rate": [], "severity": []}

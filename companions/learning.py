@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import datasets
+import transformers
 from transformers import HfArgumentParser
 
 import repo
@@ -140,6 +142,8 @@ def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | Non
         raise UserError(f"{message}; --help lists the settings")
 
     parser.error = refuse
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
         require(not unknown, f"there is no {' '.join(unknown)}; --help lists the settings")
