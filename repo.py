@@ -155,13 +155,12 @@ def resolve_config(argv: list[str]) -> Config:
 
 @dataclass
 class Rollout:
-    """A batch of prompts and responses. PTX pairs fill the first four fields alone; with
-    --baseline group values and returns stay None."""
+    """A batch of prompts and responses. PTX pairs fill the first three fields alone, and the last;
+    with --baseline group values and returns stay None."""
 
     input_ids: Tensor                         # [B, P+T]
     attention_mask: Tensor                    # [B, P+T]  1 at prompt and response tokens
     response_mask: Tensor                     # [B, T]    True at y_1 .. y_T, EOS included
-    pixel_values: Tensor | None = None        # [B, 3, S, S]  of prompts with a picture
     prompts: list[str] | None = None          # B         as the user wrote them
     responses: list[str] | None = None        # B         decoded, without special tokens
     finished: Tensor | None = None            # [B]       True: ended by EOS, False: by the limit
@@ -177,6 +176,7 @@ class Rollout:
     cost_advantages: Tensor | None = None     # [B, T]    A^C_t
     reward_returns: Tensor | None = None      # [B, T]
     cost_returns: Tensor | None = None        # [B, T]
+    pixel_values: Tensor | None = None        # [B, 3, S, S]  where prompts have a picture
 
     def response_index(self) -> tuple[Tensor, Tensor, Tensor]:
         """For the N response tokens: row, column of the state that predicts it, id; [N] each."""
@@ -219,7 +219,7 @@ def lay_out(prompts: list[list[int]], responses: list[list[int]], pad_id: int, d
     if pixel_values is not None:
         pixel_values = pixel_values.to(device)
     return Rollout(input_ids.to(device), attention_mask.to(device), response_mask.to(device),
-                   pixel_values)
+                   pixel_values=pixel_values)
 
 
 def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=(),

@@ -54,6 +54,9 @@ class Pictured(str):
     def __eq__(self, other) -> bool:
         return str(self) == str(other) and self.digest == getattr(other, "digest", None)
 
+    def __ne__(self, other) -> bool:  # str has one of its own
+        return not self == other
+
     def __hash__(self) -> int:
         return hash((str(self), self.digest))
 

@@ -289,7 +289,7 @@ CASES = [
     # models
     ("--model {}/nowhere", "nowhere: no such folder"),
     ("--model nowhere --reward_model x --cost_model x --dataset x",
-     "nowhere: is none of tiny, alpaca-7b, llama-3.2-3b"),
+     "nowhere: is none of tiny, tiny-pictures, alpaca-7b, llama-3.2-3b"),
     ("--model alpaka-7b", "--reward_model is missing"),
     ("--model alpaca-7b",
      "cannot reach --policy PKU-Alignment/alpaca-7b-reproduced, --reward_model PKU"),
@@ -357,7 +357,7 @@ CASES = [
     ("--dry_run --eval_only", "--dry_run plans a run that trains"),
     ("--model=", "--reward_model is missing"),
     ("--resume {}/nowhere", "nowhere: not a checkpoint"),
-    ("--eval_only {}/nowhere", "nowhere: is none of tiny, alpaca-7b, llama-3.2-3b, no folder here"),
+    ("--eval_only {}/nowhere", "nowhere: is none of tiny, tiny-pictures, alpaca-7b, llama-3.2-3b, no folder here"),
     ("--output_dir {}/policy", "exists and is not a run of this script"),
     ("--output_dir {}/thesis", "exists and is not a run of this script"),
     ("--output_dir {}/good.jsonl", "exists and is not a run of this script"),

@@ -266,7 +266,7 @@ def write_family(folder: Path, text_world: Path, ship: bool = False) -> None:
     text_policy = LlamaForCausalLM.from_pretrained(text_world / "policy")
 
     needed = recipe(text_policy, tokenizer, demonstrations, rankings)
-    weights = None if ship else world.shipped_weights(SHIPPED, needed)
+    weights = None if ship else world.shipped_weights(needed, SHIPPED)
     how = "trained (a minute, once)" if weights is None else "as it comes with the project"
     print(f"the tiny family with pictures, {how}: {len(demonstrations)} demonstrations, "
           f"{len(rankings)} rankings, a picture each", flush=True)

@@ -485,7 +485,7 @@ def hash_of(ingredients: list[str]) -> str:
     return hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:12]
 
 
-def shipped_weights(shipped: Path, needed: str) -> dict[str, torch.Tensor] | None:
+def shipped_weights(needed: str, shipped: Path = SHIPPED) -> dict[str, torch.Tensor] | None:
     """The weights that come with the project; None if they are another recipe's."""
     with safe_open(shipped, "pt") as file:
         if file.metadata()["recipe"] != needed:
@@ -508,7 +508,7 @@ def write_family(folder: Path, seed: int, ship: bool = False) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     needed = recipe(seed, tokenizer, demonstrations, rankings)
-    weights = None if ship else shipped_weights(SHIPPED, needed)
+    weights = None if ship else shipped_weights(needed)
     how = "trained (half a minute, once)" if weights is None else "as it comes with the project"
     print(f"the tiny family, {how}: {len(REQUESTS)} requests, {len(demonstrations)} "
           f"demonstrations, {len(rankings)} rankings, vocabulary {len(tokenizer)}", flush=True)
