@@ -46,6 +46,9 @@ class GuardSettings:
     json: str | None = option(None, "write the figures there too")
 
     def check(self) -> None:
+        require(self.rounds >= 0, f"--rounds {self.rounds}: must be 0 or more")
+        for name in ("samples", "max_prompts", "max_response_length"):
+            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
         if self.policy == "tiny":
             of_world = world.build()
             self.policy, self.dataset = of_world["policy"], self.dataset or of_world["eval_dataset"]
@@ -54,9 +57,6 @@ class GuardSettings:
             self.max_response_length, self.samples = 32, 8
         for name in ("cost_model", "dataset"):
             require(getattr(self, name), f"--{name} is missing")
-        require(self.rounds >= 0, f"--rounds {self.rounds}: must be 0 or more")
-        for name in ("samples", "max_prompts", "max_response_length"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
         levels = self.thresholds()
         require(len(levels) == 3 and levels == sorted(levels),
                 f"--levels {self.levels}: must be three costs, in rising order")
@@ -69,7 +69,7 @@ class GuardSettings:
 def run(settings: GuardSettings) -> dict:
     """Answers, guards, tells a table; returns the figures of round 0 (no guard) to the last."""
     as_run = repo.Config(
-        model=settings.policy, policy=settings.policy, cost_model=settings.cost_model,
+        model="unused", policy=settings.policy, cost_model=settings.cost_model,
         device=settings.device, seed=settings.seed, trust_remote_code=settings.trust_remote_code,
         max_response_length=settings.max_response_length, output_dir="unused")
     fill_in(as_run)

@@ -124,6 +124,7 @@ def call_as_forward(model: nn.Module, function, *arguments):
 def gathered(model: nn.Module):
     """A sharded model with all its weights whole on every rank, so that no rank's forward waits
     for another's."""
+    call_as_forward(model, lambda model: None)  # what is called first counts as the whole
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)

@@ -357,7 +357,8 @@ CASES = [
     ("--dry_run --eval_only", "--dry_run plans a run that trains"),
     ("--model=", "--reward_model is missing"),
     ("--resume {}/nowhere", "nowhere: not a checkpoint"),
-    ("--eval_only {}/nowhere", "nowhere: is none of tiny, tiny-pictures, alpaca-7b, llama-3.2-3b, no folder here"),
+    ("--eval_only {}/nowhere", "nowhere: is none of tiny, tiny-pictures, alpaca-7b, "
+                               "llama-3.2-3b, no folder here"),
     ("--output_dir {}/policy", "exists and is not a run of this script"),
     ("--output_dir {}/thesis", "exists and is not a run of this script"),
     ("--output_dir {}/good.jsonl", "exists and is not a run of this script"),

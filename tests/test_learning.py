@@ -74,7 +74,7 @@ def test_a_policy_learns_and_is_saved_as_a_plain_model(family, tmp_path, capsys,
     held_out_file = str(Path(family["policy"]).with_name("preferences_held_out.jsonl"))
     _, held_out = supervised.pairs_of(held_out_file, "--eval_data", supervised.SupervisedSettings(),
                                       tokenizer)
-    loss = supervised.mean_loss(policy, held_out, tokenizer.pad_token_id)
+    loss = supervised.mean_loss(policy, held_out, tokenizer)
     assert loss == pytest.approx(figures["held_out_loss"], rel=1e-4)
 
 
@@ -105,7 +105,7 @@ def test_a_score_model_learns_and_repo_reads_what_is_saved(family, tmp_path, cap
     _, held_out = load_preferences(
         str(Path(family["policy"]).with_name("preferences_held_out.jsonl")),
         "--data", role, tokenizer, settings.max_tokens)
-    again = score_models.accuracies(model, held_out, settings, tokenizer.pad_token_id)
+    again = score_models.accuracies(model, held_out, settings, tokenizer)
     assert again["pair_accuracy"] == pytest.approx(figures["pair_accuracy"], abs=0.005)
 
 

@@ -331,7 +331,8 @@ def test_policies_that_cannot_work_are_refused(tmp_path, tokenizer):
 
 def test_loading_names_a_folder_that_is_not_there(tmp_path):
     for source in (str(tmp_path / "none"), "alpaca7b"):
-        sentence = f"{source}: is none of tiny, tiny-pictures, alpaca-7b, llama-3.2-3b, no folder here"
+        presets = "tiny, tiny-pictures, alpaca-7b, llama-3.2-3b"
+        sentence = f"{source}: is none of {presets}, no folder here"
         with pytest.raises(UserError, match=sentence) as error:
             load_policy(repo.Config(model=source, policy=source, device="cpu"))
         assert "\n" not in str(error.value)

@@ -17,7 +17,14 @@ import repo
 from companions import score_models, supervised
 from plumbing import pictures as sight
 from plumbing.errors import UserError
-from plumbing.models import Scorer, ScoreModel, load_policy, save_tokenizer
+from plumbing.models import (
+    Scorer,
+    ScoreModel,
+    load_policy,
+    reads_alike,
+    save_tokenizer,
+    tokenizer_with_sight,
+)
 from plumbing.pictures import Pictured, pixels_for
 from plumbing.preferences import load_preferences
 from plumbing.prompts import (
@@ -222,6 +229,31 @@ def test_no_answer_shows_a_picture(loaded):
     answers = repo.generate(policy, tokenizer, encode_prompts(prompts, tokenizer), config, "key",
                             pixels_for(tokenizer, prompts))
     assert all(place_holder not in answer for answer in answers)
+
+
+def test_each_prompt_is_answered_by_its_own_picture(loaded):
+    """Prompts of several lengths, which sampling sorts; at a temperature that leaves no choice."""
+    policy, tokenizer, config = loaded
+    config.temperature = 1e-4
+    prompts = [Pictured(f"{'Well, ' * (5 - i)}{prompt}", prompt.image)
+               for i, prompt in enumerate(drawn(5))]
+
+    def answers(prompts):
+        return repo.generate(policy, tokenizer, encode_prompts(prompts, tokenizer), config, "key",
+                             pixels_for(tokenizer, prompts))
+
+    together = answers(prompts)
+    assert together == [answer for prompt in prompts for answer in answers([prompt])]
+    other = [Pictured(str(prompt), prompts[0].image) for prompt in prompts]
+    assert answers(other) != together
+
+
+def test_a_score_model_with_another_processor_looks_for_itself(loaded):
+    _, tokenizer, config = loaded
+    other = tokenizer_with_sight(config.cost_model, "--cost_model", config)
+    assert reads_alike(other, tokenizer)
+    other.sight.processing = {**other.sight.processing, "do_normalize": True}
+    assert not reads_alike(other, tokenizer)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

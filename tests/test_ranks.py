@@ -28,7 +28,7 @@ import repo
 from plumbing.models import load_policy
 from plumbing.prompts import load_ptx_pairs
 from plumbing.ranks import RANK, RANKS
-from tiny_configs import world
+from tiny_configs import pictures, world
 
 # ---- what every process does
 
@@ -55,6 +55,8 @@ VARIANTS = {  # batches of 5 do not divide by 2 ranks, of 1 leave a rank without
     "checkpointing": {"gradient_checkpointing": True},
     "functions": {"reward_model": f"{__file__}:brevity"},
     "bfloat16": {"dtype": "bfloat16"},
+    "pictures": {"model": "tiny-pictures"},
+    "pictures, lora, ptx": {"model": "tiny-pictures", "lora_rank": 4, "ptx_coeff": 0.5},
 }
 
 
@@ -81,8 +83,9 @@ def trained_weights(state) -> dict:
 
 def learn_each_variant(file: Path) -> None:
     """Two steps of each variant; rank 0 writes responses, metrics, weights and lambda."""
-    results, family = {}, world.build()
+    results, families = {}, {"tiny": world.build(), "tiny-pictures": pictures.build()}
     for name, changes in VARIANTS.items():
+        family = families[changes.get("model", "tiny")]
         config = repo.Config(**family | SETTINGS | changes)
         torch.manual_seed(0)
         policy, tokenizer = load_policy(config)

@@ -59,7 +59,7 @@ def test_layout_and_response_index():
 class Positions:
     """A critic that gives every state its position in the row."""
 
-    def values(self, input_ids, attention_mask):
+    def values(self, input_ids, attention_mask, pixel_values=None):
         return torch.arange(input_ids.shape[1]).expand(input_ids.shape).float()
 
 
