@@ -28,8 +28,9 @@ class RunSettings:
     """What a run reads, how it computes, what it writes."""
 
     # ---- models and data
-    model: str = option("tiny", "a preset (tiny, tiny-pictures, alpaca-7b, llama-3.2-3b), or the policy itself: "
-                                "folder, .gguf file or hub name of a causal LM")
+    model: str = option("tiny", "a preset (tiny, tiny-pictures, alpaca-7b, llama-3.2-3b), or the "
+                                "policy itself: folder, .gguf file or hub name of a causal LM, or "
+                                "of a model of LLaVA's layout")
     policy: str | None = option(None, "the starting policy, if another than --model names")
     reward_model: str | None = option(None, "helpfulness: a Beaver-layout or sequence-classifier "
                                             "folder or hub name, or FILE.py:function")

@@ -194,8 +194,8 @@ def train_family(config, tokenizer, text_policy, demonstrations, rankings,
 # ---- the cache
 
 def preset() -> dict:
-    """The settings of --model tiny-pictures."""
-    return json.loads((HERE / "tiny_pictures.json").read_text()) | build()
+    """The settings of --model tiny-pictures: those of tiny.json, and where its family lies."""
+    return json.loads((HERE / "tiny.json").read_text()) | build()
 
 
 def build(cache: Path = HERE / "cache") -> dict[str, str]:
