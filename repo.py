@@ -241,9 +241,9 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=()
     responses = {}
     with gathered(policy):
         if mine:
-            pictures = None if pixel_values is None else pixel_values[mine]
+            theirs = None if pixel_values is None else pixel_values[mine]
             rows = sample(policy, tokenizer, [prompts[i] for i in mine], uniform[mine],
-                          max(limits[i] for i in mine), config, pictures)
+                          max(limits[i] for i in mine), config, theirs)
             responses = {i: row[:limits[i]] for i, row in zip(mine, rows)}
     responses = from_all_ranks(responses)
     return [up_to_stop(responses[i], policy.stop_token_ids) for i in range(len(prompts))]
