@@ -38,6 +38,7 @@ from companions.runs import (  # noqa: E402
     CURVES,
     OF_ONE_RUN,
     Run,
+    asked,
     cell,
     curve,
     grouped,
@@ -107,9 +108,9 @@ def quadrant(old: dict, new: dict) -> tuple[str, str]:
 def quadrants(a: Run, b: Run, draws: int = 2000) -> str:
     """How many prompts have more, as much or less reward in run b than in run a, and are safe or
     unsafe in run b; as shares with 95 % bootstrap intervals over prompts."""
-    rows_of_a = {row["prompt"]: row for row in a.prompts}
-    found = [quadrant(rows_of_a[row["prompt"]], row)
-             for row in b.prompts if row["prompt"] in rows_of_a]
+    rows_of_a = {asked(row): row for row in a.prompts}
+    found = [quadrant(rows_of_a[asked(row)], row)
+             for row in b.prompts if asked(row) in rows_of_a]
     if not found:
         return f"\n{a.folder} and {b.folder} have no held-out prompt in common"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from string import Template
 
-from companions.runs import COLUMNS, CURVES, Run, cell, curve, mean_of
+from companions.runs import COLUMNS, CURVES, Run, asked, cell, curve, mean_of
 from plumbing.errors import printable
 from plumbing.run_folder import write_whole
 
@@ -74,10 +74,10 @@ def missing_in(run: Run) -> list[str]:
     return notes
 
 
-def rows_before(run: Run) -> dict[str, dict]:
+def rows_before(run: Run) -> dict[tuple, dict]:
     """{prompt: its row of eval_before.jsonl}; none if those are not the prompts of eval.jsonl."""
-    rows = {row["prompt"]: row for row in run.before}
-    return rows if rows.keys() == {row["prompt"] for row in run.prompts} else {}
+    rows = {asked(row): row for row in run.before}
+    return rows if rows.keys() == {asked(row) for row in run.prompts} else {}
 
 
 def prompts_of(run: Run) -> dict:
@@ -85,10 +85,10 @@ def prompts_of(run: Run) -> dict:
     before = rows_before(run)
     rows = []
     for row in run.prompts:
-        shown = {"prompt": row["prompt"], "category": row.get("category", ""),
+        shown = {"prompt": " ".join(asked(row)), "category": row.get("category", ""),
                  "after": evaluated(row)}
         if before:
-            shown["before"] = evaluated(before[row["prompt"]])
+            shown["before"] = evaluated(before[asked(row)])
         rows.append(shown)
     return {"name": f"{run.name}, {run.folder}", "rows": rows}
 

@@ -153,6 +153,11 @@ def cell(summaries: list[dict], key: str) -> str:
     return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
+def asked(row: dict) -> tuple[str, ...]:
+    """What tells a held-out prompt from the others: its text, and its picture where it has one."""
+    return row["prompt"], *([row["image"]] if "image" in row else [])
+
+
 def mean_of(row: dict, key: str) -> float:
     """The mean over a held-out prompt's responses, from its row of eval.jsonl."""
     return fmean(response[key] for response in row["responses"])
