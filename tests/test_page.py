@@ -99,6 +99,17 @@ def run(tmp_path):
 
 # ---- what it shows
 
+def test_prompts_of_one_text_are_told_apart_by_their_pictures(run, tmp_path):
+    for name, order in (("eval.jsonl", "ab"), ("eval_before.jsonl", "ba")):
+        rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        rows = [row | {"prompt": "this?", "image": f"{image}.png"}
+                for row, image in zip(rows, order)]
+        write_jsonl(run / name, rows)
+    [shown] = page_of(tmp_path, run).runs()
+    assert [(row["prompt"], row["before"]["cost"], row["after"]["cost"]) for row in shown["rows"]
+            ] == [("this? a.png", -2.0, -0.5), ("this? b.png", 2.0, -2.0)]
+
+
 def test_scores_are_those_of_the_summary_with_their_intervals(run, tmp_path):
     change(run, before={"cost": 0.125, "reward": None})
     scores = page_of(tmp_path, run).scores()
