@@ -40,6 +40,7 @@ from plumbing.pictures import (
     model_class,
     pixels_for,
     save_processor,
+    sees,
 )
 from plumbing.prompts import BEAVER_TEMPLATE, READERS, encode_prompts, pad_rows, render_prompt
 from plumbing.ranks import RANKS, all_reduce, call_as_forward, rank_chunks, rank_rows, sharded
@@ -153,8 +154,10 @@ def load_tokenizer(config):
 def tokenizer_with_sight(source: str, flag: str, config):
     """A model's tokenizer, and beside it how the model sees pictures, if it does."""
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, source, flag, config)
-    model_config = load_pretrained(AutoConfig.from_pretrained, source, flag, config)
-    tokenizer.sight = load_sight(model_config, tokenizer, source, flag)
+    tokenizer.sight = None
+    if not source.endswith(".gguf"):  # a language model, whose config takes long to read
+        model_config = load_pretrained(AutoConfig.from_pretrained, source, flag, config)
+        tokenizer.sight = load_sight(model_config, tokenizer, source, flag)
     return tokenizer
 
 
@@ -171,8 +174,7 @@ def load_policy(config):
     flag, tokenizer = config.policy_flag(), load_tokenizer(config)
     is_frozen = config.lora_rank or config.eval_only
     dtype = getattr(torch, config.dtype) if is_frozen else torch.float32
-    model_config = load_pretrained(AutoConfig.from_pretrained, config.policy, flag, config)
-    kind = model_class(model_config)
+    kind = model_class(sees=bool(tokenizer.sight))
     if config.dry_run:
         policy = load_pretrained(partial(shape_of, kind), config.policy, flag, config, dtype=dtype)
     else:
@@ -652,7 +654,7 @@ def recomputing(models):
 def save_policy(folder: Path, policy, weights: dict[str, Tensor], config) -> None:
     """Writes a plain model in the compute dtype: what the library's Auto classes read."""
     with torch.device("meta"):
-        plain = model_class(policy.config).from_config(
+        plain = model_class(sees(policy.config)).from_config(
             policy.config, dtype=getattr(torch, config.dtype),
             trust_remote_code=config.trust_remote_code)
     tied = plain.all_tied_weights_keys  # saved once, under the other name

@@ -96,8 +96,8 @@ def sees(model_config) -> bool:
     return model_config.model_type == "llava"
 
 
-def model_class(model_config):
-    return AutoModelForImageTextToText if sees(model_config) else AutoModelForCausalLM
+def model_class(sees: bool):
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def check_sight(model_config, source: str) -> None:

@@ -21,9 +21,11 @@ from plumbing.models import (
     Scorer,
     ScoreModel,
     load_policy,
+    make_trainable,
     reads_alike,
     save_tokenizer,
     tokenizer_with_sight,
+    trainable,
 )
 from plumbing.pictures import Pictured, pixels_for
 from plumbing.preferences import load_preferences
@@ -257,8 +259,18 @@ def test_a_score_model_with_another_processor_looks_for_itself(loaded):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_what_is_trained_of_a_model_that_sees(run, rank):
+def test_what_is_trained_of_a_model_that_sees(loaded, rank):
     """Language part and projector, or adapters on the language part; the tower never."""
+    policy, _, config = loaded
+    config.lora_rank = rank
+    names = list(trainable(make_trainable(policy, config)))
+    assert not any("vision_tower" in name for name in names)
+    assert any("projector" in name for name in names) == (rank == 0)
+    assert all("language_model" in name and "lora" in name for name in names) == (rank > 0)
+
+
+@pytest.mark.parametrize("rank", [exhaustive(0), 4])
+def test_a_run_with_pictures_is_saved_resumed_and_evaluated(run, rank):
     flags = ["--model", "tiny-pictures", "--device", "cpu", "--steps", "2", "--batch_size", "4",
              "--minibatch_size", "2", "--max_eval_prompts", "4", "--eval_samples", "1",
              "--save_every", "1", "--lora_rank", rank, "--ptx_coeff", "1"]

@@ -43,7 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from plumbing.errors import require
 from plumbing.fitting import answer_loss, cost_loss, fit, preference_loss, scores_of
 from plumbing.models import ScoreModel, save_score_model, typed_as_in
-from plumbing.pictures import model_class, pixels_for
+from plumbing.pictures import model_class, pixels_for, sees
 from plumbing.prompts import (
     BEAVER_TEMPLATE,
     encode_pairs,
@@ -354,7 +354,7 @@ def accuracies(reward_model, cost_model, tokenizer, rankings: list[dict]) -> tup
 def models_of(weights: dict[str, torch.Tensor], config) -> nn.ModuleDict:
     """The three models with these weights, in fp32."""
     family = nn.ModuleDict({
-        "policy": model_class(config).from_config(config),
+        "policy": model_class(sees(config)).from_config(config),
         "reward": ScoreModel(config),
         "cost": ScoreModel(config),
     })
