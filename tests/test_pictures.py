@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 from conftest import exhaustive, read_checkpoint, read_jsonl
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaConfig
 
 import repo
@@ -98,7 +99,10 @@ def test_a_text_alone_does_not_tell_harm_from_help():
 def test_the_world_comes_with_the_project(seeing):
     report = json.loads((pictures.Path(seeing["policy"]).parent / "report.json").read_text())
     assert report["reward_pair_accuracy"] >= 0.95 and report["cost_sign_accuracy"] >= 0.98
-    assert report["seconds"] < 60  # not trained
+    built = AutoModelForImageTextToText.from_pretrained(seeing["policy"]).state_dict()
+    shipped = load_file(pictures.SHIPPED)
+    assert all(torch.equal(weight, shipped[f"policy.{name}"].float())
+               for name, weight in built.items())
 
 
 # ---- prompts
