@@ -10,7 +10,9 @@ from __future__ import annotations  # so that names of packages not here may sta
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -104,8 +106,11 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
             tests/test_ranks.py "$1" > "$1/two-ranks.log" 2>&1
     """,
     "default_runs": """
-        "$0" repo.py --device cpu --output_dir "$1/repo" > "$1/repo.log" 2>&1
-        "$0" repo.py --device cpu --algo ppo_lag --output_dir "$1/ppo_lag" > "$1/lag.log" 2>&1
+        "$0" repo.py --device cpu --algo ppo_lag \\
+            --output_dir "$1/compared/ppo_lag-device-cpu-0" > "$1/lag.log" 2>&1
+        touch "$1/lag.done"
+        "$0" companions/compare.py --algos ppo_lag repo --seeds 1 --device cpu \\
+            --out "$1/compared" > "$1/compared.txt" 2> "$1/compared.log"
     """,
     "one_rank_fails": """
         two="-m torch.distributed.run --standalone --nproc_per_node 2"
@@ -126,6 +131,18 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
                 --micro_batch_size 8 --max_response_length 12 --eval_samples 1 \\
                 --max_eval_prompts 4 --output_dir "$1/by-$by" > "$1/by-$by.log" 2>&1
         done
+    """,
+    "without_datasets": """
+        mkdir "$1/no"
+        echo 'import sys; sys.modules["datasets"] = None' > "$1/no/sitecustomize.py"
+        PYTHONPATH="$1/no" "$0" -m pytest -q --collect-only tests > "$1/collected.log"
+    """,
+    "beside_other_kernels": """
+        installed="$1/other/kernels-0.18.2.dist-info"
+        mkdir -p "$installed"
+        printf "Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n" > "$installed/METADATA"
+        PYTHONPATH="$1/other" "$0" -c "import companions.compare, kernels.bench" \\
+            > "$1/imports.log" 2>&1
     """,
 }
 BOTH_CORES = ("test_faults", "test_ranks")  # they start several processes at a time
@@ -225,9 +242,23 @@ def long_runs(pytestconfig):
 
 @pytest.fixture(scope="session")
 def default_runs(long_runs) -> dict[str, Path]:
-    """Folders of the default run and of PPO-Lag's."""
-    folder = long_runs("default_runs")
-    return {"repo": folder / "repo", "ppo_lag": folder / "ppo_lag"}
+    """Folders of the default run and of PPO-Lag's. compare.py has made the first, beside the second
+    that was there, and a table of both."""
+    folder = long_runs("default_runs") / "compared"
+    return {name: folder / f"{name}-device-cpu-0" for name in ("repo", "ppo_lag")}
+
+
+# A server that has everything imported and nothing begun: a process starts in no time.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["repo"])
+
+
+def as_script(words: list[str], log: Path) -> None:
+    """What `python repo.py` with some words does, for a process of FORKS; it prints into a file."""
+    torch.set_num_threads(1)
+    sys.argv = ["repo.py", *words]
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    runpy.run_path(str(ROOT / "repo.py"), run_name="__main__")
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Tests that wait for whole runs of two minutes: left out of the files that are likely to notice.
-SLOW = "the_default_run or bounding_the_mean or far_more_prompts"
+SLOW = "the_default_run or bounding_the_mean or far_more_prompts or trains_the_one"
 LIMIT = 1800  # seconds for one run of pytest; a bug that makes it hang is noticed by that
 
 

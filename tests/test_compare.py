@@ -160,7 +160,7 @@ def test_quadrants_by_hand(tmp_path):
 
 
 def test_two_runs_on_the_command_line(runs, tmp_path, script):
-    done = as_script(*runs[1:3], "--out", tmp_path / "seen")
+    done = script(*runs[1:3], "--out", tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     for text in ("PPO-Lag", "worst of", "better reward, safe"):
         assert text in done.stdout, done.stderr
@@ -233,7 +233,23 @@ FEW = ["--device", "cpu", "--steps", "2", "--batch_size", "8", "--eval_samples",
 NAMED_AFTER_FEW = "device-cpu-steps-2-batch_size-8-eval_samples-2-max_eval_prompts-6"
 
 
-def test_it_trains_the_one_that_is_missing(tmp_path, family, script):
+def test_it_trains_the_one_that_is_missing(default_runs, long_runs, capsys):
+    """As a script, in the background: see conftest.py."""
+    at, there = long_runs("default_runs"), default_runs["ppo_lag"] / "summary.json"
+    assert "2 runs in" in (at / "compared.txt").read_text()
+    assert "1 runs, 1 were there" in (at / "compared.log").read_text()
+    assert "RePO" in (at / "compared.txt").read_text()
+    trained = default_runs["repo"] / "summary.json"
+    begin = (at / "lag.done").stat().st_mtime_ns
+    assert there.stat().st_mtime_ns <= begin < trained.stat().st_mtime_ns
+
+    words = ["--algos", "ppo_lag", "repo", "--seeds", "1", "--device", "cpu"]
+    assert compare.main([*words, "--out", str(there.parents[1])]) == 0
+    assert "all 2 runs were there" in capsys.readouterr().out
+
+
+@pytest.mark.exhaustive
+def test_it_trains_the_one_that_is_missing_of_other_settings(tmp_path, family, script):
     (there, words), = compare.commands_of(["ppo_lag"], [FEW], 1, tmp_path).items()
     assert there == tmp_path / f"ppo_lag-{NAMED_AFTER_FEW}-0"
     assert repo.main(words) == 0

@@ -3,7 +3,6 @@
 damaged checkpoints, two runs in one folder."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    FORKS,
     exhaustive,
     grid,
     random_beaver,
@@ -34,9 +34,6 @@ import repo
 from plumbing.errors import UserError
 from plumbing.run_folder import append, write_whole
 
-# A server that has everything imported and nothing begun: a process starts in no time.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["repo"])
 # Starting a process asks those before it whether they have ended, and an exit code is told once: a
 # thread that starts one may take the code for which another thread waits, which then sees 255.
 ONE_ASKS = threading.Lock()

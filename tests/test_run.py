@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    FORKS,
     ROOT,
+    as_script,
     random_beaver,
     read_checkpoint,
     read_jsonl,
@@ -340,31 +342,34 @@ def test_a_reward_that_fails_late_loses_nothing(run, tmp_path):
 # ---- processes
 
 
-def command(tmp_path, *flags) -> list[str]:
-    words = [sys.executable, "repo.py", *FEW, *flags, "--output_dir", tmp_path / "out"]
-    return [str(word) for word in words]
+@pytest.fixture
+def started(tmp_path, family):
+    """started(*flags) -> the script in a process of its own, which prints into the file "log"."""
+    processes = []
+
+    def start(*flags):
+        words = [str(word) for word in (*FEW, *flags, "--output_dir", tmp_path / "out")]
+        processes.append(FORKS.Process(target=as_script, args=(words, tmp_path / "log")))
+        processes[0].start()
+        return processes[0]
+
+    yield start
+    processes[0].kill()
 
 
-def test_ctrl_c_saves_and_exits_130(tmp_path, family):
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(tmp_path, "--steps", 1000),
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+def test_ctrl_c_saves_and_exits_130(tmp_path, started):
+    process, out = started("--steps", 1000), tmp_path / "out"
+    while not (out / "metrics.jsonl").exists() and process.is_alive():
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume continues from there" in printed
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    printed = (tmp_path / "log").read_text()
+    assert process.exitcode == 130 and "--resume continues from there" in printed, printed
     steps = len(read_jsonl(out / "metrics.jsonl"))
     assert checkpoints_of(out) == [f"step-{steps}"]
 
 
-def test_a_hanging_thread_of_a_score_function_does_not_keep_the_process(tmp_path, family):
+def test_a_hanging_thread_of_a_score_function_does_not_keep_the_process(tmp_path, started):
     pool = """
         import time
         from concurrent.futures import ThreadPoolExecutor
@@ -374,12 +379,11 @@ def test_a_hanging_thread_of_a_score_function_does_not_keep_the_process(tmp_path
                 return list(pool.map(lambda r: time.sleep(1000), responses))
     """
     write_python(tmp_path / "pool.py", pool)
-    flags = ("--reward_model", f"{tmp_path}/pool.py:score", "--scorer_timeout", "1")
-    done = subprocess.run(
-        command(tmp_path, *flags), cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2
-    assert "no answer within --scorer_timeout 1 seconds" in done.stderr
+    process = started("--reward_model", f"{tmp_path}/pool.py:score", "--scorer_timeout", 1)
+    process.join(60)
+    printed = (tmp_path / "log").read_text()
+    assert process.exitcode == 2, printed
+    assert "no answer within --scorer_timeout 1 seconds" in printed
 
 
 # ---- settings and folders
