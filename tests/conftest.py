@@ -127,8 +127,8 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
     """,
     "interpreted": """
         for by in 0 1; do
-            TRITON_INTERPRET=$by "$0" repo.py --device cpu --steps 2 --batch_size 8 \\
-                --micro_batch_size 8 --max_response_length 12 --eval_samples 1 \\
+            TRITON_INTERPRET=$by "$0" repo.py --device cpu --steps 2 --batch_size 4 \\
+                --micro_batch_size 4 --max_response_length 8 --eval_samples 1 \\
                 --max_eval_prompts 4 --output_dir "$1/by-$by" > "$1/by-$by.log" 2>&1
         done
     """,

@@ -358,7 +358,7 @@ def is_close_to(gradient, exact) -> bool:
 def test_the_linear_functions_are_the_others_on_logits(device, backend, count):
     @settings(max_examples=count)
     @given(
-        tokens=st.integers(1, 20),
+        tokens=st.integers(1, 8),
         width=st.integers(1, 24),
         vocab=st.integers(2, 50),
         layout=LAYOUTS,

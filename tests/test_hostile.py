@@ -233,11 +233,11 @@ def test_what_steers_a_terminal_is_spelled_out(run, tmp_path, capsys):
     rows = [json.dumps({"prompt": f"{HOSTILE} {i}"}) + "\n" for i in range(40)]
     (tmp_path / "p.jsonl").write_text("".join(rows))
     flags = (*FEW, "--dataset", tmp_path / "p.jsonl", "--sample_every", 1, "--seed", 1)
-    for out in ("a", "b"):
-        code, _, printed = run(*flags, out=out)
-        assert code == 0 and "\\x1b" in printed
-        assert not set(printed) & STEERING - {"\r"}  # with which the progress bar begins
+    code, _, printed = run(*flags, out="a")
+    assert code == 0 and "\\x1b" in printed
+    assert not set(printed) & STEERING - {"\r"}  # with which the progress bar begins
 
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
     config = tmp_path / "a" / "config.json"  # the table shows settings in which two runs differ
     config.write_text(json.dumps(json.loads(config.read_text()) | {"judge": HOSTILE}))
     words = [tmp_path / "a", tmp_path / "b", "--out", tmp_path / "seen"]

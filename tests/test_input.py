@@ -401,7 +401,8 @@ def test_bad_input_is_one_sentence_and_code_2_and_nothing_is_written(
 
     before, out = times(), tmp_path / "out"
     flags = flags.replace("{}", str(made)).split()
-    code = repo.main([*map(str, FEW), "--output_dir", str(out), *flags])
+    short = (*FEW, "--max_response_length", 2)
+    code = repo.main([*map(str, short), "--output_dir", str(out), *flags])
     printed = capsys.readouterr()
     assert code == 2, printed
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed

@@ -16,12 +16,12 @@ from kernels.bench import peak_memory
 from plumbing.alive import Alive
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
-CHUNK = 8
+CHUNK = 4
 
 
 @pytest.fixture(params=["triton", "reference"])
 def backend(request, monkeypatch) -> str:
-    """Both, with chunks of 8 tokens (of 65 logits): the interpreter takes its time for each."""
+    """Both, with chunks of 4 tokens (of 65 logits): the interpreter takes its time for each."""
     monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: CHUNK)
     monkeypatch.setattr(reference, "rows_per_chunk_on_cpu", lambda *_: CHUNK)
     return request.param
@@ -382,7 +382,7 @@ def test_all_logits_never_exist_and_an_update_takes_less_than_a_quarter_of_their
 
 def test_no_storage_of_all_logits_in_the_kernels_path(device, monkeypatch):
     monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: 8)
-    n, v = 64, 4099
+    n, v = 32, 4099
     hidden, weight, targets = head(n, v, 16, device=device)
     rest = targets, *token_data(n, device, log_prob=-8.0)
     watch = watched(kernels.linear_repo_loss, hidden, weight, *rest, backend="triton")

@@ -73,13 +73,13 @@ def check(logits, targets, upstream, temperature, device):
 
 
 @pytest.mark.parametrize("n, v", grid(
-    [0, 1, 7, 33],
+    [0, 1, 7, 9, 33],
     [1, 2, 63, 64, 65, 1000, 32001],
     telling=[
         (0, 65),
         (1, 1),
         (1, 64),     # whole groups alone
-        (33, 65),    # a head and a tail
+        (9, 65),     # a head and a tail
         (7, 32001),  # whole tiles, and rows that begin anywhere
     ],
 ))
@@ -168,7 +168,7 @@ def test_rows_that_begin_anywhere(device, dtype, first):
 ])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides_and_dimensions_of_any_kind(device, view, dtype):
-    logits = view(random_rows((4, 5, 35), dtype)[0].to(device))
+    logits = view(random_rows((4, 3, 35), dtype)[0].to(device))
     _, targets, upstream = random_rows(logits.shape, dtype)
     check(logits, targets, upstream, 1.3, device)
 
@@ -241,7 +241,7 @@ def test_backward_twice_and_retained(device):
 
 
 def test_same_inputs_same_bits(device):
-    inputs = [tensor.to(device) for tensor in random_rows((33, 5000), torch.bfloat16)]
+    inputs = [tensor.to(device) for tensor in random_rows((9, 5000), torch.bfloat16)]
     a, b = (computed(*inputs, 0.7, "triton") for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b))
 
