@@ -131,13 +131,13 @@ class Case:
         write_python(folder / "reward.py", REWARD)
         rows = [json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(40)]
         (folder / "prompts.jsonl").write_text("".join(rows))
-        policy = write_policy(folder / "policy", tokenizer)
+        policy = write_policy(folder / "policy", tokenizer, num_hidden_layers=1)
         cost = write_beaver(folder / "cost", tokenizer, random_beaver(tokenizer)[1])
         self.flags = (
             *("--model", policy, "--cost_model", cost),
             *("--reward_model", f"{folder}/reward.py:brevity"),
             *("--dataset", folder / "prompts.jsonl", "--device", "cpu"),
-            *("--steps", 6, "--save_every", 2, "--batch_size", 4, "--max_response_length", 8),
+            *("--steps", 6, "--save_every", 2, "--batch_size", 4, "--max_response_length", 4),
             *("--eval_samples", 1, "--max_eval_prompts", 4, "--sample_every", 3),
             *("--actor_lr", 1e-3),
         )

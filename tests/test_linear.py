@@ -232,7 +232,7 @@ def test_loss_scaling_reaches_fp16(device):
 
     The gradient is as good as that of plain fp16 with the same factor.
     """
-    hidden, weight, targets = head(CHUNK, 4096, dtype=torch.float16, device=device)
+    hidden, weight, targets = head(2 * CHUNK, 4096, dtype=torch.float16, device=device)
     x, w = hidden.double(), weight.double()
     per_token = token_data_around(kernels.gather_log_probs(x @ w.T, targets, 1.0))
     per_token[4] = torch.full_like(per_token[4], 1 / 8192)

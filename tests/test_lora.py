@@ -238,7 +238,7 @@ def test_gradient_checkpointing_changes_memory_not_results(tmp_path, tokenizer, 
     config = write_models(tmp_path, tokenizer, tokenizer, num_hidden_layers=6)
     config.lora_rank = rank
     config.actor_lr = config.critic_lr = 1e-3
-    config.max_response_length, config.micro_batch_size = 64, 16
+    config.max_response_length, config.micro_batch_size = 32, 16
     results, peaks = [], []
 
     def step(state):

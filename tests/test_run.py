@@ -36,7 +36,7 @@ from plumbing.prompts import encode_prompts
 
 FEW = (
     *("--device", "cpu", "--steps", 4, "--batch_size", 8, "--micro_batch_size", 8),
-    *("--eval_samples", 1, "--max_eval_prompts", 8, "--max_response_length", 12),
+    *("--eval_samples", 1, "--max_eval_prompts", 8, "--max_response_length", 8),
 )
 VOLATILE = {
     *("seconds_rollout", "seconds_scoring", "seconds_learning", "tokens_per_second"),
