@@ -208,6 +208,15 @@ def family() -> dict:
 
 
 @pytest.fixture(scope="session")
+def few_pairs(family, tmp_path_factory) -> Path:
+    """40 of the tiny family's PTX pairs: to read all takes longer than a short run."""
+    lines = Path(family["ptx_dataset"]).read_text().splitlines(keepends=True)
+    file = tmp_path_factory.mktemp("pairs") / "few.jsonl"
+    file.write_text("".join(lines[:40]))
+    return file
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     """The tiny family's tokenizer, without its models."""
     return world.build_tokenizer()

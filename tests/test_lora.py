@@ -259,8 +259,8 @@ def test_gradient_checkpointing_changes_memory_not_results(tmp_path, tokenizer, 
 # ---- runs
 
 
-def test_a_run_resumes_exactly_from_adapters_alone_and_saves_a_plain_model(run, tmp_path):
-    flags = (*FEW, "--lora_rank", 4, "--ptx_coeff", 0.1)
+def test_a_run_resumes_exactly_from_adapters_alone_and_saves_a_plain_model(run, few_pairs):
+    flags = (*FEW, "--lora_rank", 4, "--ptx_coeff", 0.1, "--ptx_dataset", few_pairs)
     code, whole, printed = run(*flags, "--save_every", 2, out="whole")
     assert code == 0 and " of them trained" in printed
     tensors, _ = read_checkpoint(whole / "checkpoints" / "step-2")

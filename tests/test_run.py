@@ -80,8 +80,9 @@ SUMMARY = {
 }
 
 
-def test_a_run_writes_what_it_promises(run):
-    code, out, printed = run(*FEW, "--sample_every", 2, "--ptx_coeff", 0.1)
+def test_a_run_writes_what_it_promises(run, few_pairs):
+    ptx = ("--ptx_coeff", 0.1, "--ptx_dataset", few_pairs)
+    code, out, printed = run(*FEW, "--sample_every", 2, *ptx)
     assert code == 0
     assert {path.name for path in out.iterdir()} == FILES
     assert {path.name for path in (out / "final").iterdir()} == FINAL
@@ -254,10 +255,11 @@ def test_a_saved_critic_scores_the_responses_of_another_run(run):
 # ---- resuming
 
 
-def test_resume_is_exact(run, tmp_path):
+def test_resume_is_exact(run, tmp_path, few_pairs):
     flags = (
         *(*FEW, "--steps", 6, "--save_every", 2, "--keep_checkpoints", 9, "--sample_every", 3),
-        *("--minibatch_size", 4, "--ptx_coeff", 0.1, "--algo", "ppo_lag"),
+        *("--minibatch_size", 4, "--algo", "ppo_lag"),
+        *("--ptx_coeff", 0.1, "--ptx_dataset", few_pairs),
     )
     assert run(*flags, out="whole")[0] == 0
     whole, cut = tmp_path / "whole", tmp_path / "cut"
