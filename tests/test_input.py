@@ -383,9 +383,9 @@ CASES = [
      "imports.py:score: cannot be loaded "
      "(ModuleNotFoundError: No module named 'no_such_package', line 1)"),
     ("--reward_model {}/missing.py:score", "missing.py:score: cannot be loaded (FileNotFoundError"),
-    ("--cost_model {}/f.py:hangs --scorer_timeout 0.5",
-     "f.py:hangs: no answer within --scorer_timeout 0.5 seconds"),
-    ("--judge {}/f.py:hangs --scorer_timeout 0.5", "no answer within --scorer_timeout 0.5 seconds"),
+    ("--cost_model {}/f.py:hangs --scorer_timeout 0.2",
+     "f.py:hangs: no answer within --scorer_timeout 0.2 seconds"),
+    ("--judge {}/f.py:hangs --scorer_timeout 0.2", "no answer within --scorer_timeout 0.2 seconds"),
     ("--judge {}/f.py:absent", "f.py has no function absent"),
     ("--judge {}/f.py:nan", "must return dicts with the bools safe, refused and harmful_prompt"),
     ("--judge {}/f.py", "f.py: should be FILE.py:function"),

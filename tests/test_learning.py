@@ -88,7 +88,7 @@ def test_no_prompt_is_learned_from_and_held_out():
 
 @pytest.mark.parametrize("role, rank", [("cost", 8), exhaustive("reward", 0)])
 def test_a_score_model_learns_and_repo_reads_what_is_saved(family, tmp_path, capsys, role, rank):
-    few = score_models.TINY | {"steps": 40, "batch_size": 16}
+    few = score_models.TINY | {"steps": 60, "batch_size": 16}
     code = train(score_models, "--role", role, "--lora_rank", rank, "--out", tmp_path / role,
                  "--json", tmp_path / "figures.json", tiny=few)
     assert code == 0, capsys.readouterr().err

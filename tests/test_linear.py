@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import grid
+from conftest import exhaustive, grid
 from torch._library.custom_ops import OPDEFS
 
 import kernels
@@ -323,7 +323,7 @@ def test_three_products_per_chunk_where_the_loss_is_known(device, monkeypatch):
     assert watch.products == 4
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize("chunks", [1, exhaustive(2), 4])
 def test_a_heads_gradient_is_written_once_per_chunk(device, monkeypatch, chunks):
     """Nothing else passes over [V, H]: it is not cleared before, nor scaled behind."""
     monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: CHUNK)

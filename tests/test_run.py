@@ -19,6 +19,7 @@ from conftest import (
     FORKS,
     ROOT,
     as_script,
+    exhaustive,
     random_beaver,
     read_checkpoint,
     read_jsonl,
@@ -163,7 +164,7 @@ def test_the_saved_policy_is_the_policy_in_memory_in_the_compute_dtype(run, monk
         assert torch.equal(weight, weights[name].bfloat16()), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [exhaustive("float32"), "bfloat16"])
 def test_a_tied_head_is_saved_once_and_comes_back_trained(run, tmp_path, tokenizer, dtype):
     policy = write_policy(tmp_path / "tied", tokenizer, tie_word_embeddings=True)
     code, out, _ = run(*FEW, "--policy", policy, "--dtype", dtype, "--save_every", 4)
