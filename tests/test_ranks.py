@@ -84,15 +84,16 @@ def trained_weights(state) -> dict:
 def learn_each_variant(file: Path) -> None:
     """Two steps of each variant; rank 0 writes responses, metrics, weights and lambda."""
     results, families = {}, {"tiny": world.build(), "tiny-pictures": pictures.build()}
-    with_pairs = repo.Config(**families["tiny"] | SETTINGS | {"ptx_coeff": 0.5})
-    few_pairs = load_ptx_pairs(with_pairs, world.build_tokenizer())[:30]
+    few_pairs = {}  # by their file: to read all of it takes longer than a variant
     for name, changes in VARIANTS.items():
         family = families[changes.get("model", "tiny")]
         config = repo.Config(**family | SETTINGS | changes)
         torch.manual_seed(0)
         policy, tokenizer = load_policy(config)
         prompts = repo.load_prompts(config.dataset)[:20]
-        pairs = few_pairs if config.ptx_coeff else []
+        if config.ptx_coeff and config.ptx_dataset not in few_pairs:
+            few_pairs[config.ptx_dataset] = load_ptx_pairs(config, tokenizer)[:30]
+        pairs = few_pairs[config.ptx_dataset] if config.ptx_coeff else []
         state = repo.State(policy, tokenizer, config)
         steps = [repo.train_step(state, prompts, pairs, config) for _ in range(2)]
         responses = [rollout.responses for rollout, _ in steps]
