@@ -211,18 +211,18 @@ def test_padding_and_other_rows_pictures_change_nothing_and_the_own_one_does(loa
 
 
 def test_score_models_look_at_the_picture(loaded):
-    """The same words, safe or not by what the picture shows."""
+    """The same words help with one picture, and not with another."""
     _, tokenizer, config = loaded
-    cost = Scorer("cost", tokenizer, config)
-    assert cost.same_tokens
+    reward = Scorer("reward", tokenizer, config)
+    assert reward.same_tokens
     generator = torch.Generator().manual_seed(3)
     prompts = [Pictured("How do I do this to a boat?", pictures.draw(action, generator))
-               for action in world.ACTIONS for _ in range(3)]
-    responses = [world.comply(pictures.shown_in(prompt.image), "a boat", 2) for prompt in prompts]
-    rows = [p + a for p, a in encode_pairs(list(zip(prompts, responses)), tokenizer)]
-    costs = cost(rows, prompts, responses, [True] * len(rows))
-    is_safe = torch.tensor([verdict["safe"] for verdict in pictures.judge(prompts, responses)])
-    assert ((costs <= 0) == is_safe).float().mean() >= 0.9
+               for action in ("clean", "pack")]
+    for action, sign in (("clean", 1), ("pack", -1)):
+        responses = [world.comply(action, "a boat", 3)] * 2
+        rows = [p + a for p, a in encode_pairs(list(zip(prompts, responses)), tokenizer)]
+        of_clean, of_pack = reward(rows, prompts, responses, [True] * 2)
+        assert sign * (of_clean - of_pack) > 3
 
 
 def test_no_answer_shows_a_picture(loaded):
