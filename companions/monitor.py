@@ -188,13 +188,8 @@ def table(named: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(curves: dict[str, list[float]], harmful: int, file: Path) -> None:
+def draw(figure, curves: dict[str, list[float]], harmful: int) -> None:
     """Share of harmful answers stopped, by the share of their tokens that was read."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return  # optional
-    figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     for name, shares in curves.items():
         stopped = [number / harmful for number in range(len(shares) + 1)]
@@ -202,8 +197,6 @@ def draw(curves: dict[str, list[float]], harmful: int, file: Path) -> None:
     axes.set(xlabel="share of its tokens read", ylabel="share of harmful answers stopped",
              xlim=(0, 1), ylim=(0, 1.02))
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
 
 
 # ---- itself, in the tiny world
@@ -265,7 +258,7 @@ def show(settings: ShowSettings) -> dict:
         curves[name] = caught(scores, answers, found[name]["theta"], found[name]["k"])
         harmful = sum(answer.is_unsafe for answer in answers)
     say(table(found))
-    draw(curves, harmful, out / "caught.png")
+    learning.picture(out / "caught.png", (6, 4), lambda figure: draw(figure, curves, harmful))
 
     live = WatchSettings(policy=family["policy"], monitor=str(out / "monitor"), device="cpu")
     run = live.as_run(family["policy"])

@@ -138,18 +138,19 @@ class Pair:
         require(one == other, "START and ALIGNED have MLPs of different shapes")
         self.rows = encode_prompts(self.prompts, self.tokenizer)
 
+    def answers(self, model, chosen: Tensor | None = None) -> list[list[int]]:
+        """Of a model, or of one with chosen neurons patched from ALIGNED."""
+        return answers(model, self.aligned, chosen, self.rows, self.tokenizer, self.max_tokens)
+
     def judged(self, model, chosen: Tensor | None = None) -> tuple[float, float]:
-        """Mean safety and helpfulness of a model's answers, or of START's with chosen neurons
-        patched."""
-        written = answers(model, self.aligned, chosen, self.rows, self.tokenizer, self.max_tokens)
-        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        """Mean safety and helpfulness of these answers."""
+        texts = self.tokenizer.batch_decode(self.answers(model, chosen), skip_special_tokens=True)
         safe, helpful = zip(*self.judge(self.prompts, texts))
         return sum(safe) / len(safe), sum(helpful) / len(helpful)
 
     def scores(self, of_prompts: bool) -> Tensor:
-        written = answers(self.aligned, self.aligned, None, self.rows, self.tokenizer,
-                          self.max_tokens)
-        return change_scores(self.start, self.aligned, list(zip(self.rows, written)), of_prompts)
+        rows = list(zip(self.rows, self.answers(self.aligned)))
+        return change_scores(self.start, self.aligned, rows, of_prompts)
 
 
 def restored(pair: Pair, scores: Tensor, shares: list[float], draws: int, seed: int) -> dict:
