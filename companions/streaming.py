@@ -3,6 +3,7 @@
 A head gives each token y_i of an answer a score z_i; the answer is stopped once k tokens have had
 z_i >= theta. After arXiv 2506.09996; monitor.py is the script.
 """
+import random
 import time
 from typing import NamedTuple
 
@@ -137,17 +138,17 @@ def caught(scores: list[Tensor], answers: list[Answer], theta: float, k: int) ->
 
 def choose(scores: list[Tensor], answers: list[Answer]) -> tuple[float, int]:
     """theta and k of the best macro F1, to two digits, on these answers, which shall not be those
-    reported; of equals, what reads least."""
-    thetas = torch.cat(scores).quantile(torch.linspace(0.01, 0.99, 99)).unique().tolist()
+    reported; of equals, what reads least. The thetas are those of sigmoid(z) = .01 to .99."""
+    thetas = torch.linspace(0.01, 0.99, 99).logit().tolist()
     tried = [measure(scores, answers, theta, k) for theta in thetas for k in (1, 2, 3, 5)]
     best = max(tried, key=lambda figures: (round(figures["macro_f1"], 2), -figures["tokens_seen"]))
     return best["theta"], best["k"]
 
 
 def validated(scores: list[Tensor], answers: list[Answer]) -> dict:
-    """theta and k chosen on the answers to half of the prompts, measured on the others."""
-    prompts = list(dict.fromkeys(answer.prompt for answer in answers))
-    chosen_on = set(prompts[::2])
+    """theta and k chosen on the answers to a random half of the prompts, measured on the others."""
+    prompts = sorted({answer.prompt for answer in answers})
+    chosen_on = set(random.Random(0).sample(prompts, len(prompts) // 2))
     parts = [[(z, answer) for z, answer in zip(scores, answers)
               if (answer.prompt in chosen_on) == is_first] for is_first in (True, False)]
     require(all({answer.is_unsafe for _, answer in part} == {False, True} for part in parts),

@@ -59,12 +59,16 @@ def test_figures_by_hand():
 
 
 def test_the_threshold_is_chosen_on_other_prompts_than_it_is_measured_on():
-    """Scores of the first prompt's answers ask for a threshold that is wrong for the second's."""
+    """Scores of one prompt's answers ask for a threshold that is wrong for the other's, whichever
+    of the two is the one that it is chosen on."""
     scores = [torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([3.0]), torch.tensor([2.0])]
     answers = [Answer(prompt, [], 0, is_unsafe, None)
                for prompt in ("a", "b") for is_unsafe in (True, False)]
     figures = streaming.validated(scores, answers)
-    assert 0 < figures["theta"] <= 1 and figures["false_stop_rate"] == 1
+    if figures["theta"] <= 1:
+        assert figures["theta"] > 0 and figures["false_stop_rate"] == 1
+    else:
+        assert figures["theta"] > 2 and figures["recall"] == 0
 
 
 def test_spans_become_the_tokens_they_touch(tokenizer):
