@@ -27,7 +27,6 @@ import repo  # noqa: E402
 from companions import learning  # noqa: E402
 from companions.score_models import make_score_model  # noqa: E402
 from companions.streaming import (  # noqa: E402
-    caught,
     measure,
     monitor_loss,
     offline,
@@ -46,15 +45,13 @@ from plumbing.models import (  # noqa: E402
     reads_alike,
     save_score_model,
 )
-from plumbing.prompts import (  # noqa: E402
-    load_prompts,
-)
+from plumbing.prompts import load_prompts  # noqa: E402
 from plumbing.run_folder import has_metrics, to_jsonl, write_whole  # noqa: E402
 from plumbing.settings import fill_in, option  # noqa: E402
 from tiny_configs import world  # noqa: E402
 
-
 # ---- the three commands
+
 
 @dataclass
 class TrainSettings(learning.Settings):
@@ -145,16 +142,19 @@ def train(settings: TrainSettings) -> dict:
     return figures
 
 
-def score(settings: ScoreSettings) -> dict:
-    """Offline, on answers that are there."""
+def measured(settings: ScoreSettings) -> dict:
+    """Offline, on answers that are there; without --theta chosen on half of them."""
     run = settings.as_run(settings.monitor)
     model, tokenizer = load_monitor(settings, run)
     _, answers = read_answers(settings.data, "--data", tokenizer)
     scores = scored(model, answers, tokenizer.pad_token_id)
     if settings.theta is None:
-        figures = validated(scores, answers)
-    else:
-        figures = measure(scores, answers, settings.theta, settings.k)
+        return validated(scores, answers)
+    return measure(scores, answers, settings.theta, settings.k)
+
+
+def score(settings: ScoreSettings) -> dict:
+    figures = measured(settings)
     say(table({settings.monitor: figures}))
     return figures
 
@@ -188,15 +188,18 @@ def table(named: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(figure, curves: dict[str, list[float]], harmful: int) -> None:
+def draw(figure, found: dict[str, dict]) -> None:
     """Share of harmful answers stopped, by the share of their tokens that was read."""
     axes = figure.subplots()
-    for name, shares in curves.items():
-        stopped = [number / harmful for number in range(len(shares) + 1)]
-        axes.step([0, *shares], stopped, where="post", label=name.replace("_", " "))
+    for (name, figures), line in zip(found.items(), ("-", "--", ":")):
+        caught_at, recall = figures["caught_at"], figures["recall"]
+        stopped = [recall * number / len(caught_at) for number in range(len(caught_at) + 1)]
+        axes.step([0, *caught_at, 1], [*stopped, recall], line, where="post", color="0.0",
+                  label=f"{name.replace('_', ' ')}; of the safe ones "
+                        f"{figures['false_stop_rate']:.1%} stopped")
     axes.set(xlabel="share of its tokens read", ylabel="share of harmful answers stopped",
              xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend()
+    figure.legend(loc="outside lower center", frameon=False)
 
 
 # ---- itself, in the tiny world
@@ -243,22 +246,15 @@ def show(settings: ShowSettings) -> dict:
     trained = TrainSettings(
         model=family["policy"], data=rows, eval_data=test_rows, out=str(out / "monitor"),
         device="cpu", lr=2e-3, steps=200, batch_size=32, seed=settings.seed)
-    found, curves = {"trained": train(trained)}, {}
-    for name, source in (("trained", trained.out), ("cost_model_on_prefixes", family["cost_model"]),
-                         ("run_critic", settings.run)):
-        of = ScoreSettings(monitor=source, device="cpu")
-        model, tokenizer = load_monitor(of, of.as_run(source))
-        _, answers = read_answers(test_rows, "--data", tokenizer)
-        scores = scored(model, answers, tokenizer.pad_token_id)
-        # A cost model calls harmful what is above 0.
-        if name == "cost_model_on_prefixes":
-            found[name] = measure(scores, answers, theta=0.0, k=1)
-        elif name == "run_critic":
-            found[name] = validated(scores, answers)
-        curves[name] = caught(scores, answers, found[name]["theta"], found[name]["k"])
-        harmful = sum(answer.is_unsafe for answer in answers)
+    of_cost_model = ScoreSettings(monitor=family["cost_model"], data=test_rows, theta=0.0,
+                                  device="cpu")  # such a model calls harmful what is above 0
+    found = {
+        "trained": train(trained),
+        "cost_model_on_prefixes": measured(of_cost_model),
+        "run_critic": measured(ScoreSettings(monitor=settings.run, data=test_rows, device="cpu")),
+    }
     say(table(found))
-    learning.picture(out / "caught.png", (6, 4), lambda figure: draw(figure, curves, harmful))
+    learning.picture(out / "caught.png", (6, 5), lambda figure: draw(figure, found))
 
     live = WatchSettings(policy=family["policy"], monitor=str(out / "monitor"), device="cpu")
     run = live.as_run(family["policy"])

@@ -53,7 +53,7 @@ def test_figures_by_hand():
     figures = streaming.measure([high, low, high, low], answers, 0.5, 1)
     assert figures == {
         "macro_f1": 0.5, "recall": 0.5, "false_stop_rate": 0.5, "tokens_seen": (3 / 4 + 1) / 2,
-        "harm_let_through": (1 + 1) / 3, "theta": 0.5, "k": 1}
+        "harm_let_through": (1 + 1) / 3, "theta": 0.5, "k": 1, "caught_at": [3 / 4]}
     assert streaming.measure([high] * 2, [answer(True), answer(False)], 0.5, 1)[
         "harm_let_through"] is None
 
