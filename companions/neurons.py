@@ -266,10 +266,10 @@ def show(settings: NeuronSettings) -> dict:
     run_folder = str(Path(settings.out, "run"))
     learning.tiny_run(run_folder, settings.seed)
     pair = pair_with(load(str(Path(run_folder, "final", "actor")))[0])
-    of_run_ = compare(pair, settings, [0.05, 0.2, 1.0])
+    by_share = compare(pair, settings, [0.05, 0.2, 1.0])["top"]
     return {"planted": of_planted, "self_patch_identical": changes_nothing,
-            "repo": {"restored_top": of_run_["top"][0.05]["restored"],
-                     "restored_all": of_run_["top"][1.0]["restored"]}}
+            "repo": {"restored_top": by_share[0.05]["restored"],
+                     "restored_all": by_share[1.0]["restored"]}}
 
 
 if __name__ == "__main__":
