@@ -195,8 +195,8 @@ def draw(figure, found: dict[str, dict]) -> None:
         caught_at, recall = figures["caught_at"], figures["recall"]
         stopped = [recall * number / len(caught_at) for number in range(len(caught_at) + 1)]
         axes.step([0, *caught_at, 1], [*stopped, recall], line, where="post", color="0.0",
-                  label=f"{name.replace('_', ' ')}; of the safe ones "
-                        f"{figures['false_stop_rate']:.1%} stopped")
+                  label=f"{name.replace('_', ' ')}, which stops "
+                        f"{figures['false_stop_rate']:.1%} of the safe answers too")
     axes.set(xlabel="share of its tokens read", ylabel="share of harmful answers stopped",
              xlim=(0, 1), ylim=(0, 1.02))
     figure.legend(loc="outside lower center", frameon=False)
