@@ -24,18 +24,8 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import repo  # noqa: E402
-from companions import learning  # noqa: E402
+from companions import learning, streaming  # noqa: E402
 from companions.score_models import make_score_model  # noqa: E402
-from companions.streaming import (  # noqa: E402
-    measure,
-    monitor_loss,
-    offline,
-    read_answers,
-    scored,
-    token_scores,
-    validated,
-    watched,
-)
 from plumbing.errors import require, say  # noqa: E402
 from plumbing.models import (  # noqa: E402
     ScoreModel,
@@ -127,14 +117,14 @@ def train(settings: TrainSettings) -> dict:
     policy, tokenizer, run = learning.load_body(settings)
     model, pad_id = make_score_model(policy, run), tokenizer.pad_token_id
     learn, held_out = learning.learn_and_held_out(
-        partial(read_answers, tokenizer=tokenizer), settings)
+        partial(streaming.read_answers, tokenizer=tokenizer), settings)
 
     def loss(answers):
-        return monitor_loss(token_scores(model, answers, pad_id), answers, settings.alpha,
-                            settings.logic_weight)
+        scores = streaming.token_scores(model, answers, pad_id)
+        return streaming.monitor_loss(scores, answers, settings.alpha, settings.logic_weight)
 
     learning.teach(model, loss, learn, settings, run)
-    figures = validated(scored(model, held_out, pad_id), held_out)
+    figures = streaming.validated(streaming.scored(model, held_out, pad_id), held_out)
     say(table({"trained": figures}))
     if settings.out:
         learning.save(settings.out, model, tokenizer, lambda folder: save_score_model(
@@ -146,11 +136,11 @@ def measured(settings: ScoreSettings) -> dict:
     """Offline, on answers that are there; without --theta chosen on half of them."""
     run = settings.as_run(settings.monitor)
     model, tokenizer = load_monitor(settings, run)
-    _, answers = read_answers(settings.data, "--data", tokenizer)
-    scores = scored(model, answers, tokenizer.pad_token_id)
+    _, answers = streaming.read_answers(settings.data, "--data", tokenizer)
+    scores = streaming.scored(model, answers, tokenizer.pad_token_id)
     if settings.theta is None:
-        return validated(scores, answers)
-    return measure(scores, answers, settings.theta, settings.k)
+        return streaming.validated(scores, answers)
+    return streaming.measure(scores, answers, settings.theta, settings.k)
 
 
 def score(settings: ScoreSettings) -> dict:
@@ -167,8 +157,8 @@ def watch(settings: WatchSettings) -> dict:
     monitor, its_tokenizer = load_monitor(settings, run)
     prompts = load_prompts(settings.dataset)[:settings.max_prompts]
     its_own = None if reads_alike(its_tokenizer, tokenizer) else its_tokenizer
-    answers, cost = watched(policy.to(run.device), tokenizer, monitor, prompts, settings.theta,
-                            settings.k, run, its_own)
+    answers, cost = streaming.watched(policy.to(run.device), tokenizer, monitor, prompts,
+                                      settings.theta, settings.k, run, its_own)
     for answer in answers:
         say(f"{answer['prompt']}\n    {answer['response']}{' [stopped]' * answer['stopped']}")
     say(f"{cost['milliseconds_per_token']:.1f} ms a token of {len(prompts)} answers, "
@@ -262,10 +252,10 @@ def show(settings: ShowSettings) -> dict:
     policy, tokenizer = load_policy(run)
     model, _ = load_monitor(live, run)
     theta, k = found["trained"]["theta"], found["trained"]["k"]
-    plain, before = watched(policy, tokenizer, None, held_out, theta, k, run)
-    cut, cost = watched(policy, tokenizer, model, held_out, theta, k, run)
+    plain, before = streaming.watched(policy, tokenizer, None, held_out, theta, k, run)
+    cut, cost = streaming.watched(policy, tokenizer, model, held_out, theta, k, run)
     found["live_equals_offline"] = all(
-        answer["tokens"] == offline(model, tokenizer, whole, theta, k)
+        answer["tokens"] == streaming.offline(model, tokenizer, whole, theta, k)
         for answer, whole in zip(cut, plain))
     found |= {"milliseconds_per_token_without": before["milliseconds_per_token"], **cost}
     say(f"{sum(answer['stopped'] for answer in cut)} of {len(cut)} answers stopped as they were "

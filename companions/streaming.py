@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 import repo
+from companions.reader import Reader
 from plumbing.errors import blame, require
 from plumbing.prompts import encode_prompts, pad_rows, read_rows, render_prompt
 from plumbing.sampling import random_numbers, sample
@@ -167,42 +168,34 @@ def scored(model, answers: list[Answer], pad_id: int) -> list[Tensor]:
 # ---- the monitor in the loop
 
 class Watch(StoppingCriteria):
-    """Reads each new token of B answers once, with a cache of its own, and ends those that have had
-    k tokens of z >= theta. With other tokens than the policy's it reads the text so far again."""
+    """Reads each new token of B answers once and ends those that have had k tokens of z >= theta.
+    With other tokens than the policy's it reads the text so far again."""
 
     def __init__(self, monitor, mask: Tensor, theta: float, k: int, stop_ids: set[int],
                  reread=None):
         self.monitor, self.theta, self.k = monitor, theta, k
-        self.mask = mask                                                         # [B, P]
+        self.reader, self.prompt_length = Reader(monitor.model, mask), mask.shape[1]
         self.stop_ids = torch.tensor(sorted(stop_ids), device=mask.device)
         self.reread = reread                    # token ids so far -> the newest tokens' z [B]
-        self.cache, self.read = None, 0
         self.hits = mask.new_zeros(len(mask))                                    # [B]
         self.stops = [None] * len(mask)         # after how many tokens
         self.seconds = 0.0
 
     def __call__(self, input_ids: Tensor, scores, **_) -> Tensor:
         start = time.perf_counter()
-        t = input_ids.shape[1] - self.mask.shape[1]  # tokens written
-        newest = input_ids[:, self.mask.shape[1]:]
+        newest = input_ids[:, self.prompt_length:]                               # [B, t]
         has_ended = torch.isin(newest, self.stop_ids).any(1)                     # [B]
         z = self.reread(newest) if self.reread else self.newest_scores(input_ids)  # [B]
         self.hits += (z >= self.theta) & ~has_ended
         stopped = self.hits >= self.k                                            # [B]
         for row in stopped.nonzero().flatten().tolist():
-            self.stops[row] = self.stops[row] or t
+            self.stops[row] = self.stops[row] or newest.shape[1]
         self.seconds += time.perf_counter() - start
         return stopped
 
     def newest_scores(self, input_ids: Tensor) -> Tensor:
-        written = input_ids.shape[1] - self.mask.shape[1]
-        mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), written)], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self.monitor.model(
-            input_ids[:, self.read:], attention_mask=mask, position_ids=positions[:, self.read:],
-            past_key_values=self.cache, use_cache=True)
-        self.cache, self.read = output.past_key_values, input_ids.shape[1]
-        return self.monitor.score_head(output.last_hidden_state[:, -1].float()).squeeze(1)
+        hidden = self.reader(input_ids[:, self.reader.read:]).last_hidden_state  # [B, n, H]
+        return self.monitor.score_head(hidden[:, -1].float()).squeeze(1)
 
 
 def watched(policy, tokenizer, monitor, prompts: list[str], theta: float, k: int, run,

@@ -462,9 +462,10 @@ BUGS = [
     Bug("companions/streaming.py", "monitor", "monitor: theta is chosen on what is reported",
         "theta, k = choose(*map(list, zip(*parts[0])))",
         "theta, k = choose(*map(list, zip(*parts[1])))"),
-    Bug("companions/streaming.py", "monitor", "monitor: the cache forgets its place",
-        "position_ids=positions[:, self.read:]", "position_ids=None",
-        is_covered=False),  # rotary positions are relative: only learned ones would tell
+    Bug("companions/reader.py", "neurons", "reader: padding takes places",
+        "position_ids=places", "position_ids=None"),
+    Bug("companions/reader.py", "neurons monitor", "reader: what is new is masked",
+        "value=1)", "value=0)"),
     Bug("companions/streaming.py", "monitor", "monitor: EOS counts as a token",
         "self.hits += (z >= self.theta) & ~has_ended", "self.hits += z >= self.theta",
         is_covered=False),
