@@ -464,7 +464,7 @@ BUGS = [
         "theta, k = choose(*map(list, zip(*parts[1])))"),
     Bug("companions/reader.py", "neurons", "reader: padding takes places",
         "position_ids=places", "position_ids=None"),
-    Bug("companions/reader.py", "neurons monitor", "reader: what is new is masked",
+    Bug("companions/reader.py", "neurons", "reader: what is new is masked",
         "value=1)", "value=0)"),
     Bug("companions/streaming.py", "monitor", "monitor: EOS counts as a token",
         "self.hits += (z >= self.theta) & ~has_ended", "self.hits += z >= self.theta",
