@@ -4,7 +4,8 @@
     python companions/neurons.py START ALIGNED --dataset prompts.jsonl --share 0.05
 
 After arXiv 2406.14144. A neuron's activation a is an input of its MLP's down-projection. Its change
-score is s = sqrt(mean (a_start - a_aligned)^2) over the tokens of the aligned model's answers.
+score is s = sqrt(mean (a_start - a_aligned)^2) over the tokens of the aligned model's answers, or
+over the last tokens of the prompts, where an answer's first token is decided.
 Patching: at every step of greedy decoding the aligned model reads along, with a cache of its own,
 and the chosen neurons of the starting model take its activations. With F the share of safe answers,
 
