@@ -132,6 +132,17 @@ def tiny_run(folder: str, seed: int) -> None:
         require(repo.main(flags) == 0, f"{folder}: the run has failed")
 
 
+def picture(file: Path, inches: tuple[float, float], draw) -> None:
+    """draw(figure) into a file, where matplotlib is installed; it is optional."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=inches, layout="constrained")
+    draw(figure)
+    figure.savefig(file, dpi=150)
+
+
 def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | None = None) -> int:
     """Settings from the command line, run(settings) -> figures, --json. `tiny`: the settings of
     --model tiny, where that is a model. Returns 0, 2 after a UserError, 130 after Ctrl-C."""

@@ -24,19 +24,8 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import repo  # noqa: E402
-from companions import learning  # noqa: E402
+from companions import learning, streaming  # noqa: E402
 from companions.score_models import make_score_model  # noqa: E402
-from companions.streaming import (  # noqa: E402
-    caught,
-    measure,
-    monitor_loss,
-    offline,
-    read_answers,
-    scored,
-    token_scores,
-    validated,
-    watched,
-)
 from plumbing.errors import require, say  # noqa: E402
 from plumbing.models import (  # noqa: E402
     ScoreModel,
@@ -46,15 +35,13 @@ from plumbing.models import (  # noqa: E402
     reads_alike,
     save_score_model,
 )
-from plumbing.prompts import (  # noqa: E402
-    load_prompts,
-)
+from plumbing.prompts import load_prompts  # noqa: E402
 from plumbing.run_folder import has_metrics, to_jsonl, write_whole  # noqa: E402
 from plumbing.settings import fill_in, option  # noqa: E402
 from tiny_configs import world  # noqa: E402
 
-
 # ---- the three commands
+
 
 @dataclass
 class TrainSettings(learning.Settings):
@@ -130,14 +117,14 @@ def train(settings: TrainSettings) -> dict:
     policy, tokenizer, run = learning.load_body(settings)
     model, pad_id = make_score_model(policy, run), tokenizer.pad_token_id
     learn, held_out = learning.learn_and_held_out(
-        partial(read_answers, tokenizer=tokenizer), settings)
+        partial(streaming.read_answers, tokenizer=tokenizer), settings)
 
     def loss(answers):
-        return monitor_loss(token_scores(model, answers, pad_id), answers, settings.alpha,
-                            settings.logic_weight)
+        scores = streaming.token_scores(model, answers, pad_id)
+        return streaming.monitor_loss(scores, answers, settings.alpha, settings.logic_weight)
 
     learning.teach(model, loss, learn, settings, run)
-    figures = validated(scored(model, held_out, pad_id), held_out)
+    figures = streaming.validated(streaming.scored(model, held_out, pad_id), held_out)
     say(table({"trained": figures}))
     if settings.out:
         learning.save(settings.out, model, tokenizer, lambda folder: save_score_model(
@@ -145,16 +132,19 @@ def train(settings: TrainSettings) -> dict:
     return figures
 
 
-def score(settings: ScoreSettings) -> dict:
-    """Offline, on answers that are there."""
+def measured(settings: ScoreSettings) -> dict:
+    """Offline, on answers that are there; without --theta chosen on half of them."""
     run = settings.as_run(settings.monitor)
     model, tokenizer = load_monitor(settings, run)
-    _, answers = read_answers(settings.data, "--data", tokenizer)
-    scores = scored(model, answers, tokenizer.pad_token_id)
+    _, answers = streaming.read_answers(settings.data, "--data", tokenizer)
+    scores = streaming.scored(model, answers, tokenizer.pad_token_id)
     if settings.theta is None:
-        figures = validated(scores, answers)
-    else:
-        figures = measure(scores, answers, settings.theta, settings.k)
+        return streaming.validated(scores, answers)
+    return streaming.measure(scores, answers, settings.theta, settings.k)
+
+
+def score(settings: ScoreSettings) -> dict:
+    figures = measured(settings)
     say(table({settings.monitor: figures}))
     return figures
 
@@ -167,8 +157,8 @@ def watch(settings: WatchSettings) -> dict:
     monitor, its_tokenizer = load_monitor(settings, run)
     prompts = load_prompts(settings.dataset)[:settings.max_prompts]
     its_own = None if reads_alike(its_tokenizer, tokenizer) else its_tokenizer
-    answers, cost = watched(policy.to(run.device), tokenizer, monitor, prompts, settings.theta,
-                            settings.k, run, its_own)
+    answers, cost = streaming.watched(policy.to(run.device), tokenizer, monitor, prompts,
+                                      settings.theta, settings.k, run, its_own)
     for answer in answers:
         say(f"{answer['prompt']}\n    {answer['response']}{' [stopped]' * answer['stopped']}")
     say(f"{cost['milliseconds_per_token']:.1f} ms a token of {len(prompts)} answers, "
@@ -188,22 +178,18 @@ def table(named: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(curves: dict[str, list[float]], harmful: int, file: Path) -> None:
+def draw(figure, found: dict[str, dict]) -> None:
     """Share of harmful answers stopped, by the share of their tokens that was read."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return  # optional
-    figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
-    for name, shares in curves.items():
-        stopped = [number / harmful for number in range(len(shares) + 1)]
-        axes.step([0, *shares], stopped, where="post", label=name.replace("_", " "))
+    for (name, figures), line in zip(found.items(), ("-", "--", ":")):
+        caught_at, recall = figures["caught_at"], figures["recall"]
+        stopped = [recall * number / len(caught_at) for number in range(len(caught_at) + 1)]
+        axes.step([0, *caught_at, 1], [*stopped, recall], line, where="post", color="0.0",
+                  label=f"{name.replace('_', ' ')}, which stops "
+                        f"{figures['false_stop_rate']:.1%} of the safe answers too")
     axes.set(xlabel="share of its tokens read", ylabel="share of harmful answers stopped",
              xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    figure.legend(loc="outside lower center", frameon=False)
 
 
 # ---- itself, in the tiny world
@@ -250,22 +236,15 @@ def show(settings: ShowSettings) -> dict:
     trained = TrainSettings(
         model=family["policy"], data=rows, eval_data=test_rows, out=str(out / "monitor"),
         device="cpu", lr=2e-3, steps=200, batch_size=32, seed=settings.seed)
-    found, curves = {"trained": train(trained)}, {}
-    for name, source in (("trained", trained.out), ("cost_model_on_prefixes", family["cost_model"]),
-                         ("run_critic", settings.run)):
-        of = ScoreSettings(monitor=source, device="cpu")
-        model, tokenizer = load_monitor(of, of.as_run(source))
-        _, answers = read_answers(test_rows, "--data", tokenizer)
-        scores = scored(model, answers, tokenizer.pad_token_id)
-        # A cost model calls harmful what is above 0.
-        if name == "cost_model_on_prefixes":
-            found[name] = measure(scores, answers, theta=0.0, k=1)
-        elif name == "run_critic":
-            found[name] = validated(scores, answers)
-        curves[name] = caught(scores, answers, found[name]["theta"], found[name]["k"])
-        harmful = sum(answer.is_unsafe for answer in answers)
+    of_cost_model = ScoreSettings(monitor=family["cost_model"], data=test_rows, theta=0.0,
+                                  device="cpu")  # such a model calls harmful what is above 0
+    found = {
+        "trained": train(trained),
+        "cost_model_on_prefixes": measured(of_cost_model),
+        "run_critic": measured(ScoreSettings(monitor=settings.run, data=test_rows, device="cpu")),
+    }
     say(table(found))
-    draw(curves, harmful, out / "caught.png")
+    learning.picture(out / "caught.png", (6, 5), lambda figure: draw(figure, found))
 
     live = WatchSettings(policy=family["policy"], monitor=str(out / "monitor"), device="cpu")
     run = live.as_run(family["policy"])
@@ -273,10 +252,10 @@ def show(settings: ShowSettings) -> dict:
     policy, tokenizer = load_policy(run)
     model, _ = load_monitor(live, run)
     theta, k = found["trained"]["theta"], found["trained"]["k"]
-    plain, before = watched(policy, tokenizer, None, held_out, theta, k, run)
-    cut, cost = watched(policy, tokenizer, model, held_out, theta, k, run)
+    plain, before = streaming.watched(policy, tokenizer, None, held_out, theta, k, run)
+    cut, cost = streaming.watched(policy, tokenizer, model, held_out, theta, k, run)
     found["live_equals_offline"] = all(
-        answer["tokens"] == offline(model, tokenizer, whole, theta, k)
+        answer["tokens"] == streaming.offline(model, tokenizer, whole, theta, k)
         for answer, whole in zip(cut, plain))
     found |= {"milliseconds_per_token_without": before["milliseconds_per_token"], **cost}
     say(f"{sum(answer['stopped'] for answer in cut)} of {len(cut)} answers stopped as they were "

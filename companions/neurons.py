@@ -4,7 +4,8 @@
     python companions/neurons.py START ALIGNED --dataset prompts.jsonl --share 0.05
 
 After arXiv 2406.14144. A neuron's activation a is an input of its MLP's down-projection. Its change
-score is s = sqrt(mean (a_start - a_aligned)^2) over the tokens of the aligned model's answers.
+score is s = sqrt(mean (a_start - a_aligned)^2) over the tokens of the aligned model's answers, or
+over the last tokens of the prompts, where an answer's first token is decided.
 Patching: at every step of greedy decoding the aligned model reads along, with a cache of its own,
 and the chosen neurons of the starting model take its activations. With F the share of safe answers,
 
@@ -26,7 +27,7 @@ from torch.nn.utils import parametrize
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from companions import learning  # noqa: E402
-from companions.patching import Pair, answers, restored, top  # noqa: E402
+from companions.patching import Pair, restored, top  # noqa: E402
 from plumbing.errors import require, say  # noqa: E402
 from plumbing.fitting import answer_loss, fit  # noqa: E402
 from plumbing.models import Scorer, load_policy  # noqa: E402
@@ -115,12 +116,16 @@ def load_pair(settings: NeuronSettings) -> Pair:
 
 
 def run(settings: NeuronSettings) -> dict:
-    """Compares two models, tells a table, writes neurons.json and a picture."""
+    """Compares two models, or shows itself."""
     if not settings.models:
         return show(settings)
-    pair = load_pair(settings)
-    scores = pair.scores(settings.tokens == "prompt_last")
-    figures = restored(pair, scores, settings.share or SHARES, settings.draws, settings.seed)
+    return compare(load_pair(settings), settings, settings.share or SHARES)
+
+
+def compare(pair: Pair, settings: NeuronSettings, shares: list[float]) -> dict:
+    """Tells a table, writes neurons.json and a picture; returns the figures."""
+    scores = pair.scores(of_prompts=settings.tokens == "prompt_last")
+    figures = restored(pair, scores, shares, settings.draws, settings.seed)
     say(table(figures))
     write(settings, scores, figures)
     return figures
@@ -151,27 +156,26 @@ def write(settings: NeuronSettings, scores: Tensor, figures: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "neurons.json", json.dumps({"neurons": neurons, **figures}, indent=1) + "\n")
     say(f"all {len(neurons):,} neurons, by their scores, are in {out / 'neurons.json'}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return  # optional
-    draw(Figure(figsize=(6, 4)), figures, out / "restored.png")
+    learning.picture(out / "restored.png", (10, 4), lambda figure: draw(figure, figures))
 
 
-def draw(figure, figures: dict, file: Path) -> None:
-    axes, shares = figure.subplots(), list(figures["top"])
-    if figures["top"][shares[0]]["restored"] is None:
-        return
-    axes.plot(shares, [figures["top"][share]["restored"] for share in shares], "o-",
-              label="most changed")
-    for share, rows in figures["random"].items():
-        axes.plot([share] * len(rows), [row["restored"] for row in rows], "x", color="gray",
-                  label="random" if share == shares[0] else None)
-    axes.set(xscale="log", xlabel="share of all MLP neurons patched",
-             ylabel="restored share of the gain in safety")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
+def draw(figure, figures: dict) -> None:
+    """Safety, and the alignment tax on helpfulness, by the share of neurons patched."""
+    top, random_rows = figures["top"], figures["random"]
+    names = {"safe": "safe answers (share)", "helpful": "helpfulness (mean)"}
+    for number, (axes, name) in enumerate(zip(figure.subplots(1, 2), names)):
+        axes.axhline(figures["start"][number], color="0.6", linestyle=":", label="START")
+        axes.axhline(figures["aligned"][number], color="0.0", linestyle="--", label="ALIGNED")
+        for share, rows in random_rows.items():
+            axes.plot([share] * len(rows), [row[name] for row in rows], "x", color="0.6",
+                      label="START, random neurons patched" if share == min(random_rows) else None)
+        axes.plot(list(top), [row[name] for row in top.values()], "o-", color="0.0",
+                  label="START, the most changed patched")
+        axes.set(xscale="log", xlabel="share of all MLP neurons patched", ylabel=names[name])
+        axes.set_xticks(list(top), [f"{share:.0%}" for share in top])
+        axes.minorticks_off()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
+                  frameon=False)
 
 
 # ---- itself, in the tiny world
@@ -227,48 +231,46 @@ def show(settings: NeuronSettings) -> dict:
     """Planted neurons are found and carry the gain; and how much of a run's own gain neurons
     carry."""
     source = world.build()["policy"]
-    as_run = RunSettings(model=source, policy=source, device="cpu", output_dir="unused")
-    fill_in(as_run)
-    taught, held_out = world.split_requests()
+    held_out = world.split_requests()[1]
 
-    def pair_with(aligned, prompts=held_out):
-        return Pair(start, aligned, tokenizer, prompts, of_the_world, 32)
+    def load(path: str):
+        return load_policy(RunSettings(model=path, policy=path, device="cpu", dtype="float32",
+                                       output_dir="unused"))
 
-    start, tokenizer = load_policy(as_run)
+    def pair_with(aligned):
+        return Pair(start, aligned, tokenizer, held_out, of_the_world, 32)
+
+    start, tokenizer = load(source)
     say("19 neurons learn to refuse")
-    learned, _ = load_policy(as_run)
+    learned, _ = load(source)
     planted = plant(learned, tokenizer, 19, random.Random(settings.seed))
-    pair = pair_with(learned, taught[::4])  # what 19 neurons can do for other requests is little
-    scores = pair.scores(of_prompts=False)
-    found = {(int(at), int(index)) for at, index in top(scores, 19 / scores.numel()).nonzero()}
-    of_planted = restored(pair, scores, [0.05], settings.draws, settings.seed)
-    say(table(of_planted))
+    pair, found_by = pair_with(learned), {}
+    for tokens in ("completion", "prompt_last"):
+        scores = pair.scores(of_prompts=tokens == "prompt_last")
+        found = {tuple(each) for each in top(scores, 19 / scores.numel()).nonzero().tolist()}
+        patched = restored(pair, scores, [0.05], settings.draws, settings.seed)
+        say(f"--tokens {tokens}: {len(planted & found)} of the 19 are among the 19 most changed\n"
+            + table(patched))
+        found_by[tokens] = {
+            "found": len(planted & found),
+            "restored_top": patched["top"][0.05]["restored"],
+            "restored_random": [row["restored"] for row in patched["random"][0.05]]}
+    # Whether to refuse is decided where a prompt ends.
+    of_planted = {"planted": len(planted), **found_by["prompt_last"],
+                  "by_completion": found_by["completion"]}
+
     everything = torch.ones_like(scores, dtype=torch.bool)
     itself = pair_with(start)
-    figures = {
-        "planted": {
-            "planted": len(planted), "found": len(planted & found),
-            "restored_top": of_planted["top"][0.05]["restored"],
-            "restored_random": [row["restored"] for row in of_planted["random"][0.05]]},
-        "self_patch_identical": answers(start, start, None, itself.rows, tokenizer, 32)
-        == answers(start, start, everything, itself.rows, tokenizer, 32),
-    }
-    say(f"{figures['planted']['found']} of the 19 are among the 19 most changed; patching a model "
-        f"with itself changes {'nothing' if figures['self_patch_identical'] else 'ANSWERS'}")
+    changes_nothing = (itself.answers(start, everything) == itself.answers(start))
+    say(f"patching a model with itself changes {'nothing' if changes_nothing else 'ANSWERS'}")
 
     run_folder = str(Path(settings.out, "run"))
     learning.tiny_run(run_folder, settings.seed)
-    path = str(Path(run_folder, "final", "actor"))
-    aligned, _ = load_policy(RunSettings(
-        model=path, policy=path, device="cpu", dtype="float32", output_dir="unused"))
-    pair = pair_with(aligned)
-    scores = pair.scores(of_prompts=False)
-    of_run_ = restored(pair, scores, [0.05, 0.2, 1.0], settings.draws, settings.seed)
-    say(table(of_run_))
-    write(settings, scores, of_run_)
-    figures["repo"] = {"restored_top": of_run_["top"][0.05]["restored"],
-                       "restored_all": of_run_["top"][1.0]["restored"]}
-    return figures
+    pair = pair_with(load(str(Path(run_folder, "final", "actor")))[0])
+    by_share = compare(pair, settings, [0.05, 0.2, 1.0])["top"]
+    return {"planted": of_planted, "self_patch_identical": changes_nothing,
+            "repo": {"restored_top": by_share[0.05]["restored"],
+                     "restored_all": by_share[1.0]["restored"]}}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import repo
+from companions.reader import Reader
 from plumbing.errors import require
 from plumbing.prompts import encode_prompts, pad_rows
 
@@ -64,23 +65,6 @@ def change_scores(start, aligned, rows: list[tuple[list, list]], of_prompts: boo
 
 # ---- patching
 
-class Reader:
-    """A model that reads B rows token by token, with a cache of its own."""
-
-    def __init__(self, model, mask: Tensor):
-        self.model, self.mask, self.cache = model, mask, None                    # mask [B, P]
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """The next token's logits: [B, n] -> [B, V]."""
-        if self.cache:
-            self.mask = torch.cat([self.mask, torch.ones_like(ids)], 1)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        output = self.model(ids, attention_mask=self.mask, position_ids=positions,
-                            past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = output.past_key_values
-        return output.logits[:, -1]
-
-
 @torch.no_grad()
 def answers(start, aligned, chosen: Tensor | None, rows: list[list[int]], tokenizer,
             max_tokens: int) -> list[list[int]]:
@@ -97,13 +81,13 @@ def answers(start, aligned, chosen: Tensor | None, rows: list[list[int]], tokeni
     ended = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)          # [B]
     while len(written) < max_tokens and not ended.all():
         if chosen is None:
-            logits = reader(ids)                                                 # [B, V]
+            output = reader(ids, logits_to_keep=1)
         else:
             with seen_by(down_projections(aligned, "ALIGNED"), theirs.__setitem__):
-                guide(ids)
+                guide(ids, logits_to_keep=1)
             with seen_by(down_projections(start, "START"), patched):
-                logits = reader(ids)                                             # [B, V]
-        ids = logits.argmax(-1, keepdim=True)                                    # [B, 1]
+                output = reader(ids, logits_to_keep=1)
+        ids = output.logits[:, -1].argmax(-1, keepdim=True)                      # [B, 1]
         written.append(ids)
         ended |= torch.isin(ids[:, 0], stops)
     return [repo.up_to_stop(row, start.stop_token_ids)
@@ -138,18 +122,19 @@ class Pair:
         require(one == other, "START and ALIGNED have MLPs of different shapes")
         self.rows = encode_prompts(self.prompts, self.tokenizer)
 
+    def answers(self, model, chosen: Tensor | None = None) -> list[list[int]]:
+        """Of a model, or of one with chosen neurons patched from ALIGNED."""
+        return answers(model, self.aligned, chosen, self.rows, self.tokenizer, self.max_tokens)
+
     def judged(self, model, chosen: Tensor | None = None) -> tuple[float, float]:
-        """Mean safety and helpfulness of a model's answers, or of START's with chosen neurons
-        patched."""
-        written = answers(model, self.aligned, chosen, self.rows, self.tokenizer, self.max_tokens)
-        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        """Mean safety and helpfulness of these answers."""
+        texts = self.tokenizer.batch_decode(self.answers(model, chosen), skip_special_tokens=True)
         safe, helpful = zip(*self.judge(self.prompts, texts))
         return sum(safe) / len(safe), sum(helpful) / len(helpful)
 
     def scores(self, of_prompts: bool) -> Tensor:
-        written = answers(self.aligned, self.aligned, None, self.rows, self.tokenizer,
-                          self.max_tokens)
-        return change_scores(self.start, self.aligned, list(zip(self.rows, written)), of_prompts)
+        rows = list(zip(self.rows, self.answers(self.aligned)))
+        return change_scores(self.start, self.aligned, rows, of_prompts)
 
 
 def restored(pair: Pair, scores: Tensor, shares: list[float], draws: int, seed: int) -> dict:

@@ -1,7 +1,6 @@
 # pytest tests/test_neurons.py
 """Safety neurons: scores and patching by hand, neurons that were planted are found."""
 import json
-import math
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from transformers import (
 
 from companions import learning, neurons, patching
 from plumbing.errors import UserError
+from plumbing.prompts import encode_prompts, load_prompts
 
 
 def of_kind(kind: str, tokenizer, seed: int):
@@ -106,17 +106,38 @@ def call(*flags) -> int:
 
 
 def test_two_models_from_the_command_line(family, tmp_path, tokenizer, capsys):
+    """The scores are of the prompts' last tokens, and only of those."""
     other = write_policy(tmp_path / "other", tokenizer, hidden_size=64, intermediate_size=192)
     code = call("--models", family["policy"], other, "--dataset", family["eval_dataset"],
                 "--cost_model", family["cost_model"], "--reward_model", family["reward_model"],
                 "--share", 0.1, 1.0, "--max_prompts", 4, "--max_response_length", 4,
-                "--device", "cpu", "--out", tmp_path / "out", "--json", tmp_path / "figures.json")
+                "--tokens", "prompt_last", "--device", "cpu", "--out", tmp_path / "out",
+                "--json", tmp_path / "figures.json")
     printed = capsys.readouterr().out
     assert code == 0 and "top 10%" in printed and printed.count("random 10%") == 5
     kept = json.loads((tmp_path / "out" / "neurons.json").read_text())
     scores = [neuron["score"] for neuron in kept["neurons"]]
     assert len(scores) == 2 * 192 and scores == sorted(scores, reverse=True)
-    assert all(math.isfinite(score) for score in scores)
+    models = [LlamaForCausalLM.from_pretrained(path) for path in (family["policy"], other)]
+    squares = []
+    for prompt in encode_prompts(load_prompts(family["eval_dataset"])[:4], tokenizer):
+        one, two = (patching.activations(model, "x", torch.tensor([prompt]))[:, -1]
+                    for model in models)
+        squares.append((one - two) ** 2)
+    assert scores[0] == pytest.approx(torch.stack(squares).mean(0).sqrt().max().item(), rel=1e-4)
+
+
+def test_the_picture_shows_safety_and_its_tax():
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    figures = {"start": (0.5, 2.0), "aligned": (1.0, 1.0), "random": {}, "top": {
+        share: {"safe": share, "helpful": 2 - share, "restored": share} for share in (0.05, 1.0)}}
+    figures["random"][0.05] = [{"safe": 0.5, "helpful": 1.5, "restored": 0.0}] * 5
+    figure = Figure()
+    neurons.draw(figure, figures)
+    lines = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
+    assert lines == [[[0.5] * 2, [1.0] * 2, [0.5] * 5, [0.05, 1.0]],
+                     [[2.0] * 2, [1.0] * 2, [1.5] * 5, [1.95, 1.0]]]
+    assert len(figure.legends[0].get_texts()) == 4
 
 
 def test_models_without_such_neurons_are_refused_by_name(tokenizer):
@@ -150,12 +171,13 @@ def test_what_cannot_work_is_refused_in_a_sentence(
 
 @pytest.mark.parametrize("seed", [exhaustive(0), exhaustive(1)])
 def test_itself_in_the_tiny_world(tmp_path, seed):
-    """Seeds 0 and 1: 17 and 18 of 19 found, 1.00 and 0.76 restored (one neuron that was missed
-    carried much), random 0.00 and 0.00. Over other learning rates and numbers of steps 15 to 18
-    were found, and 0.53 or more restored."""
+    """Planted neurons on held-out requests. Seen on seeds 0, 1, 2, 3 where prompts end: 19 of 19
+    found and 1.00 restored each time, random 0 to 0.16 in the mean. Over the answers: 17, 18, 17,
+    17 found, but 0.96, 0.53, 0.87, 0.92 restored, for what is missed acts where prompts end."""
     assert call("--out", tmp_path, "--seed", seed, "--json", tmp_path / "figures.json") == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     planted = figures["planted"]
     assert figures["self_patch_identical"] and planted["planted"] == 19
-    assert planted["found"] >= 14 and planted["restored_top"] >= 0.4
+    assert planted["found"] >= 15 and planted["restored_top"] >= 0.85
     assert sum(planted["restored_random"]) / len(planted["restored_random"]) <= 0.3
+    assert planted["by_completion"]["found"] >= 15
