@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import repo
 from companions import monitor
+from companions.guard import GuardSettings
 from companions.monitor import ShowSettings, TrainSettings, WatchSettings
 from companions.neurons import NeuronSettings
 from companions.score_models import ScoreSettings
@@ -77,7 +78,7 @@ def settings_of_companions() -> set[str]:
     for file in (ROOT / "companions").glob("*.py"):
         names |= set(re.findall(r'add_argument\(\s*"--([a-z_0-9]+)"', file.read_text()))
     for settings in (SupervisedSettings, ScoreSettings, NeuronSettings, ShowSettings,
-                     TrainSettings, monitor.ScoreSettings, WatchSettings, WalkSettings):
+                     TrainSettings, monitor.ScoreSettings, WatchSettings, WalkSettings, GuardSettings):
         names |= set(settings.__dataclass_fields__)
     return names
 
