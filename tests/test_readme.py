@@ -78,7 +78,8 @@ def settings_of_companions() -> set[str]:
     for file in (ROOT / "companions").glob("*.py"):
         names |= set(re.findall(r'add_argument\(\s*"--([a-z_0-9]+)"', file.read_text()))
     for settings in (SupervisedSettings, ScoreSettings, NeuronSettings, ShowSettings,
-                     TrainSettings, monitor.ScoreSettings, WatchSettings, WalkSettings, GuardSettings):
+                     TrainSettings, monitor.ScoreSettings, WatchSettings, WalkSettings,
+                     GuardSettings):
         names |= set(settings.__dataclass_fields__)
     return names
 
