@@ -53,9 +53,9 @@ from torch.distributed import ReduceOp
 from tqdm import tqdm
 
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss, scan_gae
-from plumbing.checkpoints import find_checkpoint, resume, save_checkpoint, save_final
+from plumbing.checkpoints import find_checkpoint, resume, save_after, save_checkpoint, save_final
 from plumbing.checks import BadNumbers, not_finite
-from plumbing.errors import UserError, ctrl_c_waits, printable, require, say
+from plumbing.errors import UserError, ctrl_c_waits, outlive_readers, printable, require
 from plumbing.functions import load_function, verdicts_of
 from plumbing.journal import introduce, keep_step, report, skip_step, too_many
 from plumbing.models import (
@@ -555,6 +555,7 @@ class State(Models):
         self.lam = min(config.lambda_init, config.lambda_max) if has_lambda else 0.0
         self.step = 0         # steps done
         self.seconds = 0.0    # spent in them
+        self.started = time.perf_counter()  # of a run that went on: as if it never had ended
         self.tokens = 0       # sampled in them
         self.costs = []       # the latest cost_window x RANKS, for ppo_lag
         self.before = None    # scores of the untrained policy
@@ -864,6 +865,7 @@ def run(config: Config) -> None:
     checkpoint = find_checkpoint(config) if config.resume else None
 
     state = State(*load_policy(config), config)
+    state.started = start
     data = repr((prompts, held_out, ptx_pairs))
     state.data = hashlib.sha256(data.encode()).hexdigest()
     state.categories = load_categories(config)
@@ -881,7 +883,7 @@ def run(config: Config) -> None:
         out = begin(state, held_out, judge, checkpoint, config)
         rows = train_and_evaluate(state, prompts, ptx_pairs, held_out, judge, out, config)
     if RANK == 0:
-        report(state, rows, time.perf_counter() - start, out, config)
+        report(state, rows, out, config)
 
 
 def begin(state: State, held_out: list[str], judge, checkpoint: Path | None,
@@ -911,10 +913,7 @@ def train_and_evaluate(state: State, prompts: list[str], ptx_pairs: list, held_o
         save_final(state, out, config)
         return evaluate(state, held_out, judge, config)
     except (KeyboardInterrupt, UserError, OSError) as error:
-        has_saved = getattr(error, "code", None) == 3  # too_many() bad steps
-        if (RANKS == 1 or stopped) and not has_saved:
-            saved = save_checkpoint(state, out, config)
-            say(f"interrupted; {saved} is saved, --resume continues from there")
+        save_after(error, stopped, state, out, config)
         raise
 
 
@@ -957,6 +956,7 @@ def fail(sentence: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     fit_threads()
     code = main()
     with suppress(OSError):  # whoever read it may be gone

@@ -37,7 +37,7 @@ from companions.streaming import (  # noqa: E402
     validated,
     watched,
 )
-from plumbing.errors import require, say  # noqa: E402
+from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.models import (  # noqa: E402
     ScoreModel,
     load_policy,
@@ -296,4 +296,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """What a run says and writes down as it goes: its models, each step, samples, scores, a summary."""
 import json
+import time
 import warnings
 from pathlib import Path
 
@@ -104,8 +105,9 @@ def too_many(bad_steps: int, state, out: Path, config) -> UserError:
                      "--kl_coeff needs a new run", code=3)
 
 
-def report(state, rows: list[dict], seconds: float, out: Path, config) -> None:
+def report(state, rows: list[dict], out: Path, config) -> None:
     """Writes eval.jsonl and summary.json, and prints the scores."""
+    seconds = time.perf_counter() - state.started
     write_whole(out / "eval.jsonl", to_jsonl(rows))
     metrics = [json.loads(line) for line in state.logs["metrics.jsonl"]]
     bad_steps = sum("bad" in step for step in metrics)
