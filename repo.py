@@ -58,6 +58,7 @@ from plumbing.checks import BadNumbers, not_finite
 from plumbing.errors import UserError, ctrl_c_waits, outlive_readers, printable, require
 from plumbing.functions import load_function, verdicts_of
 from plumbing.journal import introduce, keep_step, report, skip_step, too_many
+from plumbing.machines import check_machines
 from plumbing.models import (
     Models,
     ScoreModel,
@@ -862,12 +863,12 @@ def run(config: Config) -> None:
     if config.judge and RANK == 0:  # verdicts are for files, which rank 0 writes
         judge = load_function(config.judge, "--judge", config.scorer_timeout)
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
+    data = hashlib.sha256(repr((prompts, held_out, ptx_pairs)).encode()).hexdigest()
+    check_machines(data, config)
     checkpoint = find_checkpoint(config) if config.resume else None
 
     state = State(*load_policy(config), config)
-    state.started = start
-    data = repr((prompts, held_out, ptx_pairs))
-    state.data = hashlib.sha256(data.encode()).hexdigest()
+    state.started, state.data = start, data
     state.categories = load_categories(config)
     if has_metrics(config.eval_only):
         # A run: the policy that it started from, loaded above, is the reference; what it trained

@@ -149,10 +149,8 @@ def resolve(config_class, argv: list[str], worlds: dict):
     is_path = model.startswith((".", "/", "~"))
     require(not is_path or Path(model).expanduser().is_dir(), f"--model {model}: no such folder")
 
-    preset = PRESETS.get(model, {})
-    if model in worlds:
-        with rank_0_first():
-            preset = worlds[model]()
+    with rank_0_first():  # whatever the model: ranks may differ in it, and are told so later
+        preset = worlds[model]() if model in worlds else PRESETS.get(model, {})
     preset = given_in(parser, as_words(preset))
     config = config_class(**layered(preset, saved, flags))
     fill_in(config)
@@ -298,9 +296,7 @@ def check_folder(config) -> None:
 
 def is_empty(folder: Path) -> bool:
     """But for what a process that was killed at once may have left there."""
-    if not folder.is_dir():
-        return False
-    return {path.name for path in folder.iterdir()} <= {".config.json.tmp"}
+    return folder.is_dir() and all(path.match(".*.json.tmp") for path in folder.iterdir())
 
 
 def check_machine(config) -> None:

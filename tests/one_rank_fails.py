@@ -8,14 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-
 calls = []
 
 
 def score(prompts, responses):
-    """The evaluation's call and the first step's go well, the second step's does not on rank 1."""
+    """Four calls of the evaluation go well, and the first step's; on rank 1 not the second's."""
     calls.append(1)
-    assert os.environ["RANK"] == "0" or len(calls) < 3, "no licence"
+    assert os.environ["RANK"] == "0" or len(calls) < 6, "no licence"
     return [0.0] * len(responses)
 
 
