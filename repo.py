@@ -55,6 +55,7 @@ from tqdm import tqdm
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss, scan_gae
 from plumbing.checkpoints import find_checkpoint, resume, save_after, save_checkpoint, save_final
 from plumbing.checks import BadNumbers, not_finite
+from plumbing.curves import open_curves
 from plumbing.errors import UserError, ctrl_c_waits, outlive_readers, printable, require
 from plumbing.functions import load_function, verdicts_of
 from plumbing.journal import introduce, keep_step, report, skip_step, too_many
@@ -89,6 +90,7 @@ from plumbing.ranks import (
     clip_gradients,
     from_all_ranks,
     gathered,
+    has_lost_a_rank,
     join_ranks,
     rank_chunks,
     rank_rows,
@@ -563,6 +565,7 @@ class State(Models):
         self.data = None      # a hash of prompts and pairs
         self.categories = {}  # {held-out prompt: its category}, for those that have one
         self.saved_step = None   # of the newest checkpoint
+        self.curves = None       # of --log_to
         self.warned = set()      # of what, once in a run
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}  # lines, as the files hold them
         if not config.eval_only:
@@ -882,6 +885,7 @@ def run(config: Config) -> None:
         out = claim_output_dir(config)
     else:
         out = begin(state, held_out, judge, checkpoint, config)
+        state.curves = open_curves(state.step, out, config)
         rows = train_and_evaluate(state, prompts, ptx_pairs, held_out, judge, out, config)
     if RANK == 0:
         report(state, rows, out, config)
@@ -944,10 +948,10 @@ def main(argv: list[str] | None = None) -> int:
         return fail(f"{what}; a smaller --micro_batch_size needs less, --dry_run plans it; "
                     "--resume goes on from the newest checkpoint", 1)
     except RuntimeError as error:
-        if RANKS == 1 or "connection" not in str(error).lower():
+        if not has_lost_a_rank(error):
             raise
         return fail(f"rank {RANK} has lost another rank; what that one printed, or its exit code "
-                    "below, says why", 1)
+                    "below, says why; else its machine or the network has gone silent", 1)
     return 0
 
 

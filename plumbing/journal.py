@@ -48,6 +48,14 @@ def log(state, out: Path, name: str, rows: list[dict]) -> None:
     state.logs[name] += text.splitlines(keepends=True)
     if RANK == 0:
         append(out / name, text)
+    if state.curves and name == "metrics.jsonl":
+        for row in rows:
+            state.curves.log(numbers_of(row), row["step"])
+
+
+def numbers_of(row: dict) -> dict:
+    """What of a row can be a curve."""
+    return {name: value for name, value in row.items() if type(value) in (int, float)}
 
 
 def warn_once(state, of: str, sign: str | None) -> None:
@@ -133,6 +141,10 @@ def report(state, rows: list[dict], out: Path, config) -> None:
     if categories:
         summary["by_category"] = categories
     write_whole(out / "summary.json", json.dumps(summary, indent=2))
+    if state.curves:
+        last = {f"summary/{name}": value for name, value in numbers_of(summary).items()}
+        state.curves.log(last, state.step)
+        state.curves.close()
     if config.eval_only:
         say(scores_table(said, now=scores))
     else:

@@ -13,6 +13,7 @@ import torch
 from torch import distributed
 from transformers import HfArgumentParser
 
+from plumbing.curves import check_log_to
 from plumbing.errors import UserError, blame, did_you_mean, require
 from plumbing.ranks import RANKS, rank_0_first
 from plumbing.run_folder import has_metrics, holds_run
@@ -89,6 +90,8 @@ class RunSettings:
                                       "newest in --output_dir", nargs="?", const="newest")
     max_bad_steps: int = option(3, "stop after so many steps in a row with scores, log-probs, "
                                    "losses or gradients that are not finite")
+    log_to: Literal["tensorboard", "trackio", "wandb"] | None = option(
+        None, "each step's metrics and the summary as curves too, by this package")
     sample_every: int = option(50, "steps between samples in terminal and samples.jsonl; "
                                    "0 = never")
 
@@ -300,6 +303,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def check_machine(config) -> None:
+    check_log_to(config)
     require(RANKS == 1 or config.dry_run or distributed.is_initialized(),
             "WORLD_SIZE is set, so there should be several ranks; start them with torchrun")
     require(config.device == "cpu" or config.dry_run or torch.cuda.is_available(),
