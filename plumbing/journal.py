@@ -54,8 +54,9 @@ def log(state, out: Path, name: str, rows: list[dict]) -> None:
 
 
 def numbers_of(row: dict) -> dict:
-    """What of a row can be a curve."""
-    return {name: value for name, value in row.items() if type(value) in (int, float)}
+    """What of a row can be a curve. Its step is where the curve has it."""
+    return {name: value for name, value in row.items()
+            if type(value) in (int, float) and name != "step"}
 
 
 def warn_once(state, of: str, sign: str | None) -> None:

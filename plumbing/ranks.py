@@ -25,16 +25,23 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 SILENCE = 60  # seconds after which a machine that does not answer is taken for dead
+PATIENCE = 3600  # seconds that ranks wait for one that lives, and has a slow score function perhaps
 
 
 def join_ranks() -> None:
-    """Meets the other ranks, if torchrun has started any."""
+    """Meets the other ranks, if torchrun has started any. Raises ConnectionError."""
     if RANKS == 1 or "RANK" not in os.environ or distributed.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # Time for a slow judge; that a rank has died, torchrun sees at once.
-    distributed.init_process_group(timeout=timedelta(hours=1))
+    try:
+        distributed.init_process_group(timeout=timedelta(seconds=PATIENCE))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"rank {RANK} cannot reach the others ({reason}); where /etc/hosts gives a machine's "
+            "own name a loopback address, GLOO_SOCKET_IFNAME must name its network interface",
+        ) from None
     end_silent_connections()
 
 

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from plumbing.curves import check_log_to
 from plumbing.errors import UserError, blame, did_you_mean, require
-from plumbing.ranks import RANKS, rank_0_first
+from plumbing.ranks import PATIENCE, RANKS, rank_0_first
 from plumbing.run_folder import has_metrics, holds_run
 
 
@@ -303,6 +303,9 @@ def is_empty(folder: Path) -> bool:
 
 
 def check_machine(config) -> None:
+    require(RANKS == 1 or config.scorer_timeout < PATIENCE,
+            f"--scorer_timeout {config.scorer_timeout:g}: with several ranks it must be below "
+            f"{PATIENCE}, for so many seconds the others wait")
     check_log_to(config)
     require(RANKS == 1 or config.dry_run or distributed.is_initialized(),
             "WORLD_SIZE is set, so there should be several ranks; start them with torchrun")
