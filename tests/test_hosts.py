@@ -4,6 +4,7 @@ address and processes of its own, and a link that can be cut."""
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from plumbing import machines, ranks, settings
 from plumbing.checkpoints import checkpoints_in, damage_of
 from plumbing.errors import UserError
 
-LIMIT = 60  # seconds for what takes a tenth of them where nothing else runs
+LIMIT = 150  # seconds for what takes a tenth of them where nothing else runs
 LOST = r"error: rank \d has lost another rank; .*"
 
 
@@ -255,6 +256,27 @@ def test_what_differs_is_named(second_rank, tmp_path, others, says):
             machines.check_machines("123456789", config)
         assert raised.value.on_all_ranks
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the options are Linux's")
+def test_the_kernel_is_asked_to_end_connections_that_have_been_silent():
+    def asked(connection) -> list[int]:
+        options = (socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL,
+                   socket.TCP_KEEPCNT)
+        keeps = connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        return [keeps, *(connection.getsockopt(socket.IPPROTO_TCP, each) for each in options)]
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+    ):
+        assert asked(client)[:2] == [0, 0]
+        ranks.end_silent_connections()
+        keeps, sent, idle, interval, count = asked(client)
+        assert keeps == 1 and sent == 1000 * ranks.SILENCE
+        assert idle + interval * count == ranks.SILENCE  # where nothing is sent
+        client.sendall(b"it still works")
+        assert server.accept()[0].recv(100) == b"it still works"
 
 
 def test_ranks_do_not_wait_longer_for_each_other_than_for_a_score_function(run, monkeypatch):
