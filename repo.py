@@ -83,6 +83,7 @@ from plumbing.prompts import (
     split_prompts,
 )
 from plumbing.ranks import (
+    LOCAL_RANK,
     RANK,
     RANKS,
     all_reduce,
@@ -938,7 +939,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 run(config)
     except (UserError, OSError) as error:  # the second: a path that may not be read, or is none
-        if RANK > 0:  # what all ranks find, rank 0 tells, and torchrun ends the others
+        if LOCAL_RANK > 0:  # what all find, a machine's first tells, and torchrun ends the others
             time.sleep(5)
         return fail(printable(str(error)), getattr(error, "code", 2))
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # torchrun tells each process which it is, and of how many.
 RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on its machine
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 SILENCE = 60  # seconds after which a machine that does not answer is taken for dead
 PATIENCE = 3600  # seconds that ranks wait for one that lives, and has a slow score function perhaps
@@ -33,7 +34,7 @@ def join_ranks() -> None:
     if RANKS == 1 or "RANK" not in os.environ or distributed.is_initialized():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
     try:
         distributed.init_process_group(timeout=timedelta(seconds=PATIENCE))
     except RuntimeError as error:
