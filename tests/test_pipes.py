@@ -51,8 +51,9 @@ def test_a_lasting_stream_is_the_stream_as_long_as_there_is_a_reader():
     stream.close()
 
 
-COMPANIONS = ("compare", "monitor", "neurons", "score_models", "supervised", "xstest")
-SCRIPTS = ("repo.py", "-m kernels.bench", *(f"companions/{name}.py" for name in COMPANIONS))
+COMPANIONS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("companions/*.py"))
+              if "__main__" in path.read_text()]
+SCRIPTS = ("repo.py", "-m kernels.bench", *COMPANIONS)
 
 
 @pytest.mark.parametrize("script, both", grid(SCRIPTS, (False, True), telling=[("repo.py", True)]))
