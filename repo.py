@@ -53,11 +53,13 @@ from torch.distributed import ReduceOp
 from tqdm import tqdm
 
 from kernels import gather_log_probs, linear_log_probs, linear_repo_loss, repo_loss, scan_gae
-from plumbing.checkpoints import find_checkpoint, resume, save_checkpoint, save_final
+from plumbing.checkpoints import find_checkpoint, resume, save_after, save_checkpoint, save_final
 from plumbing.checks import BadNumbers, not_finite
-from plumbing.errors import UserError, ctrl_c_waits, printable, require, say
+from plumbing.curves import open_curves
+from plumbing.errors import UserError, ctrl_c_waits, outlive_readers, printable, require
 from plumbing.functions import load_function, verdicts_of
 from plumbing.journal import introduce, keep_step, report, skip_step, too_many
+from plumbing.machines import check_machines
 from plumbing.models import (
     Models,
     ScoreModel,
@@ -81,6 +83,7 @@ from plumbing.prompts import (
     split_prompts,
 )
 from plumbing.ranks import (
+    LOCAL_RANK,
     RANK,
     RANKS,
     all_reduce,
@@ -88,6 +91,7 @@ from plumbing.ranks import (
     clip_gradients,
     from_all_ranks,
     gathered,
+    has_lost_a_rank,
     join_ranks,
     rank_chunks,
     rank_rows,
@@ -555,12 +559,14 @@ class State(Models):
         self.lam = min(config.lambda_init, config.lambda_max) if has_lambda else 0.0
         self.step = 0         # steps done
         self.seconds = 0.0    # spent in them
+        self.started = time.perf_counter()  # of a run that went on: as if it never had ended
         self.tokens = 0       # sampled in them
         self.costs = []       # the latest cost_window x RANKS, for ppo_lag
         self.before = None    # scores of the untrained policy
         self.data = None      # a hash of prompts and pairs
         self.categories = {}  # {held-out prompt: its category}, for those that have one
         self.saved_step = None   # of the newest checkpoint
+        self.curves = None       # of --log_to
         self.warned = set()      # of what, once in a run
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}  # lines, as the files hold them
         if not config.eval_only:
@@ -861,11 +867,12 @@ def run(config: Config) -> None:
     if config.judge and RANK == 0:  # verdicts are for files, which rank 0 writes
         judge = load_function(config.judge, "--judge", config.scorer_timeout)
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
+    data = hashlib.sha256(repr((prompts, held_out, ptx_pairs)).encode()).hexdigest()
+    check_machines(data, config)
     checkpoint = find_checkpoint(config) if config.resume else None
 
     state = State(*load_policy(config), config)
-    data = repr((prompts, held_out, ptx_pairs))
-    state.data = hashlib.sha256(data.encode()).hexdigest()
+    state.started, state.data = start, data
     state.categories = load_categories(config)
     if has_metrics(config.eval_only):
         # A run: the policy that it started from, loaded above, is the reference; what it trained
@@ -879,9 +886,10 @@ def run(config: Config) -> None:
         out = claim_output_dir(config)
     else:
         out = begin(state, held_out, judge, checkpoint, config)
+        state.curves = open_curves(state.step, out, config)
         rows = train_and_evaluate(state, prompts, ptx_pairs, held_out, judge, out, config)
     if RANK == 0:
-        report(state, rows, time.perf_counter() - start, out, config)
+        report(state, rows, out, config)
 
 
 def begin(state: State, held_out: list[str], judge, checkpoint: Path | None,
@@ -911,10 +919,7 @@ def train_and_evaluate(state: State, prompts: list[str], ptx_pairs: list, held_o
         save_final(state, out, config)
         return evaluate(state, held_out, judge, config)
     except (KeyboardInterrupt, UserError, OSError) as error:
-        has_saved = getattr(error, "code", None) == 3  # too_many() bad steps
-        if (RANKS == 1 or stopped) and not has_saved:
-            saved = save_checkpoint(state, out, config)
-            say(f"interrupted; {saved} is saved, --resume continues from there")
+        save_after(error, stopped, state, out, config)
         raise
 
 
@@ -934,7 +939,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 run(config)
     except (UserError, OSError) as error:  # the second: a path that may not be read, or is none
-        if RANK > 0:  # what all ranks find, rank 0 tells, and torchrun ends the others
+        if LOCAL_RANK > 0:  # what all find, a machine's first tells, and torchrun ends the others
             time.sleep(5)
         return fail(printable(str(error)), getattr(error, "code", 2))
     except KeyboardInterrupt:
@@ -944,10 +949,10 @@ def main(argv: list[str] | None = None) -> int:
         return fail(f"{what}; a smaller --micro_batch_size needs less, --dry_run plans it; "
                     "--resume goes on from the newest checkpoint", 1)
     except RuntimeError as error:
-        if RANKS == 1 or "connection" not in str(error).lower():
+        if not has_lost_a_rank(error):
             raise
         return fail(f"rank {RANK} has lost another rank; what that one printed, or its exit code "
-                    "below, says why", 1)
+                    "below, says why; else its machine or the network has gone silent", 1)
     return 0
 
 
@@ -957,6 +962,7 @@ def fail(sentence: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     fit_threads()
     code = main()
     with suppress(OSError):  # whoever read it may be gone

@@ -46,7 +46,7 @@ from companions.runs import (  # noqa: E402
     mean_of,
     read_jsonl,
 )
-from plumbing.errors import UserError, printable, require  # noqa: E402
+from plumbing.errors import UserError, outlive_readers, printable, require  # noqa: E402
 from tiny_configs import world  # noqa: E402
 
 DEFAULT_ALGOS = ["ppo", "ppo_lag", "repo", "mask"]
@@ -466,4 +466,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import repo  # noqa: E402
 from companions import learning  # noqa: E402
-from plumbing.errors import blame, require, say  # noqa: E402
+from plumbing.errors import blame, outlive_readers, require, say  # noqa: E402
 from plumbing.functions import load_function  # noqa: E402
 from plumbing.models import Scorer, load_policy  # noqa: E402
 from plumbing.pictures import pixels_for  # noqa: E402
@@ -119,4 +119,5 @@ def answers_and_costs(policy, tokenizer, guard: Scorer, prompts: list[str], key,
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(learning.main_of(GuardSettings, run))

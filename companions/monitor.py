@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import repo  # noqa: E402
 from companions import learning, streaming  # noqa: E402
 from companions.score_models import make_score_model  # noqa: E402
-from plumbing.errors import require, say  # noqa: E402
+from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.models import (  # noqa: E402
     ScoreModel,
     load_policy,
@@ -275,4 +275,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

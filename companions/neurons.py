@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from companions import learning  # noqa: E402
 from companions.patching import Pair, restored, top  # noqa: E402
-from plumbing.errors import require, say  # noqa: E402
+from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.fitting import answer_loss, fit  # noqa: E402
 from plumbing.models import Scorer, load_policy  # noqa: E402
 from plumbing.prompts import encode_pairs, load_prompts  # noqa: E402
@@ -274,6 +274,7 @@ def show(settings: NeuronSettings) -> dict:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     arguments, named = sys.argv[1:], []
     while arguments and not arguments[0].startswith("--"):
         named.append(arguments.pop(0))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from companions import learning  # noqa: E402
 from plumbing.confidence import wilson  # noqa: E402
-from plumbing.errors import say  # noqa: E402
+from plumbing.errors import outlive_readers, say  # noqa: E402
 from plumbing.fitting import cost_loss, preference_loss, scores_of  # noqa: E402
 from plumbing.models import ScoreModel, merged, save_score_model  # noqa: E402
 from plumbing.pictures import pixels_for  # noqa: E402
@@ -109,4 +109,5 @@ def run(settings: ScoreSettings) -> dict:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(learning.main_of(ScoreSettings, run, TINY))

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from companions import learning  # noqa: E402
-from plumbing.errors import require, say  # noqa: E402
+from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.fitting import answer_loss  # noqa: E402
 from plumbing.models import merged, save_policy  # noqa: E402
 from plumbing.pictures import pixels_for  # noqa: E402
@@ -84,4 +84,5 @@ def run(settings: SupervisedSettings) -> dict:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(learning.main_of(SupervisedSettings, run, TINY))

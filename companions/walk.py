@@ -16,7 +16,7 @@ import repo  # noqa: E402
 import torch  # noqa: E402
 from companions import learning  # noqa: E402
 from kernels.reference import repo_loss  # noqa: E402
-from plumbing.errors import require, say  # noqa: E402
+from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.models import load_policy  # noqa: E402
 from plumbing.prompts import encode_prompts  # noqa: E402
 from plumbing.settings import option  # noqa: E402
@@ -97,4 +97,5 @@ def run(settings: WalkSettings) -> dict:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(learning.main_of(WalkSettings, run))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from plumbing.errors import UserError, blame, printable, require, say  # noqa: E402
+from plumbing.errors import UserError, blame, outlive_readers, printable, require, say  # noqa: E402
 from plumbing.prompts import read_rows  # noqa: E402
 from plumbing.run_folder import to_jsonl, write_whole  # noqa: E402
 
@@ -194,4 +194,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_readers()
     sys.exit(main())

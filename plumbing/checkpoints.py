@@ -6,13 +6,14 @@ It may be resumed on any number of ranks.
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from plumbing.errors import blame, require, say
+from plumbing.errors import UserError, blame, require, say
 from plumbing.models import merged, save_critic, save_policy, save_tokenizer, trainable
 from plumbing.ranks import RANK, RANKS, from_all_ranks
 from plumbing.run_folder import (
@@ -52,6 +53,7 @@ def save_checkpoint(state, out: Path, config) -> Path:
         if RANK == 0:
             numbers = {name: getattr(state, name) for name in state.RESUMED}
             numbers["schedule"] = state.schedule.state_dict()
+            numbers["wall_seconds"] = time.perf_counter() - state.started
             text = json.dumps({"state": numbers, "config": vars(config)})
             write_whole(temporary / "state.json", text)
         write_manifest(temporary)
@@ -61,6 +63,20 @@ def save_checkpoint(state, out: Path, config) -> Path:
         # Later ones are damaged, and the run went on from before them.
         remove([folder for folder in checkpoints_in(out) if step_of(folder) > state.step])
     return folder
+
+
+def save_after(error: BaseException, stopped: bool, state, out: Path, config) -> None:
+    """What interrupts training leaves a checkpoint, if all ranks can still save one together.
+    stopped: by Ctrl-C after a whole step. Raises UserError, for the error's, where they cannot."""
+    if getattr(error, "code", None) == 3:  # too_many() bad steps, which has saved
+        return
+    is_of_all = stopped or RANKS == 1 or getattr(error, "on_all_ranks", False)
+    if is_of_all or state.saved_step == state.step:
+        saved = save_checkpoint(state, out, config)
+        say(f"interrupted; {saved} is saved, --resume continues from there")
+    elif not isinstance(error, KeyboardInterrupt):
+        raise UserError(f"{error}; only rank {RANK} has failed, so no checkpoint is saved: "
+                        "--resume continues from the newest, if --save_every has left one")
 
 
 def save_final(state, out: Path, config) -> None:
@@ -156,7 +172,7 @@ def damage_of(checkpoint: Path) -> str | None:
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32",
     "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size",
-    "scorer_timeout", "max_bad_steps", "confidence",
+    "scorer_timeout", "max_bad_steps", "confidence", "log_to",
 }
 
 
@@ -223,6 +239,8 @@ def resume(state, checkpoint: Path, config) -> Path:
     out = Path(config.output_dir)
     saved = load_checkpoint(state, checkpoint)
     vars(state).update({name: saved[name] for name in state.RESUMED})
+    # An older checkpoint knows the seconds of its steps alone.
+    state.started -= saved.get("wall_seconds", saved["seconds"])
     state.schedule.load_state_dict(saved["schedule"])
     for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr()):
         group["lr"] = rate

@@ -5,21 +5,22 @@ import re
 import signal
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from plumbing.ranks import RANK
+from plumbing.ranks import RANK, RANKS, from_all_ranks
 
 
 class UserError(Exception):
     """Something in the user's input that one sentence can mend: main() prints the sentence and
     returns the code."""
 
-    def __init__(self, sentence: str, code: int = 2):
+    def __init__(self, sentence: str, code: int = 2, on_all_ranks: bool = False):
         super().__init__(sentence)
         self.code = code
+        self.on_all_ranks = on_all_ranks  # raised by all in the same place
 
 
 class TimeUp(BaseException):
@@ -44,6 +45,23 @@ def blame(what: str, file: str = ""):
         raise UserError(f"{what} ({reason(error, file)})") from None
 
 
+@contextmanager
+def failing_together():
+    """Where all ranks come: a UserError that some raise inside is raised by all, who can then still
+    save together."""
+    failed = {}
+    try:
+        yield
+    except UserError as error:
+        if RANKS == 1:
+            raise
+        failed = {RANK: str(error)}
+    failed = from_all_ranks(failed)
+    if failed:
+        rank, sentence = min(failed.items())
+        raise UserError(f"{sentence}, on rank {rank}", on_all_ranks=True)
+
+
 def reason(error: BaseException, file: str) -> str:
     """An exception's type and first line, and the line of the file where it was raised."""
     if isinstance(error, CheckpointException):  # which says no more than on which rank
@@ -60,6 +78,40 @@ def say(text: str) -> None:
     """Prints on rank 0, above a progress bar if there is one."""
     if RANK == 0:
         tqdm.write(printable(text), file=sys.stdout)
+
+
+class LastingStream:
+    """Standard output or error that outlives its reader: what comes after `| head` has seen enough
+    goes nowhere, for a run is there for its files."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.go_nowhere()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.go_nowhere()
+
+    def go_nowhere(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())  # what is still in a buffer, too
+        os.close(nowhere)
+
+
+def outlive_readers() -> None:
+    """For a script's first line: a closed pipe ends nothing and says nothing."""
+    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -90,9 +142,10 @@ def ctrl_c_waits():
 
     def note(*_):
         pressed.append(True)
-        if RANK == 0:
-            os.write(2, b"\nCtrl-C: this step will be finished and saved; a second Ctrl-C ends at "
-                        b"once, with nothing saved\n")
+        with suppress(OSError):  # whoever read it may be gone
+            if RANK == 0:
+                os.write(2, b"\nCtrl-C: this step will be finished and saved; a second Ctrl-C ends "
+                            b"at once, with nothing saved\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, note)

@@ -1,5 +1,6 @@
 """What a run says and writes down as it goes: its models, each step, samples, scores, a summary."""
 import json
+import time
 import warnings
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def log(state, out: Path, name: str, rows: list[dict]) -> None:
     state.logs[name] += text.splitlines(keepends=True)
     if RANK == 0:
         append(out / name, text)
+    if state.curves and name == "metrics.jsonl":
+        for row in rows:
+            state.curves.log(numbers_of(row), row["step"])
+
+
+def numbers_of(row: dict) -> dict:
+    """What of a row can be a curve. Its step is where the curve has it."""
+    return {name: value for name, value in row.items()
+            if type(value) in (int, float) and name != "step"}
 
 
 def warn_once(state, of: str, sign: str | None) -> None:
@@ -104,8 +114,9 @@ def too_many(bad_steps: int, state, out: Path, config) -> UserError:
                      "--kl_coeff needs a new run", code=3)
 
 
-def report(state, rows: list[dict], seconds: float, out: Path, config) -> None:
+def report(state, rows: list[dict], out: Path, config) -> None:
     """Writes eval.jsonl and summary.json, and prints the scores."""
+    seconds = time.perf_counter() - state.started
     write_whole(out / "eval.jsonl", to_jsonl(rows))
     metrics = [json.loads(line) for line in state.logs["metrics.jsonl"]]
     bad_steps = sum("bad" in step for step in metrics)
@@ -131,6 +142,10 @@ def report(state, rows: list[dict], seconds: float, out: Path, config) -> None:
     if categories:
         summary["by_category"] = categories
     write_whole(out / "summary.json", json.dumps(summary, indent=2))
+    if state.curves:
+        last = {f"summary/{name}": value for name, value in numbers_of(summary).items()}
+        state.curves.log(last, state.step)
+        state.curves.close()
     if config.eval_only:
         say(scores_table(said, now=scores))
     else:

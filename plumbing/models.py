@@ -29,8 +29,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from plumbing.checks import Head, check_loaded, check_policy, check_scorer, find_head
-from plumbing.errors import blame, require, say
+from plumbing.errors import blame, failing_together, require, say
 from plumbing.functions import check_function, is_function, load_function
+from plumbing.hub import check_hub
 from plumbing.pictures import (
     check_count,
     check_sight,
@@ -66,6 +67,7 @@ def load_pretrained(from_pretrained, source: str, flag: str, config, **options):
         is_tokenizer = from_pretrained == AutoTokenizer.from_pretrained
         problem = "its tokenizer cannot be loaded" if is_tokenizer else "cannot be loaded"
     else:
+        check_hub()
         source_or_path = source
         problem = (f"is none of {', '.join(PRESETS)}, no folder here, "
                    "and not to be had from the hub")
@@ -123,6 +125,7 @@ def is_on_hub(source: str) -> bool:
 
 def is_reachable(flag: str, config) -> bool:
     name = getattr(config, flag).partition(":")[0]
+    check_hub()
     try:
         if flag == "dataset":
             datasets.load_dataset_builder(name)
@@ -408,14 +411,15 @@ class Scorer:
         unless all are numbers."""
         scores = torch.zeros(len(prompts), device=self.config.device)                # [B]
         mine = rank_rows(range(len(prompts)))
-        if self.function:
-            values = self.score_texts([prompts[i] for i in mine], [responses[i] for i in mine])
-        else:
-            if not self.same_tokens:
-                rows = self.encode(prompts, responses, finished)
-            values = self.score_rows(rows, prompts)
-        for i, value in zip(mine, values):
-            self.put(value, scores, i, responses[i])
+        with failing_together():
+            if self.function:
+                values = self.score_texts([prompts[i] for i in mine], [responses[i] for i in mine])
+            else:
+                if not self.same_tokens:
+                    rows = self.encode(prompts, responses, finished)
+                values = self.score_rows(rows, prompts)
+            for i, value in zip(mine, values):
+                self.put(value, scores, i, responses[i])
         return all_reduce(scores)                                                    # [B]
 
     def score_texts(self, prompts: list[str], responses: list[str]) -> list:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from plumbing.errors import blame, require, say
+from plumbing.hub import check_hub
 from plumbing.pictures import Pictured, undecoded, with_picture
 
 # ---- Rows of many formats -> (prompt, answer)
@@ -114,6 +115,7 @@ def read_rows(source: str, flag: str) -> datasets.Dataset:
         # escape: to the library a name is a pattern, and p[1].jsonl would read p1.jsonl
         where = {"path": reader, "data_files": glob.escape(str(path)), "split": "train"}
     else:
+        check_hub()
         where = {"path": name, "split": split or "train"}
 
     with blame(f"{flag} {source}: cannot be read"):

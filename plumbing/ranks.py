@@ -5,7 +5,10 @@ FSDP2 keeps the models in shares, gathers a layer's weights when its turn comes,
 gradients. All ranks call a sharded model equally often.
 """
 import os
-from contextlib import contextmanager
+import socket
+import stat
+import sys
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -20,17 +23,50 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # torchrun tells each process which it is, and of how many.
 RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on its machine
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
+SILENCE = 60  # seconds after which a machine that does not answer is taken for dead
+PATIENCE = 3600  # seconds that ranks wait for one that lives, and has a slow score function perhaps
 
 
 def join_ranks() -> None:
-    """Meets the other ranks, if torchrun has started any."""
+    """Meets the other ranks, if torchrun has started any. Raises ConnectionError."""
     if RANKS == 1 or "RANK" not in os.environ or distributed.is_initialized():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # Time for a slow judge; that a rank has died, torchrun sees at once.
-    distributed.init_process_group(timeout=timedelta(hours=1))
+        torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())
+    try:
+        distributed.init_process_group(timeout=timedelta(seconds=PATIENCE))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(
+            f"rank {RANK} cannot reach the others ({reason}); where /etc/hosts gives a machine's "
+            "own name a loopback address, GLOO_SOCKET_IFNAME must name its network interface",
+        ) from None
+    end_silent_connections()
+
+
+def end_silent_connections() -> None:
+    """Has the kernel end this process's connections to machines that have not answered for SILENCE
+    seconds, however long their ranks compute: a dead machine or a cut link is noticed by that."""
+    for name in os.listdir("/proc/self/fd") if sys.platform == "linux" else ():
+        with suppress(OSError):  # it is closed by now, or not of TCP
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                for option, value in (
+                    (socket.TCP_USER_TIMEOUT, 1000 * SILENCE),  # of what was sent
+                    (socket.TCP_KEEPIDLE, SILENCE // 4),  # and where nothing is
+                    (socket.TCP_KEEPINTVL, SILENCE // 4),
+                    (socket.TCP_KEEPCNT, 3),
+                ):
+                    connection.setsockopt(socket.IPPROTO_TCP, option, value)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def has_lost_a_rank(error: RuntimeError) -> bool:
+    """Whether it says that another rank does not answer."""
+    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
 
 
 def barrier() -> None:

@@ -54,14 +54,14 @@ def renamed_when_complete(folder: Path):
         shutil.rmtree(temporary, ignore_errors=True)
         with blame(f"{temporary}: cannot be written"):
             temporary.mkdir(parents=True)
-    barrier()
     try:
+        barrier()
         yield temporary
+        barrier()
     except BaseException:
         if RANK == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    barrier()
     if RANK == 0:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)

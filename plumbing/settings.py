@@ -13,8 +13,9 @@ import torch
 from torch import distributed
 from transformers import HfArgumentParser
 
+from plumbing.curves import check_log_to
 from plumbing.errors import UserError, blame, did_you_mean, require
-from plumbing.ranks import RANKS, rank_0_first
+from plumbing.ranks import PATIENCE, RANKS, rank_0_first
 from plumbing.run_folder import has_metrics, holds_run
 
 
@@ -89,6 +90,8 @@ class RunSettings:
                                       "newest in --output_dir", nargs="?", const="newest")
     max_bad_steps: int = option(3, "stop after so many steps in a row with scores, log-probs, "
                                    "losses or gradients that are not finite")
+    log_to: Literal["tensorboard", "trackio", "wandb"] | None = option(
+        None, "each step's metrics and the summary as curves too, by this package")
     sample_every: int = option(50, "steps between samples in terminal and samples.jsonl; "
                                    "0 = never")
 
@@ -149,10 +152,8 @@ def resolve(config_class, argv: list[str], worlds: dict):
     is_path = model.startswith((".", "/", "~"))
     require(not is_path or Path(model).expanduser().is_dir(), f"--model {model}: no such folder")
 
-    preset = PRESETS.get(model, {})
-    if model in worlds:
-        with rank_0_first():
-            preset = worlds[model]()
+    with rank_0_first():  # whatever the model: ranks may differ in it, and are told so later
+        preset = worlds[model]() if model in worlds else PRESETS.get(model, {})
     preset = given_in(parser, as_words(preset))
     config = config_class(**layered(preset, saved, flags))
     fill_in(config)
@@ -298,12 +299,14 @@ def check_folder(config) -> None:
 
 def is_empty(folder: Path) -> bool:
     """But for what a process that was killed at once may have left there."""
-    if not folder.is_dir():
-        return False
-    return {path.name for path in folder.iterdir()} <= {".config.json.tmp"}
+    return folder.is_dir() and all(path.match(".*.json.tmp") for path in folder.iterdir())
 
 
 def check_machine(config) -> None:
+    require(RANKS == 1 or config.scorer_timeout < PATIENCE,
+            f"--scorer_timeout {config.scorer_timeout:g}: with several ranks it must be below "
+            f"{PATIENCE}, for so many seconds the others wait")
+    check_log_to(config)
     require(RANKS == 1 or config.dry_run or distributed.is_initialized(),
             "WORLD_SIZE is set, so there should be several ranks; start them with torchrun")
     require(config.device == "cpu" or config.dry_run or torch.cuda.is_available(),

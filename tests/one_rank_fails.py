@@ -8,9 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+calls = []
+
 
 def score(prompts, responses):
-    assert os.environ["RANK"] == "0", "no licence"
+    """Four calls of the evaluation go well, and the first step's; on rank 1 not the second's."""
+    calls.append(1)
+    assert os.environ["RANK"] == "0" or len(calls) < 6, "no licence"
     return [0.0] * len(responses)
 
 

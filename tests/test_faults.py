@@ -111,7 +111,7 @@ def without(settings: dict, *names: str) -> dict:
 def comparable(name: str, content: bytes | None):
     """A file's content, but for times, the one setting that differs, hashes and tensors' order."""
     if name.endswith("state.json"):
-        return without(json.loads(content)["state"], "seconds", "logs")
+        return without(json.loads(content)["state"], "seconds", "wall_seconds", "logs")
     if name.endswith("manifest.json"):
         return set(json.loads(content))
     if name.endswith(".safetensors"):

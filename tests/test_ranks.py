@@ -4,12 +4,14 @@ and end together."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 if __name__ == "__main__":
@@ -25,6 +27,9 @@ from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import repo
+from plumbing import checkpoints
+from plumbing.checkpoints import damage_of
+from plumbing.errors import UserError
 from plumbing.models import load_policy
 from plumbing.prompts import load_ptx_pairs
 from plumbing.ranks import RANK, RANKS
@@ -347,10 +352,40 @@ def test_a_bug_on_one_rank_ends_all_with_its_traceback_first(one_rank_fails):
     assert printed.index("ZeroDivisionError") < (printed + consequence).index(consequence)
 
 
-def test_an_error_of_one_rank_ends_all_with_its_sentence(one_rank_fails):
+def test_an_error_of_one_rank_is_told_once_and_all_save_a_checkpoint(one_rank_fails):
+    """In the second step; what is saved is whole, and one process can go on from it."""
     printed = (one_rank_fails / "no-licence.txt").read_text()
-    assert printed.count("error: --reward_model") == 1 and "no licence" in printed
-    assert not (one_rank_fails / "no-licence").exists()
+    [sentence] = re.findall("error: --reward_model .*", printed)
+    assert "no licence" in sentence and sentence.endswith(", on rank 1")
+    [checkpoint] = (one_rank_fails / "no-licence" / "checkpoints").iterdir()
+    assert f"interrupted; {checkpoint} is saved, --resume continues from there" in printed
+    assert checkpoint.name == "step-1" and damage_of(checkpoint) is None
+    assert len(list(checkpoint.glob("*.safetensors"))) == 2
+
+
+def test_an_error_that_only_one_rank_has_met_saves_nothing_and_says_so(monkeypatch, tmp_path):
+    """Of rank 0, when it writes a log: the others are in the next step already."""
+    saved = []
+    monkeypatch.setattr(checkpoints, "RANKS", 2)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *_: saved.append(1))
+    state = SimpleNamespace(step=3, saved_step=2)
+
+    def save_after(error, stopped=False):
+        checkpoints.save_after(error, stopped, state, tmp_path, None)
+
+    with pytest.raises(UserError, match="no room; only rank 0 has failed, so no checkpoint is sav"):
+        save_after(UserError("no room"))
+    with pytest.raises(UserError, match="only rank 0 has failed"):
+        save_after(OSError("no room"))
+    save_after(KeyboardInterrupt())  # at once, perhaps in the middle of a step
+    save_after(UserError("three bad steps", code=3))
+    assert not saved
+
+    save_after(UserError("no licence, on rank 1", on_all_ranks=True))
+    save_after(KeyboardInterrupt(), stopped=True)
+    state.saved_step = 3  # then there is nothing left to do together
+    save_after(UserError("a judge, which only rank 0 asks"))
+    assert len(saved) == 3
 
 
 def test_bad_numbers_on_one_rank_leave_out_the_update_on_all(by_ranks):

@@ -33,6 +33,7 @@ from test_prompts import HH, PKU, TALK, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import repo
+from plumbing.checkpoints import write_manifest
 from plumbing.prompts import encode_prompts
 
 FEW = (
@@ -324,6 +325,31 @@ def test_resume_refuses_what_it_cannot_continue_and_branches_off_elsewhere(run, 
     code, _, printed = run(*flags, "--resume", out="a")
     assert code == 0 and "is damaged; trying the one before it" in printed
     assert f"continuing from {steps}/step-4" in printed
+
+
+@pytest.mark.parametrize("changes, earlier", [
+    ({"wall_seconds": 1000.0}, 1000),
+    ({"wall_seconds": None, "seconds": 500.0}, 500),  # None: left out, as older versions did
+])
+def test_a_resumed_runs_wall_seconds_are_those_of_all_sessions(run, changes, earlier):
+    flags = (*FEW, "--steps", 2, "--save_every", 1)
+    begin = time.monotonic()
+    _, out, _ = run(*flags)
+    assert 0 < summary_of(out)["wall_seconds"] <= time.monotonic() - begin
+
+    checkpoint = out / "checkpoints" / "step-2"
+    saved = json.loads((checkpoint / "state.json").read_text())
+    state = saved["state"] | changes
+    saved["state"] = {name: value for name, value in state.items() if value is not None}
+    (checkpoint / "state.json").write_text(json.dumps(saved))
+    write_manifest(checkpoint)
+    (out / "summary.json").unlink()  # as if it had been killed in the last evaluation
+
+    begin = time.monotonic()
+    code, _, printed = run(*flags, "--resume")
+    seconds = summary_of(out)["wall_seconds"]
+    assert code == 0 and f" in {seconds:.0f} s" in printed
+    assert earlier < seconds < earlier + time.monotonic() - begin
 
 
 def test_a_reward_that_fails_late_loses_nothing(run, tmp_path):
