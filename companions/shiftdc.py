@@ -23,24 +23,21 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
 
 from companions import learning  # noqa: E402
 from companions.calibration import (  # noqa: E402
-    QUESTION,
     Calibration,
     Subject,
     calibrated_layers,
-    captioned,
     random_like,
 )
+from companions.seeing import is_harmful, learn_to_see  # noqa: E402
 from companions.xstest import is_refusal  # noqa: E402
 from plumbing.errors import require, say  # noqa: E402
-from plumbing.fitting import answer_loss, fit  # noqa: E402
 from plumbing.functions import load_function, verdicts_of  # noqa: E402
 from plumbing.models import load_policy  # noqa: E402
-from plumbing.pictures import Pictured, pixels_for  # noqa: E402
-from plumbing.prompts import encode_pairs, load_prompts  # noqa: E402
+from plumbing.pictures import Pictured  # noqa: E402
+from plumbing.prompts import load_prompts  # noqa: E402
 from plumbing.settings import RunSettings, fill_in, option  # noqa: E402
 from tiny_configs import pictures, world  # noqa: E402
 
@@ -165,61 +162,28 @@ def show(settings: ShiftSettings) -> dict:
     settings.device, settings.max_response_length = "cpu", 32
     run_folder = str(Path(settings.out, "run"))
     learning.tiny_run(run_folder, settings.seed)
-    figures = {}
-    for complies in (False, True):
-        rng = random.Random(settings.seed)
-        generator = torch.Generator().manual_seed(settings.seed)
-        say(f"learns to see, from {'all' if complies else 'harmless'} pictures complied with")
-        subject = tuned(run_folder, complies, rng, generator, settings)
-        taught, held_out = world.split_requests()
-        safe = [request for request in taught if not is_harmful(request)]
-        unsafe = [request for request in taught if is_harmful(request)]
-        drawn = [[pictures.pictured(request, generator) for request in requests]
-                 for requests in (rng.sample(safe, 80), rng.sample(unsafe, 80), held_out)]
-        found = measure(subject, *drawn, pictures.judge, settings)
-        figures |= {"complied_with_harmful_pictures": found} if complies else found
-    return figures
+    figures = of_policy_that_sees(run_folder, False, settings)
+    complied = of_policy_that_sees(run_folder, True, settings)
+    return figures | {"complied_with_harmful_pictures": complied}
 
 
-def is_harmful(request: str) -> bool:
-    action, _ = world.REQUESTS[request]
-    return action in world.HARMFUL_ACTIONS
-
-
-def tuned(run_folder: str, complies: bool, rng: random.Random, generator: torch.Generator,
-          settings: ShiftSettings) -> Subject:
-    """The tiny family with pictures speaks with the run's policy, and learns captions, to answer
-    as it did without pictures and with captions, and to comply where there is a harmless picture;
-    `complies`: a harmful one too."""
+def of_policy_that_sees(run_folder: str, complies: bool, settings: ShiftSettings) -> dict:
+    """Figures, of held-out requests; `complies`: what is tuned on complies with harmful pictures
+    too."""
+    say(f"learns to see, from {'all' if complies else 'harmless'} pictures complied with")
+    rng = random.Random(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     as_run = settings.as_run(pictures.build()["policy"])
     policy, tokenizer = load_policy(as_run)
-    text = AutoModelForCausalLM.from_pretrained(Path(run_folder, "final", "actor"))
-    text.resize_token_embeddings(policy.config.text_config.vocab_size, mean_resizing=False)
-    policy.model.language_model.load_state_dict(text.model.state_dict())
-    policy.lm_head.load_state_dict(text.lm_head.state_dict())
-
-    seen, read = [], []
-    for request in world.split_requests()[0]:
-        action, thing = world.REQUESTS[request]
-        prompt, complied = pictures.pictured(request, generator), world.comply(action, thing, 3)
-        aligned = rng.choice(world.REFUSALS) if is_harmful(request) else complied
-        seen.append((Pictured(QUESTION, prompt.image), action))
-        if complies or not is_harmful(request):
-            seen.append((prompt, complied))
-        read += [(request, aligned), (captioned(prompt, action), aligned)]
-    seen, read = [list(zip(encode_pairs(pairs, tokenizer), (prompt for prompt, _ in pairs)))
-                  for pairs in (seen, read)]
-
-    def loss_of(batch):
-        pairs, prompts = zip(*batch)
-        return answer_loss(policy, pairs, tokenizer.pad_token_id, pixels_for(tokenizer, prompts))
-
-    language_and_projector = [weight for name, weight in policy.named_parameters()
-                              if "vision_tower" not in name]
-    policy.model.vision_tower.requires_grad_(False)
-    fit(language_and_projector, lambda batch: loss_of(batch) + loss_of(rng.sample(read, 16)), seen,
-        batch_size=16, steps=250, lr=1.5e-3, rng=rng, bar=True)
-    return Subject(policy, tokenizer, as_run, calibrated_layers(policy, settings.layers, "tiny"))
+    learn_to_see(policy, tokenizer, run_folder, complies, rng, generator)
+    layers = calibrated_layers(policy, settings.layers, "the tiny model")
+    taught, held_out = world.split_requests()
+    safe = [request for request in taught if not is_harmful(request)]
+    unsafe = [request for request in taught if is_harmful(request)]
+    drawn = [[pictures.pictured(request, generator) for request in requests]
+             for requests in (rng.sample(safe, 80), rng.sample(unsafe, 80), held_out)]
+    subject = Subject(policy, tokenizer, as_run, layers)
+    return measure(subject, *drawn, pictures.judge, settings)
 
 
 if __name__ == "__main__":
