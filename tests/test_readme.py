@@ -12,6 +12,7 @@ from companions import monitor
 from companions.monitor import ShowSettings, TrainSettings, WatchSettings
 from companions.neurons import NeuronSettings
 from companions.score_models import ScoreSettings
+from companions.shiftdc import ShiftSettings
 from companions.supervised import SupervisedSettings
 from companions.walk import WalkSettings
 from kernels.bench import bench_parser
@@ -77,7 +78,8 @@ def settings_of_companions() -> set[str]:
     for file in (ROOT / "companions").glob("*.py"):
         names |= set(re.findall(r'add_argument\(\s*"--([a-z_0-9]+)"', file.read_text()))
     for settings in (SupervisedSettings, ScoreSettings, NeuronSettings, ShowSettings,
-                     TrainSettings, monitor.ScoreSettings, WatchSettings, WalkSettings):
+                     ShiftSettings, TrainSettings, monitor.ScoreSettings, WatchSettings,
+                     WalkSettings):
         names |= set(settings.__dataclass_fields__)
     return names
 
