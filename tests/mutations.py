@@ -536,7 +536,7 @@ BUGS = [
     Bug("companions/calibration.py", "shiftdc", "shiftdc: divided by the direction's length",
         "(direction @ direction)", "direction.norm()"),
     Bug("companions/calibration.py", "shiftdc", "shiftdc: captions of other prompts",
-        "self.of_texts[layer, rows]", "self.of_texts[layer, :len(hidden)]"),
+        "self.of_texts[layer, rows]", "self.of_texts[layer, :1]"),
 ]
 
 
