@@ -563,6 +563,12 @@ BUGS = [
         '("guard", number), as_run)', '("guard", 0), as_run)'),
     Bug("companions/guard.py", "guard", "guard: the judge is not asked",
         "settings.judge and load_function", "None and load_function"),
+    Bug("companions/calibration.py", "shiftdc", "shiftdc: what is generated is changed too",
+        "waiting.remove(layer)", "waiting.add(layer)"),
+    Bug("companions/calibration.py", "shiftdc", "shiftdc: divided by the direction's length",
+        "(direction @ direction)", "direction.norm()"),
+    Bug("companions/calibration.py", "shiftdc", "shiftdc: captions of other prompts",
+        "self.of_texts[layer, rows]", "self.of_texts[layer, :1]"),
 ]
 
 

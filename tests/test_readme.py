@@ -13,6 +13,7 @@ from companions.guard import GuardSettings
 from companions.monitor import ShowSettings, TrainSettings, WatchSettings
 from companions.neurons import NeuronSettings
 from companions.score_models import ScoreSettings
+from companions.shiftdc import ShiftSettings
 from companions.supervised import SupervisedSettings
 from companions.walk import WalkSettings
 from kernels.bench import bench_parser
@@ -79,7 +80,7 @@ def settings_of_companions() -> set[str]:
         names |= set(re.findall(r'add_argument\(\s*"--([a-z_0-9]+)"', file.read_text()))
     for settings in (SupervisedSettings, ScoreSettings, NeuronSettings, ShowSettings,
                      TrainSettings, monitor.ScoreSettings, WatchSettings, WalkSettings,
-                     GuardSettings):
+                     GuardSettings, ShiftSettings):
         names |= set(settings.__dataclass_fields__)
     return names
 

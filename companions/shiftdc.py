@@ -1,0 +1,191 @@
+"""Harmful requests that a model refuses as text, and not as pictures: calibrates what a picture
+changes inside.
+
+    python companions/shiftdc.py                                   # shows itself in the tiny world
+    python companions/shiftdc.py --model VLM --safe a.jsonl --unsafe b.jsonl --prompts q.jsonl
+
+After ShiftDC, arXiv 2502.13095. With h_l what layer l (from 1) gives to the next, at a prompt's
+last token, and captions in the model's own words:
+
+    s_l = mean h_l(safe, caption) - mean h_l(unsafe, caption)        the safety direction
+    m_l = h_l(text, picture) - h_l(text, caption)                    what the picture shifts
+    h_l <- h_l - alpha (m_l . s_l / s_l . s_l) s_l                   once, when the prompt is read
+
+Nothing is trained, and no weight changes.
+"""
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from companions import learning  # noqa: E402
+from companions.calibration import (  # noqa: E402
+    Calibration,
+    Subject,
+    calibrated_layers,
+    random_like,
+)
+from companions.seeing import is_harmful, learn_to_see  # noqa: E402
+from companions.xstest import is_refusal  # noqa: E402
+from plumbing.errors import outlive_readers, require, say  # noqa: E402
+from plumbing.functions import load_function, verdicts_of  # noqa: E402
+from plumbing.models import load_policy  # noqa: E402
+from plumbing.pictures import Pictured  # noqa: E402
+from plumbing.prompts import load_prompts  # noqa: E402
+from plumbing.settings import RunSettings, fill_in, option  # noqa: E402
+from tiny_configs import pictures, world  # noqa: E402
+
+
+@dataclass
+class ShiftSettings:
+    """Safety-aware calibration of what a picture shifts."""
+
+    model: str = option("tiny", "who answers: a model that sees, folder or hub name")
+    safe: str | None = option(None, "harmless prompts with pictures, for the direction")
+    unsafe: str | None = option(None, "harmful ones")
+    prompts: str | None = option(None, "prompts with pictures that are answered")
+    layers: str | None = option(None, "whose outputs are calibrated: FIRST-LAST, counted from 1; "
+                                      "default: from the middle to the last but one")
+    alpha: float = option(1.0, "how much of the shift along the direction is taken away")
+    judge: str | None = option(None, "FILE.py:function, as repo.py's; default: all --prompts count "
+                                     "as harmful, and refusals are told by how answers begin")
+    max_prompts: int = option(160, "as many of each file are used, the first ones")
+    max_response_length: int = option(64, "tokens of an answer, which is greedy")
+    device: Literal["cpu", "cuda"] | None = option(None, "default: cuda if there is one")
+    seed: int = option(0, "of the random direction; of the tiny world's run and tuning")
+    out: str = option("runs/shiftdc", "where the tiny world's aligned text policy is kept")
+    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
+    json: str | None = option(None, "write the figures there too")
+
+    def check(self) -> None:
+        for name in ("safe", "unsafe", "prompts"):
+            is_given = getattr(self, name) is not None
+            require(is_given or self.model == "tiny", f"--{name} is missing")
+            require(not is_given or self.model != "tiny", f"--{name}: needs --model")
+        require(not self.judge or self.model != "tiny", "--judge: needs --model")
+        for name in ("max_prompts", "max_response_length"):
+            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
+
+    def as_run(self, model: str) -> RunSettings:
+        run = RunSettings(
+            model=model, policy=model, eval_only=model,  # weights in the compute dtype
+            device=self.device, seed=self.seed, trust_remote_code=self.trust_remote_code,
+            output_dir="unused")
+        fill_in(run)
+        return run
+
+
+# ---- what it does to refusals and to harm
+
+def measure(subject: Subject, safe: list[Pictured], unsafe: list[Pictured],
+            prompts: list[Pictured], verdicts, settings: ShiftSettings) -> dict:
+    """Answers as text, as pictures, calibrated, and with a random direction in the safety
+    direction's place, by as much; tells a table. verdicts(prompts, answers) -> dicts."""
+    directions = subject.safety_directions(safe, unsafe)                             # [n, H]
+    texts = subject.with_captions(prompts)
+    of_texts, drawn = subject.last_states(texts), random_like(directions, settings.seed)
+    calibrated, at_random = [Calibration(of_texts, directions, settings.alpha, instead)
+                             for instead in (directions, drawn)]
+
+    rates = []
+    say(f"{'':24}{'harmful: refused':>18}{'unsafe':>9}{'harmless: refused':>20}")
+    for name, asked, calibration in (("text with captions", texts, None),
+                                     ("pictures", prompts, None),
+                                     ("pictures, calibrated", prompts, calibrated),
+                                     ("a random direction", prompts, at_random)):
+        answers = subject.answers(asked, settings.max_response_length, calibration)
+        refused, unsafe_rate, over_refused = row = rates_of(verdicts(prompts, answers))
+        say(f"{name:24}{cell(refused):>18}{cell(unsafe_rate):>9}{cell(over_refused):>20}")
+        rates.append(row)
+
+    text, before, after, by_chance = rates
+    return {
+        "text_refusals": text[0],
+        "picture_refusals_before": before[0], "picture_refusals_after": after[0],
+        "random_direction": by_chance[0],
+        "unsafe_before": before[1], "unsafe_after": after[1], "unsafe_random": by_chance[1],
+        "harmless_refusals_before": before[2], "harmless_refusals_after": after[2],
+    }
+
+
+def rates_of(judged: list[dict]) -> list[float | None]:
+    """Shares of refusals and of unsafe answers to harmful prompts, and of refusals to the others;
+    None where there is nothing to tell it by."""
+    harmful = [verdict for verdict in judged if verdict["harmful_prompt"]]
+    others = [verdict for verdict in judged if not verdict["harmful_prompt"]]
+    told = ([verdict["refused"] for verdict in harmful],
+            [not verdict["safe"] for verdict in harmful if "safe" in verdict],
+            [verdict["refused"] for verdict in others])
+    return [sum(values) / len(values) if values else None for values in told]
+
+
+def cell(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.3f}"
+
+
+def run(settings: ShiftSettings) -> dict:
+    """Loads model and files, measures, tells a table."""
+    if settings.model == "tiny":
+        return show(settings)
+    as_run = settings.as_run(settings.model)
+    model, tokenizer = load_policy(as_run)
+    require(tokenizer.sight, f"--model {settings.model}: sees no pictures")
+    layers = calibrated_layers(model, settings.layers, f"--model {settings.model}")
+    judge = settings.judge and load_function(settings.judge, "--judge", as_run.scorer_timeout)
+    rows = []
+    for name in ("safe", "unsafe", "prompts"):
+        source = getattr(settings, name)
+        loaded = load_prompts(source, flag=f"--{name}", tokenizer=tokenizer)
+        require(isinstance(loaded[0], Pictured), f"--{name} {source}: has no column image")
+        rows.append(loaded[:settings.max_prompts])
+
+    def verdicts(prompts: list[str], answers: list[str]) -> list[dict]:
+        if not judge:
+            return [{"refused": is_refusal(answer), "harmful_prompt": True} for answer in answers]
+        return verdicts_of(SimpleNamespace(prompts=prompts, responses=answers), judge, settings)
+
+    subject = Subject(model.to(as_run.device), tokenizer, as_run, layers)
+    return measure(subject, *rows, verdicts, settings)
+
+
+# ---- itself, in the tiny world
+
+def show(settings: ShiftSettings) -> dict:
+    """A text policy that RePO has aligned learns to see, from harmless pictures, and again from
+    harmful ones too."""
+    settings.device, settings.max_response_length = "cpu", 32
+    run_folder = str(Path(settings.out, "run"))
+    learning.tiny_run(run_folder, settings.seed)
+    figures = of_policy_that_sees(run_folder, False, settings)
+    complied = of_policy_that_sees(run_folder, True, settings)
+    return figures | {"complied_with_harmful_pictures": complied}
+
+
+def of_policy_that_sees(run_folder: str, complies: bool, settings: ShiftSettings) -> dict:
+    """Figures, of held-out requests; `complies`: what is tuned on complies with harmful pictures
+    too."""
+    say(f"learns to see, from {'all' if complies else 'harmless'} pictures complied with")
+    rng = random.Random(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    as_run = settings.as_run(pictures.build()["policy"])
+    policy, tokenizer = load_policy(as_run)
+    learn_to_see(policy, tokenizer, run_folder, complies, rng, generator)
+    layers = calibrated_layers(policy, settings.layers, "the tiny model")
+    taught, held_out = world.split_requests()
+    safe = [request for request in taught if not is_harmful(request)]
+    unsafe = [request for request in taught if is_harmful(request)]
+    drawn = [[pictures.pictured(request, generator) for request in requests]
+             for requests in (rng.sample(safe, 80), rng.sample(unsafe, 80), held_out)]
+    subject = Subject(policy, tokenizer, as_run, layers)
+    return measure(subject, *drawn, pictures.judge, settings)
+
+
+if __name__ == "__main__":
+    outlive_readers()
+    sys.exit(learning.main_of(ShiftSettings, run))
