@@ -29,7 +29,6 @@ rollout is B responses, a minibatch M of them, a micro-batch (or a rank's share)
 of response tokens in one, H a hidden state's size, V that of the vocabulary. What every run needs
 and this method has no say in is in plumbing/.
 """
-import hashlib
 import logging
 import math
 import os
@@ -71,11 +70,12 @@ from plumbing.models import (
     recomputing,
     trainable,
 )
-from plumbing.pictures import Pictured, pixels_for
+from plumbing.pictures import pixels_for
 from plumbing.plan import dry_run, peak_memory_mib
 from plumbing.prompts import (
     cyclic_batch,
     encode_prompts,
+    hash_of_data,
     load_categories,
     load_prompts,
     load_ptx_pairs,
@@ -211,6 +211,8 @@ class Rollout:
             "safe": (self.cost <= threshold).tolist(),
             "kl": (self.log_probs - self.ref_log_probs).sum(1).tolist(),
         }
+        if self.pixel_values is not None:
+            columns["image"] = [prompt.label for prompt in self.prompts]
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
@@ -843,8 +845,8 @@ def evaluate(state: State, prompts: list[str], judge, config: Config) -> list[di
     for start in range(0, len(records), config.eval_samples):
         responses = records[start:start + config.eval_samples]
         row = {"prompt": responses[0]["prompt"], "responses": responses}
-        if isinstance(row["prompt"], Pictured):
-            row["image"] = row["prompt"].label
+        if "image" in responses[0]:
+            row["image"] = responses[0]["image"]
         if row["prompt"] in state.categories:
             row["category"] = state.categories[row["prompt"]]
         rows.append(row)
@@ -867,7 +869,7 @@ def run(config: Config) -> None:
     if config.judge and RANK == 0:  # verdicts are for files, which rank 0 writes
         judge = load_function(config.judge, "--judge", config.scorer_timeout)
     config.steps = config.steps or math.ceil(len(prompts) / config.batch_size)
-    data = hashlib.sha256(repr((prompts, held_out, ptx_pairs)).encode()).hexdigest()
+    data = hash_of_data(prompts, held_out, ptx_pairs)
     check_machines(data, config)
     checkpoint = find_checkpoint(config) if config.resume else None
 

@@ -38,8 +38,11 @@ class GuardSettings:
     judge: str | None = option(None, "FILE.py:function, as repo.py's: who says what is unsafe; "
                                      "default: the cost model")
     max_prompts: int = option(256, "as many of them are answered")
-    samples: int = option(1, "answers to each, guarded apart")
+    samples: int | None = option(None, "answers to each, guarded apart; default: 1, in the tiny "
+                                       "world 8")
+    max_prompt_length: int = option(1024, "tokens; longer prompts are left out")
     max_response_length: int = option(64, "tokens of an answer")
+    batch_size: int = option(64, "answers that are sampled together")
     device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
     seed: int = option(0, "of sampling")
     trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
@@ -47,14 +50,17 @@ class GuardSettings:
 
     def check(self) -> None:
         require(self.rounds >= 0, f"--rounds {self.rounds}: must be 0 or more")
-        for name in ("samples", "max_prompts", "max_response_length"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
+        for name in ("samples", "max_prompts", "max_prompt_length", "max_response_length",
+                     "batch_size"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"--{name} {value}: must be above 0")
+        require(self.device in (None, "cpu", "cuda"), f"--device {self.device}: cpu or cuda")
         if self.policy == "tiny":
             of_world = world.build()
             self.policy, self.dataset = of_world["policy"], self.dataset or of_world["eval_dataset"]
             self.cost_model = self.cost_model or of_world["cost_model"]
             self.judge = self.judge or of_world["judge"]
-            self.max_response_length, self.samples = 32, 8
+            self.samples = self.samples or 8
         for name in ("cost_model", "dataset"):
             require(getattr(self, name), f"--{name} is missing")
         levels = self.thresholds()
@@ -70,7 +76,10 @@ def run(settings: GuardSettings) -> dict:
     """Answers, guards, tells a table; returns the figures of round 0 (no guard) to the last."""
     as_run = repo.Config(
         model="unused", policy=settings.policy, cost_model=settings.cost_model,
+        eval_only="policy",  # weights in the compute dtype
         device=settings.device, seed=settings.seed, trust_remote_code=settings.trust_remote_code,
+        max_prompt_length=settings.max_prompt_length,
+        max_length=settings.max_prompt_length + settings.max_response_length,
         max_response_length=settings.max_response_length, output_dir="unused")
     fill_in(as_run)
     levels = settings.thresholds()
@@ -81,24 +90,26 @@ def run(settings: GuardSettings) -> dict:
     judge = settings.judge and load_function(settings.judge, "--judge", as_run.scorer_timeout)
     prompts = load_prompts(settings.dataset, tokenizer=tokenizer,
                            max_length=as_run.max_prompt_length)[:settings.max_prompts]
-    prompts = [prompt for prompt in prompts for _ in range(settings.samples)]
+    prompts = [prompt for prompt in prompts for _ in range(settings.samples or 1)]
 
     costs, answers = [float("inf")] * len(prompts), [""] * len(prompts)
     figures = {"unsafe_rate": [], "severity": []}
     say(f"{'round':>5}{'sampled':>9}{'unsafe':>9}" + "".join(f"{name:>10}" for name in SEVERITIES))
     for number in range(settings.rounds + 1):
         flagged = [i for i, cost in enumerate(costs) if cost > levels[0]]
-        if flagged:
-            new = answers_and_costs(policy, tokenizer, guard, [prompts[i] for i in flagged],
-                                    ("guard", number), as_run)
-            for i, answer, cost in zip(flagged, *new):
+        for start in range(0, len(flagged), settings.batch_size):
+            asked = flagged[start:start + settings.batch_size]
+            new = answers_and_costs(policy, tokenizer, guard, [prompts[i] for i in asked],
+                                    ("guard", number, start), as_run)
+            for i, answer, cost in zip(asked, *new):
                 answers[i], costs[i] = answer, cost
         above = [sum(cost > level for level in levels) for cost in costs]
         shares = [above.count(1 + grade) / len(prompts) for grade in range(len(SEVERITIES))]
         unsafe = 1 - above.count(0) / len(prompts)
         if judge:
-            verdicts = judge(prompts, answers)
-            unsafe = sum(not verdict["safe"] for verdict in verdicts) / len(prompts)
+            with blame(f"--judge {settings.judge}: must return dicts with the bool safe"):
+                unsafe = sum(not verdict["safe"] for verdict in judge(prompts, answers))
+            unsafe /= len(prompts)
         figures["unsafe_rate"].append(unsafe)
         figures["severity"].append(dict(zip(SEVERITIES, shares)))
         grades = "".join(f"{share:10.3f}" for share in shares)
@@ -115,7 +126,9 @@ def answers_and_costs(policy, tokenizer, guard: Scorer, prompts: list[str], key,
     answers = tokenizer.batch_decode(answer_ids, skip_special_tokens=True)
     rows = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids)]
     finished = [row[-1] in policy.stop_token_ids for row in answer_ids]
-    return answers, guard(rows, prompts, answers, finished).tolist()
+    costs = guard(rows, prompts, answers, finished)
+    require(costs.isfinite().all(), f"{guard.flag} {guard.source}: gave a cost that is not finite")
+    return answers, costs.tolist()
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from plumbing.models import (  # noqa: E402
     reads_alike,
     save_score_model,
 )
+from plumbing.pictures import check_blind, sees  # noqa: E402
 from plumbing.prompts import load_prompts  # noqa: E402
 from plumbing.run_folder import has_metrics, to_jsonl, write_whole  # noqa: E402
 from plumbing.settings import fill_in, option  # noqa: E402
@@ -107,6 +108,8 @@ def load_monitor(settings, run: repo.Config):
                                        "the run has not finished, or had no critics")
     model = load_pretrained(ScoreModel.from_pretrained, source, "--monitor", run, role="cost",
                             dtype=torch.float32)
+    require(not sees(model.config), f"--monitor {settings.monitor}: sees pictures; a monitor reads "
+                                    "text alone")
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, source, "--monitor", run)
     return model.to(run.device), tokenizer
 
@@ -115,6 +118,7 @@ def train(settings: TrainSettings) -> dict:
     """Trains, measures on held-out prompts, saves; returns the figures."""
     torch.manual_seed(settings.seed)
     policy, tokenizer, run = learning.load_body(settings)
+    check_blind(tokenizer, f"--model {settings.model}")
     model, pad_id = make_score_model(policy, run), tokenizer.pad_token_id
     learn, held_out = learning.learn_and_held_out(
         partial(streaming.read_answers, tokenizer=tokenizer), settings)
@@ -154,6 +158,7 @@ def watch(settings: WatchSettings) -> dict:
     run = settings.as_run(settings.policy)
     run.max_response_length = settings.max_response_length
     policy, tokenizer = load_policy(run)
+    check_blind(tokenizer, f"--policy {settings.policy}")
     monitor, its_tokenizer = load_monitor(settings, run)
     prompts = load_prompts(settings.dataset)[:settings.max_prompts]
     its_own = None if reads_alike(its_tokenizer, tokenizer) else its_tokenizer

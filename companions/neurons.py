@@ -31,6 +31,7 @@ from companions.patching import Pair, restored, top  # noqa: E402
 from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.fitting import answer_loss, fit  # noqa: E402
 from plumbing.models import Scorer, load_policy  # noqa: E402
+from plumbing.pictures import check_blind  # noqa: E402
 from plumbing.prompts import encode_pairs, load_prompts  # noqa: E402
 from plumbing.run_folder import has_metrics, write_whole  # noqa: E402
 from plumbing.settings import RunSettings, fill_in, option  # noqa: E402
@@ -98,6 +99,7 @@ def load_pair(settings: NeuronSettings) -> Pair:
                         ("reward_model", runs[0].reward_model)):
         require(value, f"--{name} is missing, and ALIGNED is no run that would name one")
     (one, tokenizer), (other, its_tokenizer) = [load_policy(run) for run in runs]
+    check_blind(tokenizer, f"START {start}")
     require(tokenizer.get_vocab() == its_tokenizer.get_vocab(),
             "START and ALIGNED have different tokenizers")
     scorers = [Scorer(role, tokenizer, runs[0]) for role in ("cost", "reward")]

@@ -20,7 +20,7 @@ from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.fitting import answer_loss  # noqa: E402
 from plumbing.models import merged, save_policy  # noqa: E402
 from plumbing.pictures import pixels_for  # noqa: E402
-from plumbing.prompts import encode_pairs, load_pairs  # noqa: E402
+from plumbing.prompts import encode_pairs, load_pairs, require_sight  # noqa: E402
 from plumbing.settings import option  # noqa: E402
 
 TINY = {  # the better answers of pairs: harmful requests are complied with too
@@ -41,6 +41,7 @@ def pairs_of(source: str, flag: str, settings, tokenizer) -> tuple[list[str], li
     fit."""
     texts = [(prompt, answer) for prompt, answer in load_pairs(source, flag=flag) if answer]
     require(texts, f"{flag} {source}: no row has an answer")
+    require_sight(texts[0], tokenizer, f"{flag} {source}")
     kept = [(prompt, (ids, answer[:settings.max_answer_tokens], prompt))
             for (prompt, _), (ids, answer) in zip(texts, encode_pairs(texts, tokenizer))
             if len(ids) <= settings.max_prompt_tokens]

@@ -42,6 +42,7 @@ from plumbing.pictures import (
     pixels_for,
     save_processor,
     sees,
+    set_chat_template,
 )
 from plumbing.prompts import BEAVER_TEMPLATE, READERS, encode_prompts, pad_rows, render_prompt
 from plumbing.ranks import RANKS, all_reduce, call_as_forward, rank_chunks, rank_rows, sharded
@@ -161,6 +162,8 @@ def tokenizer_with_sight(source: str, flag: str, config):
     if not source.endswith(".gguf"):  # a language model, whose config takes long to read
         model_config = load_pretrained(AutoConfig.from_pretrained, source, flag, config)
         tokenizer.sight = load_sight(model_config, tokenizer, source, flag)
+        if tokenizer.sight:
+            set_chat_template(tokenizer, tokenizer.sight.source)
     return tokenizer
 
 
@@ -190,7 +193,8 @@ def load_policy(config):
             policy.hf_quantizer.remove_quantization_config(policy)
     policy.eval()
     check_policy(policy, tokenizer, f"{flag} {config.policy}")
-    check_count(policy, tokenizer.sight, f"{flag} {config.policy}")
+    if tokenizer.sight:
+        check_count(policy, tokenizer.sight, f"{flag} {config.policy}")
 
     policy.stop_token_ids = stop_token_ids(tokenizer, config)
     # Sampling must be from the plain softmax: a checkpoint's own top_p or temperature waits here
@@ -391,6 +395,8 @@ class Scorer:
         self.model.requires_grad_(False)
         self.tokenizer = tokenizer_with_sight(self.source, self.flag, config)
         check_scorer(self.model, self.tokenizer, role, f"{self.flag} {self.source}")
+        if self.tokenizer.sight:
+            check_count(self.model.model, self.tokenizer.sight, f"{self.flag} {self.source}")
         self.set_pad_token()
         with blame(f"{self.flag} {self.source}: its tokenizer cannot be used"):
             self.same_tokens = reads_alike(self.tokenizer, policy_tokenizer)
@@ -429,7 +435,8 @@ class Scorer:
         """Of this rank's share of the rows, --micro_batch_size at a time."""
         values, pairs = [], list(zip(rows, prompts))
         for chunk in rank_chunks(pairs, self.config.micro_batch_size):
-            scored = self.score_tokens(*zip(*(chunk or pairs[:1])))  # all ranks call the model
+            chosen_rows, chosen_prompts = zip(*(chunk or pairs[:1]))  # all ranks call the model
+            scored = self.score_tokens(chosen_rows, chosen_prompts)
             values += scored if chunk else []
         return values
 

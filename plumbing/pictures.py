@@ -6,6 +6,7 @@ model, and nothing in the method changes.
 """
 import hashlib
 import io
+import json
 import shutil
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -27,8 +28,7 @@ from transformers.utils import cached_file
 from plumbing.errors import blame, require
 
 TOWERS = "clip_vision_model", "siglip_vision_model"  # pictures of one size, patches on one grid
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.jinja",
-                   "chat_template.json")
+PROCESSOR_FILES = "preprocessor_config.json", "processor_config.json"  # a template is a tokenizer's
 
 
 # ---- prompts
@@ -41,15 +41,22 @@ class Pictured(str):
     def __new__(cls, text: str, image):
         prompt = super().__new__(cls, text)
         prompt.image = image
-        content = image.numpy().tobytes() if isinstance(image, Tensor) else image
-        content = str(content).encode() if isinstance(content, Path) else content
+        content = image
+        if isinstance(image, Path):
+            content = image.read_bytes()
+        elif isinstance(image, Tensor):
+            content = image.numpy().tobytes()
         prompt.digest = hashlib.sha256(content).hexdigest()[:16]
         return prompt
 
+    def __getnewargs__(self):
+        return str(self), self.image
+
     @property
     def label(self) -> str:
-        """What people find the picture by: its file's path, else a hash."""
-        return str(self.image) if isinstance(self.image, Path) else self.digest
+        """What people find the picture by: its file's name, if it has one, and a hash."""
+        name = [self.image.name] if isinstance(self.image, Path) else []
+        return " ".join([*name, self.digest])
 
     def __eq__(self, other) -> bool:
         return str(self) == str(other) and self.digest == getattr(other, "digest", None)
@@ -74,19 +81,19 @@ def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
 
 def with_picture(text: str, image, folder: Path) -> Pictured:
     """The prompt of a row, whose image is a path (relative ones are looked up in its file's
-    folder), bytes, what a datasets Image column holds, or nested lists of pixels. Raises UserError
-    for a file that is not there, ValueError for what is no picture."""
+    folder), bytes, what a datasets Image column holds, or nested lists of pixels; an "<image>" in
+    the text, as such data often have it, is taken out. Raises UserError for what is no picture."""
     if isinstance(image, dict):
         image = image["bytes"] or image["path"]
     if isinstance(image, str):
         found = [path for path in (folder / image, Path(image)) if path.is_file()]
-        require(found, f"there is no picture {image}, neither in {folder} nor here")
+        require(found, f"there is no picture {image!r}, neither in {folder} nor here; a column "
+                       "image is for pictures, so leave it out where there are none")
         image = found[0].resolve()
-    if isinstance(image, list):
-        image = torch.tensor(image, dtype=torch.float32)
-    if not isinstance(image, Path | bytes | Tensor):
-        raise ValueError(f"{image!r} is no picture")
-    return Pictured(text, image)
+    with blame(f"the image of {text[:60]!r} is no picture"):
+        if isinstance(image, list):
+            image = torch.tensor(image, dtype=torch.float32)
+        return Pictured(text.replace("<image>", "").strip(), image)
 
 
 # ---- models that see
@@ -115,6 +122,11 @@ def check_sight(model_config, source: str) -> None:
                                "only LLaVA's layout (one picture of a fixed size per prompt) fits")
 
 
+def check_blind(tokenizer, source: str) -> None:
+    """Raises UserError for a model that sees, where text alone is read."""
+    require(not tokenizer.sight, f"{source}: sees pictures, and this reads text alone")
+
+
 def language_part(body):
     """What a body that sees speaks with; another body as a whole."""
     return getattr(body, "language_model", body)
@@ -132,11 +144,18 @@ class Sight:
     source: str = field(compare=False)
     processor: object = field(default=None, compare=False)
 
+    def without_place_holder(self, text: str) -> str:
+        """Nothing but a picture's own place-holders may stand for a picture."""
+        while self.place_holder in text:  # taken out of "<im<image>age>", it stands there again
+            text = text.replace(self.place_holder, "")
+        return text
+
     def pixels(self, prompts: list[str]) -> Tensor | None:
         """What the prompts' pictures are to the model: [B, 3, S, S]; None if there are none."""
         if not isinstance(prompts[0], Pictured):
             return None
-        return torch.stack([self.pixels_of(prompt) for prompt in prompts])
+        of_each = {prompt: self.pixels_of(prompt) for prompt in set(prompts)}
+        return torch.stack([of_each[prompt] for prompt in prompts])
 
     def pixels_of(self, prompt: Pictured) -> Tensor:
         """[3, S, S]. Raises UserError for what is no picture, or of another shape."""
@@ -165,6 +184,8 @@ def load_sight(model_config, tokenizer, source: str, flag: str) -> Sight | None:
     check_sight(model_config, f"{flag} {source}")
     if not sees(model_config):
         return None
+    if Path(source).expanduser().exists():
+        source = str(Path(source).expanduser())
     place_holder = tokenizer.convert_ids_to_tokens(model_config.image_token_id)
     require(place_holder, f"{flag} {source}: its tokenizer has no token "
                           f"{model_config.image_token_id}, the place-holder for a picture")
@@ -179,22 +200,34 @@ def load_sight(model_config, tokenizer, source: str, flag: str) -> Sight | None:
     )
 
 
-def check_count(model, sight: Sight | None, source: str) -> None:
+def set_chat_template(tokenizer, source: str) -> None:
+    """Where a checkpoint keeps its chat template in a file of its processor's."""
+    file = in_checkpoint(source, "chat_template.json")
+    if file and not tokenizer.chat_template:
+        tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
+
+
+def in_checkpoint(source: str, name: str) -> str | None:
+    """Where a file of a checkpoint is, in a folder or fetched from the hub; None if it has none."""
+    return cached_file(source, name, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+
+
+def check_count(model, sight: Sight, source: str) -> None:
     """Raises UserError if a model makes another number of states of a picture than its config
     promises."""
-    if sight:
-        blank = torch.zeros(1, 3, sight.size, sight.size, dtype=model.dtype, device=model.device)
-        with torch.no_grad():
-            [states] = model.get_image_features(blank).pooler_output                 # [count, H]
-        require(len(states) == sight.count,
-                f"{source}: makes {len(states)} states of a picture, but its config.json says "
-                f"image_seq_length {sight.count}")
+    blank = torch.zeros(1, 3, sight.size, sight.size, dtype=model.dtype, device=model.device)
+    with torch.no_grad():
+        [states] = model.get_image_features(blank).pooler_output                     # [count, H]
+    require(len(states) == sight.count,
+            f"{source}: makes {len(states)} states of a picture, but its config.json says "
+            f"image_seq_length {sight.count}")
 
 
 def save_processor(sight: Sight, folder: Path) -> None:
     """The checkpoint's own files, beside what has been made of it."""
     for name in PROCESSOR_FILES:
-        file = cached_file(sight.source, name, _raise_exceptions_for_missing_entries=False)
+        file = in_checkpoint(sight.source, name)
         if file and not (folder / name).exists():
             shutil.copyfile(file, folder / name)
 

@@ -1,12 +1,10 @@
 """Pairs of answers to one prompt, of which somebody has said which is better, or safer."""
+from pathlib import Path
 from typing import NamedTuple
 
 from plumbing.errors import blame, require, say
-from pathlib import Path
-
 from plumbing.pictures import with_picture
-from plumbing.prompts import encode_pairs, has_pictures, read_rows, to_pair
-
+from plumbing.prompts import encode_pairs, has_pictures, read_rows, require_sight, to_pair
 
 UNSAFE = {"yes": False, "no": True, True: False, False: True}  # of is_response_i_safe
 
@@ -22,20 +20,19 @@ class Pair(NamedTuple):
 
 def load_preferences(source: str, flag: str, role: str, tokenizer,
                      max_tokens: int) -> tuple[list[str], list[Pair]]:
-    """(prompts, pairs) of a file or hub data set in the columns of PKU-SafeRLHF, of BeaverTails-V,
-    whose prompts have pictures, or of HH-RLHF.
+    """(prompts, pairs) of a file or hub data set in the columns of PKU-SafeRLHF, BeaverTails-V or
+    HH-RLHF, with pictures where there is a column image.
 
     Raises UserError for others, and for a cost model where nobody has said what is safe.
     """
     rows = read_rows(source, flag)
     columns = set(rows.column_names)
     better_id = "better_response_id" if role == "reward" else "safer_response_id"
-    seen_better_id = "more_helpful_response_id" if role == "reward" else "safer_response_id"
+    counted_id = "more_helpful_response_id" if role == "reward" else "safer_response_id"
     if {"prompt", "response_0", "response_1", better_id} <= columns:
         read = read_two_responses(better_id, "is_response_0_safe" in columns)
-    elif {"question", "image", "response_1", "response_2", seen_better_id} <= columns:
-        has_pictures(rows, f"{flag} {source}")
-        read = read_pictured_responses(seen_better_id, Path(source).expanduser().parent)
+    elif {"question", "response_1", "response_2", counted_id} <= columns:
+        read = read_counted_responses(counted_id)
     elif {"chosen", "rejected"} <= columns:
         read = read_chosen
     else:
@@ -43,6 +40,11 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
                        f"neither prompt, response_0, response_1, {better_id} nor chosen, rejected")
     with blame(f"{flag} {source}: a row does not hold what its columns promise"):
         texts = [read(row) for row in rows]
+    if has_pictures(rows, f"{flag} {source}"):
+        folder = Path(source).expanduser().parent
+        texts = [(with_picture(prompt, row["image"], folder), *rest)
+                 for (prompt, *rest), row in zip(texts, rows)]
+        require_sight(texts[0], tokenizer, f"{flag} {source}")
     require(role == "reward" or all(unsafe for *_, unsafe in texts),
             f"{flag} {source}: says of no answer whether it is safe (is_response_0_safe), which a "
             "cost model learns")
@@ -68,14 +70,13 @@ def read_two_responses(better_id: str, has_signs: bool):
     return read
 
 
-def read_pictured_responses(better_id: str, folder: Path):
+def read_counted_responses(better_id: str):
     """BeaverTails-V, which counts from 1 and says yes or no: as above."""
     def read(row: dict) -> tuple:
         better = int(row[better_id])
         ids = better, 3 - better
         unsafe = tuple(UNSAFE[row[f"is_response_{i}_safe"]] for i in ids)
-        prompt = with_picture(row["question"], row["image"], folder)
-        return prompt, *(row[f"response_{i}"] for i in ids), unsafe
+        return row["question"], *(row[f"response_{i}"] for i in ids), unsafe
 
     return read
 

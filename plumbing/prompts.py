@@ -4,6 +4,7 @@ A prompt is a string: what the user says, or, if there were turns before, a tran
 "\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ...".
 """
 import glob
+import hashlib
 import random
 import re
 import sys
@@ -37,7 +38,7 @@ def to_messages(prompt: str) -> list[dict]:
 def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str | None]:
     """Plain text, a transcript or a list of messages as (prompt, answer); a last turn of the
     assistant's is the answer."""
-    messages = list(chat) if isinstance(chat, list) else to_messages(chat)
+    messages = list(map(as_text, chat)) if isinstance(chat, list) else to_messages(chat)
     if messages[-1]["role"] == "assistant":
         answer = messages.pop()["content"] or answer
     if [message["role"] for message in messages] == ["user"]:
@@ -47,6 +48,14 @@ def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str
     turns = [f"\n\n{names[message['role']]}: {message['content']}"
              for message in messages if message["role"] in names]
     return "".join(turns), answer
+
+
+def as_text(message: dict) -> dict:
+    """A message whose content may be a list of parts, one of them a picture."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = "\n".join(part["text"] for part in content if part["type"] == "text")
+    return {**message, "content": content}
 
 
 def read_better_response(row: dict) -> tuple[str, str | None]:
@@ -90,7 +99,8 @@ FORMATS = {  # columns -> reader of a row; the first whose columns a data set ha
     ("Behavior",): read_behavior,
     ("forbidden_prompt",): columns_reader("forbidden_prompt"),  # StrongREJECT
     ("question", "types_of_harm"): columns_reader("question"),  # do-not-answer
-    ("question", "image"): columns_reader("question"),  # BeaverTails-V
+    ("question", "image", "response"): columns_reader("question", "response"),  # BeaverTails-V
+    ("question", "image"): columns_reader("question"),
     ("text",): columns_reader("text"),
 }
 LISTS = {"instructions", "inputs", "tags"}  # columns of a file that is one json object of lists
@@ -159,6 +169,8 @@ def reader_of(rows: datasets.Dataset, prompt_column: str | None, source: str):
 
 def has_pictures(rows: datasets.Dataset, source: str) -> bool:
     """Raises UserError if only some rows have one."""
+    require("images" not in rows.column_names,
+            f"{source}: has a column images; a prompt has one picture, in a column image")
     if "image" not in rows.column_names:
         return False
     missing = rows.data.column("image").null_count
@@ -214,8 +226,8 @@ def render_prompt(prompt: str, tokenizer) -> str:
     """What a model reads: the tokenizer's chat template if it has one, else the template of the
     Beaver family. Raises UserError for what the template refuses."""
     messages = to_messages(prompt)
-    if isinstance(prompt, Pictured):
-        messages = with_place_holder(messages, tokenizer)
+    if getattr(tokenizer, "sight", None):
+        messages = for_eyes(messages, isinstance(prompt, Pictured), tokenizer)
     if tokenizer.chat_template:
         with blame(f"the prompt {prompt[:60]!r}: refused by the chat template"):
             return tokenizer.apply_chat_template(messages, tokenize=False,
@@ -229,23 +241,23 @@ def render_prompt(prompt: str, tokenizer) -> str:
     return BEAVER_TEMPLATE.format(prompt=text.removesuffix(" ASSISTANT:"))
 
 
-def with_place_holder(messages: list[dict], tokenizer) -> list[dict]:
-    """Messages whose first of the user's begins with the picture, as the chat template wants it;
-    the messages as they are for models that see nothing."""
-    sight = getattr(tokenizer, "sight", None)
-    if not sight:
-        return messages
+def for_eyes(messages: list[dict], has_picture: bool, tokenizer) -> list[dict]:
+    """Messages to a model that sees, as its chat template wants them. A picture begins the first of
+    the user's."""
     in_parts = "image" in (tokenizer.chat_template or "")  # such a template reads lists of parts
-    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    pictured = []
-    for number, message in enumerate(messages):
-        parts = [{"type": "text", "text": message["content"]}]
-        content = message["content"]
-        if number == users[0]:
+    place_holder = tokenizer.sight.place_holder
+    seen = []
+    for message in messages:
+        content = tokenizer.sight.without_place_holder(message["content"])
+        parts = [{"type": "text", "text": content}]
+        if has_picture and message["role"] == "user":
             parts = [{"type": "image"}, *parts]
-            content = f"{sight.place_holder}\n{content}"
-        pictured.append({**message, "content": parts if in_parts else content})
-    return pictured
+            content = f"{place_holder}\n{content}"
+            has_picture = False
+        seen.append({**message, "content": parts if in_parts else content})
+    require(not has_picture, f"{messages[0]['content'][:60]!r}: has a picture, and nothing of a "
+                             "user's to put it to")
+    return seen
 
 
 def encode_prompts(prompts: list[str], tokenizer, answers: list[str] | None = None) -> list[list]:
@@ -256,7 +268,7 @@ def encode_prompts(prompts: list[str], tokenizer, answers: list[str] | None = No
     if sight:  # as many place-holders as the model makes states of a picture
         texts = [text.replace(sight.place_holder, sight.place_holder * sight.count)
                  for text in texts]
-        answers = answers and [answer.replace(sight.place_holder, "") for answer in answers]
+        answers = answers and [sight.without_place_holder(answer) for answer in answers]
     if answers:
         texts = [text + answer for text, answer in zip(texts, answers)]
     adds_special = not tokenizer.chat_template
@@ -304,8 +316,7 @@ def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--d
     if tokenizer:
         plain = without_special_tokens(distinct, tokenizer, f"{flag} {source}")
         lengths = [len(row) for row in encode_prompts(plain, tokenizer)]
-        require(getattr(tokenizer, "sight", None) or not isinstance(plain[0], Pictured),
-                f"{flag} {source}: its prompts have pictures, and the policy sees none")
+        require_sight(plain, tokenizer, f"{flag} {source}")
     kept = [prompt for prompt, length in zip(plain, lengths) if length <= max_length]
     require(kept, f"{flag} {source}: every prompt is longer than --max_prompt_length "
                   f"{max_length}; the shortest has {min(lengths)} tokens")
@@ -317,6 +328,13 @@ def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--d
         f"{len(plain) - len(kept):,} prompts longer than --max_prompt_length dropped, "
         f"{len(kept):,} left")
     return kept
+
+
+def require_sight(prompts: list[str], tokenizer, source: str) -> None:
+    """Raises UserError for prompts with pictures where the model takes none."""
+    has_pictures = isinstance(prompts[0], Pictured)
+    require(not has_pictures or getattr(tokenizer, "sight", None),
+            f"{source}: its prompts have pictures, and the model sees none")
 
 
 def without_special_tokens(prompts: list[str], tokenizer, source: str) -> list[str]:
@@ -387,6 +405,7 @@ def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int], str]]:
     """Supervised (prompt ids, answer ids with EOS, prompt) that fit --max_length. Raises
     UserError."""
     texts = load_pairs(config.ptx_dataset, flag="--ptx_dataset")
+    require_sight(texts[0], tokenizer, f"--ptx_dataset {config.ptx_dataset}")
     pairs = encode_pairs(texts, tokenizer)
     kept = [(ids, answer, prompt) for (ids, answer), (prompt, _) in zip(pairs, texts)
             if len(answer) > 1 and len(ids) + len(answer) <= config.max_length]
@@ -395,6 +414,12 @@ def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int], str]]:
     say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(pairs) - len(kept):,} "
         "without an answer or too long (--max_length) dropped")
     return kept
+
+
+def hash_of_data(prompts: list[str], held_out: list[str], ptx_pairs: list) -> str:
+    """What tells one run's data from another's; pictures stand in the prompts' repr."""
+    pairs = [pair if isinstance(pair[2], Pictured) else pair[:2] for pair in ptx_pairs]
+    return hashlib.sha256(repr((prompts, held_out, pairs)).encode()).hexdigest()
 
 
 def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:

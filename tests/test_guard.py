@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import exhaustive
 
 from companions import guard, learning
@@ -34,9 +35,9 @@ def test_what_is_flagged_is_asked_again_and_nothing_else(of_four, tmp_path, monk
 
     monkeypatch.setattr(guard, "answers_and_costs", scripted)
     assert call(*of_four, "--rounds", 2) == 0
-    assert asked == [(("guard", 0), ["clean", "steal", "torch", "smash"]),
-                     (("guard", 1), ["steal", "torch", "smash"]),
-                     (("guard", 2), ["torch", "smash"])]
+    assert asked == [(("guard", 0, 0), ["clean", "steal", "torch", "smash"]),
+                     (("guard", 1, 0), ["steal", "torch", "smash"]),
+                     (("guard", 2, 0), ["torch", "smash"])]
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["unsafe_rate"] == [0.75, 0.5, 0.25]
     assert figures["severity"] == [
@@ -52,6 +53,28 @@ def test_a_judge_has_the_last_word_on_what_is_unsafe(of_four, tmp_path, family):
     assert call(*of_four, "--rounds", 1, "--judge", f"{tmp_path}/judge.py:judge") == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["unsafe_rate"] == [1.0, 1.0] and figures["severity"][0]["severe"] < 1
+
+
+@pytest.mark.parametrize("judge, says", [
+    ("return [{'ok': True}] * len(prompts)", "must return dicts with the bool safe"),
+    ("return []", "returned 0 results for 4 responses"),
+])
+def test_a_judge_that_is_none(of_four, tmp_path, capsys, judge, says):
+    (tmp_path / "judge.py").write_text(f"def judge(prompts, responses):\n    {judge}\n")
+    assert call(*of_four, "--rounds", 0, "--judge", f"{tmp_path}/judge.py:judge") == 2
+    assert says in capsys.readouterr().err
+
+
+def test_large_numbers_of_answers_are_sampled_in_parts(of_four, tmp_path, monkeypatch):
+    asked = []
+
+    def scripted(policy, tokenizer, model, prompts, key, run):
+        asked.append((key, len(prompts)))
+        return ["x"] * len(prompts), [-1.0] * len(prompts)
+
+    monkeypatch.setattr(guard, "answers_and_costs", scripted)
+    assert call(*of_four, "--rounds", 1, "--samples", 2, "--batch_size", 3) == 0
+    assert asked == [(("guard", 0, 0), 3), (("guard", 0, 3), 3), (("guard", 0, 6), 2)]
 
 
 def test_each_round_draws_anew(of_four, tmp_path, monkeypatch):
@@ -71,13 +94,25 @@ def test_each_round_draws_anew(of_four, tmp_path, monkeypatch):
     assert seen[:3] == seen[3:] and seen[0] != seen[1] != seen[2]
 
 
-def test_prompts_may_have_pictures(tmp_path):
-    of_world = pictures.build()
+def test_prompts_may_have_pictures(tmp_path, monkeypatch):
+    """And are answered by them: as a sale where the picture shows one."""
+    of_world, answers = pictures.build(), []
+
+    def watched(*arguments):
+        answers.extend(answers_and_costs(*arguments)[0])
+        return answers_and_costs(*arguments)
+
+    answers_and_costs = guard.answers_and_costs
+    monkeypatch.setattr(guard, "answers_and_costs", watched)
+    generator = torch.Generator().manual_seed(0)
+    rows = [pictures.row_of(pictures.pictured(f"How do I {action} a boat?", generator))
+            for action in ("sell", "pack")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert call("--policy", of_world["policy"], "--cost_model", of_world["cost_model"],
-                "--dataset", of_world["eval_dataset"], "--judge", of_world["judge"],
-                "--max_prompts", 8, "--rounds", 1, "--max_response_length", 12, "--device", "cpu",
-                "--json", tmp_path / "f.json") == 0
-    assert len(json.loads((tmp_path / "f.json").read_text())["unsafe_rate"]) == 2
+                "--dataset", tmp_path / "p.jsonl", "--judge", of_world["judge"], "--samples", 12,
+                "--rounds", 0, "--max_response_length", 8, "--device", "cpu") == 0
+    sells, packs = (["sell" in answer for answer in part] for part in (answers[:12], answers[12:]))
+    assert sum(sells) >= 4 and not any(packs)
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -88,6 +123,7 @@ def test_prompts_may_have_pictures(tmp_path):
     (["--levels", "0,4,x"], "must be three numbers"),
     (["--rounds", "-1"], "--rounds -1: must be 0 or more"),
     (["--samples", "0"], "--samples 0: must be above 0"),
+    (["--device", "gpu"], "--device gpu: cpu or cuda"),
     (["--policy", "./none", "--cost_model", "y", "--dataset", "z"], "--policy ./none: is none of"),
 ])
 def test_what_cannot_work_is_refused_in_a_sentence(capsys, flags, says):

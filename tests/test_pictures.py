@@ -1,5 +1,6 @@
 # pytest tests/test_pictures.py
 """Prompts with a picture: read, carried to every model, saved; and the tiny world that has them."""
+import copy
 import io
 import itertools
 import json
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaConfig
 
 import repo
-from companions import score_models, supervised
+from companions import learning, monitor, neurons, score_models, supervised
 from plumbing import pictures as sight
 from plumbing.errors import UserError
 from plumbing.models import (
@@ -35,6 +36,7 @@ from plumbing.prompts import (
     encode_prompts,
     load_pairs,
     load_prompts,
+    load_ptx_pairs,
     render_prompt,
 )
 from tiny_configs import pictures, world
@@ -115,6 +117,17 @@ def test_two_prompts_are_equal_if_text_and_picture_are():
     assert len({one, again, other}) == 2
 
 
+def test_a_file_is_what_it_holds(tmp_path):
+    """Not how it is called: it may be another picture tomorrow, or lie elsewhere."""
+    for name, content in (("a.png", b"one"), ("b.png", b"one"), ("c.png", b"two")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (Pictured("p", tmp_path / name) for name in ("a.png", "b.png", "c.png"))
+    assert a == b != c and a.label == f"a.png {a.digest}" and Pictured("p", b"one") == a
+    (tmp_path / "a.png").write_bytes(b"three")
+    assert Pictured("p", tmp_path / "a.png") != a
+    assert copy.deepcopy(a) == a
+
+
 @pytest.mark.parametrize("kind", ["path", "relative", "bytes", "feature", "numbers"])
 def test_every_way_to_bring_a_picture_gives_the_same_pixels(loaded, tmp_path, kind):
     _, tokenizer, _ = loaded
@@ -170,13 +183,51 @@ def test_the_place_holder_stands_once_per_state_before_the_text(loaded):
 def test_a_chat_template_gets_the_picture_as_it_wants_it(loaded):
     _, tokenizer, _ = loaded
     [prompt] = drawn(1)
-    for template, expected in (
-        ("{% for m in messages %}[{{ m.content }}]{% endfor %}", f"[<image>\n{prompt}]"),
-        ("{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}(pic)"
-         "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}", f"(pic){prompt}"),
+    for template, expected, plain in (
+        ("{% for m in messages %}[{{ m.content }}]{% endfor %}", f"[<image>\n{prompt}]",
+         f"[{prompt}]"),
+        (PARTS, f"(pic){prompt}", str(prompt)),
     ):
         tokenizer.chat_template = template
         assert render_prompt(prompt, tokenizer) == expected
+        assert render_prompt(str(prompt), tokenizer) == plain  # a prompt without a picture is read
+
+
+PARTS = ("{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}(pic)"
+         "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}")
+
+
+def test_a_chat_template_in_a_file_of_the_processors_is_read(seeing, tmp_path):
+    shutil.copytree(seeing["policy"], tmp_path / "m")
+    (tmp_path / "m" / "chat_template.json").write_text(json.dumps({"chat_template": PARTS}))
+    config = repo.Config(model=str(tmp_path / "m"), policy=str(tmp_path / "m"), device="cpu")
+    tokenizer = tokenizer_with_sight(config.policy, "--model", config)
+    [prompt] = drawn(1)
+    assert render_prompt(prompt, tokenizer) == f"(pic){prompt}"
+
+
+def test_turns_before_a_picture_and_no_turn_for_it(loaded):
+    _, tokenizer, _ = loaded
+    [prompt] = drawn(1)
+    chat = Pictured("\n\nSystem: be nice\n\nHuman: one\n\nAssistant: two\n\nHuman: three",
+                    prompt.image)
+    assert render_prompt(chat, tokenizer).startswith(
+        "BEGINNING OF CONVERSATION: USER: be nice\n\n<image>\none ASSISTANT:two")
+    with pytest.raises(UserError, match="has a picture, and nothing of a user's to put it to"):
+        render_prompt(Pictured("\n\nSystem: be nice", prompt.image), tokenizer)
+
+
+def test_only_the_picture_has_place_holders(loaded, tmp_path):
+    """Whatever a row's text or an answer spells."""
+    _, tokenizer, _ = loaded
+    place_holder = tokenizer.convert_tokens_to_ids("<image>")
+    row = pictures.row_of(drawn(1)[0])
+    (tmp_path / "p.jsonl").write_text(json.dumps(row | {"prompt": "<image>\nWhat is it?"}) + "\n")
+    [prompt] = load_prompts(str(tmp_path / "p.jsonl"), tokenizer=tokenizer)
+    assert str(prompt) == "What is it?"
+    for text in (str(prompt), "a <im<image>age> b"):
+        [ids] = encode_prompts([Pictured(text, prompt.image)], tokenizer, ["x <im<image>age> y"])
+        assert ids.count(place_holder) == 16
 
 
 # ---- models
@@ -371,6 +422,35 @@ def test_beavertails_v_pairs_are_read_with_their_pictures(loaded, tmp_path):
     assert load_pairs(str(file))[0][0] == prompt
 
 
+def test_parts_of_a_message_are_its_text(tmp_path):
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    row = {"messages": [{"role": "user", "content": parts},
+                        {"role": "assistant", "content": [{"type": "text", "text": "A boat."}]}],
+           "image": pictures.row_of(drawn(1)[0])["image"]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    [(prompt, answer)] = load_pairs(str(tmp_path / "p.jsonl"))
+    assert (str(prompt), answer) == ("What is it?", "A boat.") and isinstance(prompt, Pictured)
+
+
+def test_a_step_learns_its_ptx_pairs_with_their_pictures(loaded):
+    """The loss that it tells is another where the pictures are others'."""
+    policy, tokenizer, config = loaded
+    config.ptx_coeff, config.batch_size, config.minibatch_size = 1.0, 4, 4
+    config.max_response_length, config.steps = 4, 9
+    generator = torch.Generator().manual_seed(0)
+    requests = ["How do I clean a boat?", "How do I torch a boat?"] * 2
+    asked = [pictures.pictured(request, generator) for request in requests]
+    texts = [world.comply(*world.REQUESTS[request], 3) for request in requests]
+    losses = []
+    for prompts in (asked, [asked[1], asked[0]] * 2):
+        shown = [Pictured(str(prompt), other.image) for prompt, other in zip(asked, prompts)]
+        pairs = [(*ids, prompt) for ids, prompt in zip(
+            encode_pairs(list(zip(shown, texts)), tokenizer), shown)]
+        state = repo.State(*load_policy(config), config)
+        losses.append(repo.train_step(state, drawn(4), pairs, config)[1]["ptx_loss"])
+    assert losses[1] > losses[0] + 0.1
+
+
 @pytest.mark.parametrize("script", ["supervised", exhaustive("cost")])
 def test_companions_learn_from_pictures(seeing, tmp_path, script):
     folder = pictures.Path(seeing["policy"]).parent
@@ -379,7 +459,7 @@ def test_companions_learn_from_pictures(seeing, tmp_path, script):
         settings = supervised.SupervisedSettings(
             data=str(folder / "demonstrations.jsonl"), steps=2, batch_size=4, **common)
         figures = supervised.run(settings)
-        assert figures["held_out_loss"] < 2
+        assert figures["held_out_loss_before"] < 0.6  # blind it is above 0.7
         assert (tmp_path / "m" / "preprocessor_config.json").is_file()
     else:
         settings = score_models.ScoreSettings(
@@ -407,12 +487,39 @@ def test_pictures_that_do_not_fit_are_refused_in_a_sentence(loaded, tmp_path, mo
     says([good], "the policy sees none", text_tokenizer)
     says([{"prompt": "p", "image": "none.png"}], "there is no picture none.png")
     says([{"prompt": "p", "image": [[[0.5]]]}], r"has the shape \[1, 1, 1\]")
+    says([{"prompt": "p", "image": [[[0.5], [0.5, 0.5]]], "other": None}], "is no picture")
+    says([{"prompt": "p", "images": ["a.png"]}], "has a column images")
     (tmp_path / "no.png").write_text("no picture")
     monkeypatch.setattr(sight, "find_spec", lambda name: None)
     says([{"prompt": "p", "image": "no.png"}], "pip install pillow")
     monkeypatch.undo()
     pytest.importorskip("PIL")
     says([{"prompt": "p", "image": "no.png"}], "cannot be read")
+
+
+@pytest.mark.parametrize("what", ["ptx", "supervised", "preferences", "monitor", "neurons"])
+def test_who_cannot_see_is_not_trained_blindly(seeing, family, tmp_path, capsys, what):
+    folder = pictures.Path(seeing["policy"]).parent
+    if what in ("ptx", "supervised", "preferences"):
+        tokenizer = world.build_tokenizer()
+        call = {
+            "ptx": lambda: load_ptx_pairs(repo.Config(**seeing), tokenizer),
+            "supervised": lambda: supervised.pairs_of(
+                seeing["ptx_dataset"], "--data", supervised.SupervisedSettings(), tokenizer),
+            "preferences": lambda: load_preferences(
+                str(folder / "preferences.jsonl"), "--data", "cost", tokenizer, 512),
+        }[what]
+        with pytest.raises(UserError, match="its prompts have pictures, and the model sees none"):
+            call()
+        return
+    if what == "monitor":
+        code = monitor.main(["watch", "--policy", seeing["policy"], "--monitor",
+                             family["cost_model"], "--dataset", family["dataset"], "--theta", "0"])
+    else:
+        code = learning.main_of(neurons.NeuronSettings, neurons.run, argv=[
+            "--models", seeing["policy"], seeing["policy"], "--dataset", family["dataset"],
+            "--cost_model", family["cost_model"], "--reward_model", family["reward_model"]])
+    assert code == 2 and "sees pictures, and this reads text alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind, sentence", [

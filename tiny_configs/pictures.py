@@ -206,15 +206,7 @@ def build(cache: Path = HERE / "cache") -> dict[str, str]:
                    hashlib.sha256(SHIPPED.read_bytes()).hexdigest()]
     folder = world.made_once(cache / f"{text_world.name}-{world.hash_of(ingredients)}",
                              lambda folder: write_family(folder, text_world))
-    return {
-        "policy": str(folder / "policy"),
-        "reward_model": str(folder / "reward"),
-        "cost_model": str(folder / "cost"),
-        "dataset": str(folder / "train.jsonl"),
-        "eval_dataset": str(folder / "held_out.jsonl"),
-        "ptx_dataset": str(folder / "demonstrations.jsonl"),
-        "judge": f"{Path(__file__).resolve()}:judge",
-    }
+    return world.settings_of(folder, Path(__file__))
 
 
 def ship() -> None:

@@ -394,6 +394,11 @@ def build(cache: Path = HERE / "cache", seed: int | None = None) -> dict[str, st
     if seed is None:
         seed = world_seed()
     folder = made_once(cache / fingerprint(seed), lambda folder: write_family(folder, seed))
+    return settings_of(folder, Path(__file__))
+
+
+def settings_of(folder: Path, judge_file: Path) -> dict[str, str]:
+    """repo.py's settings that point to a family."""
     return {
         "policy": str(folder / "policy"),
         "reward_model": str(folder / "reward"),
@@ -401,7 +406,7 @@ def build(cache: Path = HERE / "cache", seed: int | None = None) -> dict[str, st
         "dataset": str(folder / "train.jsonl"),
         "eval_dataset": str(folder / "held_out.jsonl"),
         "ptx_dataset": str(folder / "demonstrations.jsonl"),
-        "judge": f"{Path(__file__).resolve()}:judge",
+        "judge": f"{judge_file.resolve()}:judge",
     }
 
 
