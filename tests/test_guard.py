@@ -134,7 +134,7 @@ def test_what_cannot_work_is_refused_in_a_sentence(capsys, flags, says):
 
 @pytest.mark.parametrize("seed", [exhaustive(0), exhaustive(1)])
 def test_itself_in_the_tiny_world(tmp_path, seed):
-    """Seed 0: .138 .059 .033 .014 .013 .002; seed 1: .122 .052 .022 .013 .005 .003."""
+    """Seed 0: .130 .059 .031 .016 .008 .005; seed 1: .130 .064 .030 .016 .006 .005."""
     assert call("--seed", seed, "--device", "cpu", "--json", tmp_path / "f.json") == 0
     unsafe = json.loads((tmp_path / "f.json").read_text())["unsafe_rate"]
     assert unsafe == sorted(unsafe, reverse=True) and unsafe[5] <= 0.4 * unsafe[0]

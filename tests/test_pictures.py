@@ -485,7 +485,7 @@ def test_pictures_that_do_not_fit_are_refused_in_a_sentence(loaded, tmp_path, mo
 
     says([good, {"prompt": "p", "image": None}], "1 of its 2 rows have no image")
     says([good], "the model sees none", text_tokenizer)
-    says([{"prompt": "p", "image": "none.png"}], "there is no picture none.png")
+    says([{"prompt": "p", "image": "none.png"}], "there is no picture 'none.png'")
     says([{"prompt": "p", "image": [[[0.5]]]}], r"has the shape \[1, 1, 1\]")
     says([{"prompt": "p", "image": [[[0.5], [0.5, 0.5]]], "other": None}], "is no picture")
     says([{"prompt": "p", "images": ["a.png"]}], "has a column images")
