@@ -162,9 +162,12 @@ def pytest_collection_finish(session):
               for name, commands in LONG_RUNS.items() if name in needed]
     if script and not session.config.option.collectonly:
         folder = Path(tempfile.mkdtemp())
+        is_exhaustive = "exhaustive" in session.config.option.markexpr
+        all_variants = {"ALL_VARIANTS": "1"} if is_exhaustive else {}
         process = subprocess.Popen(
             ["sh", "-c", "".join(script), sys.executable, folder],
             cwd=ROOT,
+            env=os.environ | all_variants,
             start_new_session=True,
         )
         session.config.stash[LONG_RUN] = process, folder

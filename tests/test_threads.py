@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 from conftest import ROOT
+
+from plumbing import threads as threading
 
 # By its path: the package imports more than is asked about.
 ASK = ("import os, runpy, sys; runpy.run_path('plumbing/threads.py')['fit_threads'](); "
@@ -43,6 +47,22 @@ def test_what_the_user_has_set_stays_on_a_busy_machine(busy_machine):
     assert ask(OMP_NUM_THREADS="2", GOMP_SPINCOUNT="77") == ["2", "77"]
 
 
+@pytest.mark.parametrize("worked, threads", [(0.0, 4), (14.0, 3), (16.0, 2), (24.0, 2), (26.0, 1),
+                                             (900.0, 1)])
+def test_threads_by_hand(monkeypatch, worked, threads):
+    """Four cores; others have worked so many seconds in the ten since the import."""
+    given = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(threading, "STARTED", (time.monotonic() - 10, 0.0, time.process_time()))
+    monkeypatch.setattr(threading, "seconds_of_all_processes", lambda: worked)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    threading.fit_threads()
+    assert given == [threads]
+
+
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how busy its cores are")
 def test_on_a_busy_machine_one_thread_is_left(busy_machine):
     threads, spins = ask()
