@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a network; asking for o
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# One thread for this process and those it starts: the second core trains the default runs, and
+# One thread for this process and those it starts: the second core trains runs beside it, and
 # threads that wait for each other beside them are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
@@ -105,11 +105,11 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
         "$0" -m torch.distributed.run --standalone --nproc_per_node 2 \\
             tests/test_ranks.py "$1" > "$1/two-ranks.log" 2>&1
     """,
-    "default_runs": """
-        "$0" repo.py --device cpu --algo ppo_lag \\
-            --output_dir "$1/compared/ppo_lag-device-cpu-0" > "$1/lag.log" 2>&1
+    "half_runs": """
+        "$0" repo.py --device cpu --steps 75 --algo ppo_lag \\
+            --output_dir "$1/compared/ppo_lag-device-cpu-steps-75-0" > "$1/lag.log" 2>&1
         touch "$1/lag.done"
-        "$0" companions/compare.py --algos ppo_lag repo --seeds 1 --device cpu \\
+        "$0" companions/compare.py --algos ppo_lag repo --seeds 1 --device cpu --steps 75 \\
             --out "$1/compared" > "$1/compared.txt" 2> "$1/compared.log"
     """,
     "one_rank_fails": """
@@ -253,11 +253,11 @@ def long_runs(pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def default_runs(long_runs) -> dict[str, Path]:
-    """Folders of the default run and of PPO-Lag's. compare.py has made the first, beside the second
-    that was there, and a table of both."""
-    folder = long_runs("default_runs") / "compared"
-    return {name: folder / f"{name}-device-cpu-0" for name in ("repo", "ppo_lag")}
+def half_runs(long_runs) -> dict[str, Path]:
+    """Folders of a run with half of the default's steps, and of PPO-Lag's. compare.py has made the
+    first, beside the second that was there, and a table of both. The whole ones are exhaustive."""
+    folder = long_runs("half_runs") / "compared"
+    return {name: folder / f"{name}-device-cpu-steps-75-0" for name in ("repo", "ppo_lag")}
 
 
 # A server that has everything imported and nothing begun: a process starts in no time.

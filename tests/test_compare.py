@@ -233,17 +233,17 @@ FEW = ["--device", "cpu", "--steps", "2", "--batch_size", "8", "--eval_samples",
 NAMED_AFTER_FEW = "device-cpu-steps-2-batch_size-8-eval_samples-2-max_eval_prompts-6"
 
 
-def test_it_trains_the_one_that_is_missing(default_runs, long_runs, capsys):
+def test_it_trains_the_one_that_is_missing(half_runs, long_runs, capsys):
     """As a script, in the background: see conftest.py."""
-    at, there = long_runs("default_runs"), default_runs["ppo_lag"] / "summary.json"
+    at, there = long_runs("half_runs"), half_runs["ppo_lag"] / "summary.json"
     assert "2 runs in" in (at / "compared.txt").read_text()
     assert "1 runs, 1 were there" in (at / "compared.log").read_text()
     assert "RePO" in (at / "compared.txt").read_text()
-    trained = default_runs["repo"] / "summary.json"
+    trained = half_runs["repo"] / "summary.json"
     begin = (at / "lag.done").stat().st_mtime_ns
     assert there.stat().st_mtime_ns <= begin < trained.stat().st_mtime_ns
 
-    words = ["--algos", "ppo_lag", "repo", "--seeds", "1", "--device", "cpu"]
+    words = ["--algos", "ppo_lag", "repo", "--seeds", "1", "--device", "cpu", "--steps", "75"]
     assert compare.main([*words, "--out", str(there.parents[1])]) == 0
     assert "all 2 runs were there" in capsys.readouterr().out
 

@@ -1,6 +1,6 @@
 # pytest tests/test_regression.py
-"""The paper's claim, in the tiny world's default run of 150 steps: RePO makes far more prompts safe
-than PPO-Lag does, and not by refusing everything."""
+"""The paper's claim, in the tiny world: RePO makes far more prompts safe than PPO-Lag does, and not
+by refusing everything. In half of the default run's 150 steps, and exhaustively in all of them."""
 import json
 import subprocess
 import sys
@@ -32,9 +32,9 @@ def check_claim(folder) -> None:
     assert repo["over_refusal_rate"] <= 0.1, shown
 
 
-def test_repo_makes_far_more_prompts_safe_than_ppo_lag(default_runs):
+def test_repo_makes_far_more_prompts_safe_than_ppo_lag(half_runs):
     """Thresholds: see tiny_configs/README.md, worlds."""
-    check_claim(default_runs["repo"].parent)
+    check_claim(half_runs["repo"].parent)
 
 
 @pytest.mark.exhaustive
