@@ -86,7 +86,10 @@ def results(step, hidden, weight, *rest):
     ["aot_eager", "inductor"],
     telling=[("triton", True, "aot_eager"), ("reference", False, "aot_eager")],
 ))
-def test_a_compiled_update_gives_the_same_numbers(device, backend, dynamic, compiler):
+def test_a_compiled_update_gives_the_same_numbers(device, tmp_path, monkeypatch, backend, dynamic,
+                                                  compiler):
+    # Elsewhere there may be a graph with chunks of another length, which is no part of its name.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     inputs = *head(N, V, H, device=device), *token_data(N, device)[1:]
     torch.compiler.reset()
     compiled = torch.compile(update(backend), backend=compiler, fullgraph=True, dynamic=dynamic)
