@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from plumbing.ranks import RANK, RANKS, from_all_ranks
+from plumbing.ranks import RANK, RANKS, from_all_ranks, has_lost_a_rank
 
 
 class UserError(Exception):
@@ -36,13 +36,16 @@ def require(condition, sentence: str) -> None:
 @contextmanager
 def blame(what: str, file: str = ""):
     """Turns whatever a library or a user's code raises inside into one sentence, with the line of
-    the user's file where there is one."""
+    the user's file where there is one. That another rank is lost stays what it is."""
     try:
         yield
     except (UserError, KeyboardInterrupt, TimeUp):
         raise
     except BaseException as error:  # a user's sys.exit() too, and a panic in Rust
-        raise UserError(f"{what} ({reason(error, file)})") from None
+        first = first_failure(error)
+        if has_lost_a_rank(first):
+            raise first from None
+        raise UserError(f"{what} ({reason(first, file)})") from None
 
 
 @contextmanager
@@ -62,10 +65,15 @@ def failing_together():
         raise UserError(f"{sentence}, on rank {rank}", on_all_ranks=True)
 
 
+def first_failure(error: BaseException) -> BaseException:
+    """What is behind an exception that says no more than on which rank."""
+    if isinstance(error, CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return error
+
+
 def reason(error: BaseException, file: str) -> str:
     """An exception's type and first line, and the line of the file where it was raised."""
-    if isinstance(error, CheckpointException):  # which says no more than on which rank
-        error, _ = next(iter(error.failures.values()))
     first_line = str(error.__cause__ or error).strip().partition("\n")[0]
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):

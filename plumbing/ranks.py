@@ -64,7 +64,7 @@ def end_silent_connections() -> None:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
-def has_lost_a_rank(error: RuntimeError) -> bool:
+def has_lost_a_rank(error: BaseException) -> bool:
     """Whether it says that another rank does not answer."""
     return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
 

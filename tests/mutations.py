@@ -458,6 +458,8 @@ BUGS = [
         'state.started -= saved.get("wall_seconds", saved["seconds"])', "pass"),
     Bug("plumbing/hub.py", "hub", "hub: no answer is an answer",
         "if not answers:", "if answers is None:"),
+    Bug("plumbing/errors.py", "hosts", "ranks: a lost one is told as a full disk",
+        "if has_lost_a_rank(first):", "if False:"),
     Bug("plumbing/errors.py", "pipes", "pipes: a reader that is gone ends a run",
         "os.dup2(nowhere, self.stream.fileno())", "raise"),
     Bug("plumbing/curves.py", "curves", "curves: steps that were lost are shown",

@@ -23,10 +23,11 @@ if __name__ == "__main__":
 import pytest
 from conftest import ROOT, read_jsonl
 from test_ranks import FEW, assert_same_metrics, assert_same_models, by_ranks  # noqa: F401
+from torch.distributed.checkpoint.api import CheckpointException
 
 from plumbing import machines, ranks, settings
 from plumbing.checkpoints import checkpoints_in, damage_of
-from plumbing.errors import UserError
+from plumbing.errors import UserError, blame
 
 LIMIT = 600  # seconds; more than enough beside a dozen busy processes, too
 LOST = r"error: rank \d has lost another rank; .*"
@@ -284,3 +285,14 @@ def test_ranks_do_not_wait_longer_for_each_other_than_for_a_score_function(run, 
     code, _, printed = run("--device", "cpu", "--scorer_timeout", ranks.PATIENCE)
     assert code == 2
     assert "--scorer_timeout 3600: with several ranks it must be below 3600" in printed
+
+
+@pytest.mark.parametrize("in_checkpoint", [False, True])
+def test_a_rank_lost_while_a_file_is_written_is_no_full_disk(in_checkpoint):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection timed out")
+    error = CheckpointException("save", {0: (lost, None)}) if in_checkpoint else lost
+    with pytest.raises(RuntimeError) as raised, blame("step-2: cannot be written"):
+        raise error
+    assert raised.value is lost and ranks.has_lost_a_rank(lost)
+    with pytest.raises(UserError, match="cannot be written"), blame("step-2: cannot be written"):
+        raise RuntimeError("no space left")
