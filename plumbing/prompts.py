@@ -51,10 +51,21 @@ def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str
 
 
 def as_text(message: dict) -> dict:
-    """A message whose content may be a list of parts, one of them a picture."""
+    """A message whose content may be a list of parts. Raises ValueError for other parts than text:
+    a picture is read with its column, see without_picture."""
     content = message["content"]
     if isinstance(content, list):
-        content = "\n".join(part["text"] for part in content if part["type"] == "text")
+        if any(part["type"] != "text" for part in content):
+            raise ValueError("a part that is no text")
+        content = "\n".join(part["text"] for part in content)
+    return {**message, "content": content}
+
+
+def without_picture(message: dict) -> dict:
+    """A message without the part that says where the row's picture stands."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = [part for part in content if part["type"] != "image"]
     return {**message, "content": content}
 
 
@@ -161,6 +172,8 @@ def reader_of(rows: datasets.Dataset, prompt_column: str | None, source: str):
     read, folder = next(iter(known.values())), Path(source).expanduser().parent
 
     def read_both(row: dict) -> tuple[str, str | None]:
+        if "messages" in row:
+            row = {**row, "messages": list(map(without_picture, row["messages"]))}
         prompt, answer = read(row)
         return with_picture(prompt, row["image"], folder), answer
 
