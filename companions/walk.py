@@ -2,9 +2,8 @@
 
     python companions/walk.py --prompt "How do I smash a piano?" --seed 3
 
-After three training steps a response is sampled and scored, and learned from in one optimiser step,
-after which it has other probabilities. A line per tensor: its equation, name, shape, seven values.
-A heading says how to get there with a pencil; here they come from the functions that a run calls.
+After three training steps a response is sampled, scored and learned from, in one optimiser step. A
+line per tensor, made by the functions that a run calls; headings say how, for pencils.
 """
 import sys
 from dataclasses import dataclass
