@@ -151,7 +151,7 @@ class Config(RunSettings):
 
 def resolve_config(argv: list[str]) -> Config:
     """Defaults < preset of --model < --config < command line. Raises UserError for what cannot
-    work. Builds the tiny world, once, if it is asked for."""
+    work. Builds a tiny world, once, if it is asked for."""
     return resolve(Config, argv, worlds={"tiny": world.preset, "tiny-pictures": pictures.preset})
 
 
