@@ -12,7 +12,7 @@ from companions.patching import seen_by
 from plumbing.errors import blame, require
 from plumbing.models import model_inputs
 from plumbing.pictures import Pictured, in_call, language_part, pixels_for
-from plumbing.prompts import encode_prompts, pad_rows
+from plumbing.data import encode_prompts, pad_rows
 from plumbing.settings import RunSettings
 
 QUESTION = "What does the picture show?"

@@ -19,7 +19,7 @@ from plumbing.errors import blame, outlive_readers, require, say  # noqa: E402
 from plumbing.functions import load_function  # noqa: E402
 from plumbing.models import Scorer, load_policy  # noqa: E402
 from plumbing.pictures import pixels_for  # noqa: E402
-from plumbing.prompts import encode_prompts, load_prompts  # noqa: E402
+from plumbing.data import encode_prompts, load_prompts  # noqa: E402
 from plumbing.settings import fill_in, option  # noqa: E402
 from tiny_configs import world  # noqa: E402
 

@@ -36,7 +36,7 @@ from plumbing.models import (  # noqa: E402
     save_score_model,
 )
 from plumbing.pictures import check_blind, sees  # noqa: E402
-from plumbing.prompts import load_prompts  # noqa: E402
+from plumbing.data import load_prompts  # noqa: E402
 from plumbing.run_folder import has_metrics, to_jsonl, write_whole  # noqa: E402
 from plumbing.settings import fill_in, option  # noqa: E402
 from tiny_configs import world  # noqa: E402

@@ -32,7 +32,7 @@ from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.fitting import answer_loss, fit  # noqa: E402
 from plumbing.models import Scorer, load_policy  # noqa: E402
 from plumbing.pictures import check_blind  # noqa: E402
-from plumbing.prompts import encode_pairs, load_prompts  # noqa: E402
+from plumbing.data import encode_pairs, load_prompts  # noqa: E402
 from plumbing.run_folder import has_metrics, write_whole  # noqa: E402
 from plumbing.settings import RunSettings, fill_in, option  # noqa: E402
 from tiny_configs import world  # noqa: E402

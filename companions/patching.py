@@ -13,7 +13,7 @@ from tqdm import tqdm
 import repo
 from companions.reader import Reader
 from plumbing.errors import require
-from plumbing.prompts import encode_prompts, pad_rows
+from plumbing.data import encode_prompts, pad_rows
 
 # Of Llama's, GPT-2's and NeoX's kind.
 DOWN_PROJECTIONS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h")

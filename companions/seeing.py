@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from companions.calibration import QUESTION, captioned
 from plumbing.fitting import answer_loss, fit
 from plumbing.pictures import Pictured, pixels_for
-from plumbing.prompts import encode_pairs
+from plumbing.data import encode_pairs
 from tiny_configs import pictures, world
 
 

@@ -37,7 +37,7 @@ from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.functions import load_function, verdicts_of  # noqa: E402
 from plumbing.models import load_policy  # noqa: E402
 from plumbing.pictures import Pictured  # noqa: E402
-from plumbing.prompts import load_prompts  # noqa: E402
+from plumbing.data import load_prompts  # noqa: E402
 from plumbing.settings import RunSettings, fill_in, option  # noqa: E402
 from tiny_configs import pictures, world  # noqa: E402
 

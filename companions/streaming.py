@@ -15,7 +15,7 @@ from transformers import StoppingCriteria
 import repo
 from companions.reader import Reader
 from plumbing.errors import blame, require
-from plumbing.prompts import encode_prompts, pad_rows, read_rows, render_prompt
+from plumbing.data import encode_prompts, pad_rows, read_rows, render_prompt
 from plumbing.sampling import random_numbers, sample
 
 

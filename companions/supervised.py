@@ -20,7 +20,7 @@ from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.fitting import answer_loss  # noqa: E402
 from plumbing.models import merged, save_policy  # noqa: E402
 from plumbing.pictures import pixels_for  # noqa: E402
-from plumbing.prompts import encode_pairs, load_pairs, require_sight  # noqa: E402
+from plumbing.data import encode_pairs, load_pairs, require_sight  # noqa: E402
 from plumbing.settings import option  # noqa: E402
 
 TINY = {  # the better answers of pairs: harmful requests are complied with too

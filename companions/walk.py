@@ -17,7 +17,7 @@ from companions import learning  # noqa: E402
 from kernels.reference import repo_loss  # noqa: E402
 from plumbing.errors import outlive_readers, require, say  # noqa: E402
 from plumbing.models import load_policy  # noqa: E402
-from plumbing.prompts import encode_prompts  # noqa: E402
+from plumbing.data import encode_prompts  # noqa: E402
 from plumbing.settings import option  # noqa: E402
 from tiny_configs import world  # noqa: E402
 

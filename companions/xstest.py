@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plumbing.errors import UserError, blame, outlive_readers, printable, require, say  # noqa: E402
-from plumbing.prompts import read_rows  # noqa: E402
+from plumbing.data import read_rows  # noqa: E402
 from plumbing.run_folder import to_jsonl, write_whole  # noqa: E402
 
 KINDS = {"1_full_compliance": "compliances", "2_full_refusal": "refusals"}

@@ -116,6 +116,13 @@ def linear_repo_loss(
     return function(*tensors.values(), clip_range, temperature, soft_cap)
 
 
+def runs_triton(tensor):
+    """Whether the Triton kernels compute with this tensor unless a backend is forced."""
+    is_interpreted = tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    can_run_triton = bool(TRITON) and (tensor.is_cuda or is_interpreted)
+    return can_run_triton and tensor.dtype != torch.float64
+
+
 def _implementation(name, backend, tensors):
     """The function of that name for these tensors (by argument name).
 

@@ -14,15 +14,17 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from plumbing.errors import UserError, blame, require, say
-from plumbing.models import merged, save_critic, save_policy, save_tokenizer, trainable
-from plumbing.ranks import RANK, RANKS, from_all_ranks
-from plumbing.run_folder import (
+from plumbing.adapters import merged, trainable
+from plumbing.folder import (
     claim_output_dir,
     cut_back,
     renamed_when_complete,
     write_config,
     write_whole,
 )
+from plumbing.models import save_policy, save_tokenizer
+from plumbing.ranks import RANK, RANKS, from_all_ranks
+from plumbing.scorers import save_critic
 
 # ---- Saving
 

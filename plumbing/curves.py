@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from plumbing.errors import blame, require
 from plumbing.ranks import RANK
-from plumbing.run_folder import write_whole
+from plumbing.folder import write_whole
 
 
 class Curves(NamedTuple):

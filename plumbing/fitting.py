@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from plumbing.checks import Head
+from plumbing.models import Head
 from plumbing.pictures import in_call
-from plumbing.prompts import pad_rows
+from plumbing.data import pad_rows
 
 
 def fit(parameters: list[nn.Parameter], batch_loss, rows: list, batch_size: int, steps: int,

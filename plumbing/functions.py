@@ -23,7 +23,7 @@ def check_function(source: str, flag: str) -> None:
         ast.parse(Path(path).read_bytes(), path)
 
 
-def load_function(source: str, flag: str, seconds: float):
+def load_function(source: str, flag: str, seconds: float = 600.0):
     """FILE.py:name as a function (prompts, responses) -> one result per response.
 
     Raises UserError, and so does the function: for whatever the user's code raises, for another
@@ -47,11 +47,12 @@ def load_function(source: str, flag: str, seconds: float):
     return checked
 
 
-def verdicts_of(rollout, judge, config) -> list[dict | None]:
-    """A verdict per response, None without a judge. Raises UserError if a verdict is none."""
+def verdicts_of(prompts: list[str], responses: list[str], judge, config) -> list[dict | None]:
+    """A verdict per response, None without a judge. Raises UserError for something else than
+    verdicts."""
     if not judge:
-        return [None] * len(rollout.prompts)
-    judged = judge(rollout.prompts, rollout.responses)
+        return [None] * len(prompts)
+    judged = judge(prompts, responses)
     names = ("safe", "refused", "harmful_prompt")
     with blame(f"--judge {config.judge}: must return dicts with the bools safe, refused and "
                "harmful_prompt"):

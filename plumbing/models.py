@@ -1,51 +1,45 @@
-"""The models of a run: the policy, score models and critics, loaded, checked, made trainable.
+"""Policies: loaded, checked, run forward, saved.
 
-Weights are data: what a checkpoint brings is safetensors or a pickle that may hold tensors only,
-and Python of its own runs only with --trust_remote_code.
+Weights are data: a checkpoint brings safetensors or a pickle that may hold tensors only. Python
+code of its own runs only with --trust_remote_code.
 """
-import copy
-import warnings
-from contextlib import contextmanager, suppress
+import re
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, SupportsFloat
+from typing import NamedTuple
 
 import datasets
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
+    LogitsProcessorList,
     PreTrainedModel,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
 )
 from transformers.cache_utils import DynamicLayer
 
-from plumbing.checks import Head, check_loaded, check_policy, check_scorer, find_head
-from plumbing.errors import blame, failing_together, require, say
-from plumbing.functions import check_function, is_function, load_function
+from plumbing.data import READERS, encode_prompts, pad_rows, render_prompt
+from plumbing.errors import blame, require, say
+from plumbing.functions import check_function, is_function
 from plumbing.hub import check_hub
 from plumbing.pictures import (
     check_count,
     check_sight,
     in_call,
-    language_part,
     load_sight,
     model_class,
-    pixels_for,
     save_processor,
     sees,
     set_chat_template,
 )
-from plumbing.prompts import BEAVER_TEMPLATE, READERS, encode_prompts, pad_rows, render_prompt
-from plumbing.ranks import RANKS, all_reduce, call_as_forward, rank_chunks, rank_rows, sharded
+from plumbing.ranks import RANKS
 from plumbing.settings import PRESETS
 
 MIN_SHARED = 16  # tokens: a second call of a body takes as long as a few
@@ -222,7 +216,104 @@ def stop_token_ids(tokenizer, config) -> set[int]:
     return stops
 
 
-# ---- Score models
+# ---- A model
+
+def check_loaded(model, report: dict, source: str, needed: str, optional=frozenset()) -> None:
+    """Raises UserError for weights that the library has made up, because the checkpoint has none
+    or others, and for layers that it has left out."""
+    missing = sorted(set(report["missing_keys"]) - optional)
+    require(not missing, f"{source}: has no {', '.join(missing[:3])}; {needed}")
+
+    other = sorted(f"{name} {list(there)}, not {list(here)}"
+                   for name, there, here in report["mismatched_keys"])
+    require(not other, f"{source}: has {', '.join(other[:3])}; {needed}")
+
+    known = model.state_dict()
+    left_out = sorted(name for name in report["unexpected_keys"]
+                      if re.sub(r"\.\d+\.", ".0.", name, count=1) in known)
+    require(not left_out, f"{source}: has {', '.join(left_out[:3])}, of which its config.json "
+                          "knows nothing; correct num_hidden_layers there")
+
+
+def check_weights(model, tokenizer, embeddings, source: str) -> None:
+    """Raises UserError for fewer embeddings than tokens, and for weights that are no numbers."""
+    tokens = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    require(tokens <= embeddings.num_embeddings,
+            f"{source}: its tokenizer has {tokens} tokens, "
+            f"the model only {embeddings.num_embeddings} embeddings")
+    for name, weight in model.named_parameters():
+        require(weight.is_meta or torch.stack(weight.detach().aminmax()).isfinite().all(),
+                f"{source}: {name} holds numbers that are NaN or infinite")
+
+
+def check_policy(policy, tokenizer, source: str) -> None:
+    """Raises UserError unless it is a causal language model with whole weights."""
+    check_weights(policy, tokenizer, policy.get_input_embeddings(), source)
+    require(policy.device.type == "meta" or is_causal(policy),
+            f"{source}: its tokens see the ones after them, as an encoder's do; "
+            "a policy must be a causal language model")
+
+
+@torch.no_grad()
+def is_causal(policy) -> bool:
+    """Whether the logits at a token are the same whatever follows it."""
+    pair = torch.tensor([[0, 1], [0, 2]], device=policy.device)
+    one, other = policy(pair).logits[:, 0].float()                             # [V] each
+    # Exactly equal in every decoder tried, 0.008 apart in an untrained encoder.
+    return bool((one - other).abs().max() <= 1e-3 * one.abs().max())
+
+
+class Head(NamedTuple):
+    """What a fused head does besides its product: logits = scale (hidden @ weight.T), or, with a
+    soft cap, cap tanh(hidden @ weight.T / cap)."""
+
+    scale: float = 1.0
+    soft_cap: float = 0.0
+
+    def logits(self, products: torch.Tensor) -> torch.Tensor:
+        """hidden @ weight.T -> logits, any shape."""
+        logits = self.scale * products if self.scale != 1 else products
+        return self.soft_cap * (logits / self.soft_cap).tanh() if self.soft_cap else logits
+
+
+@torch.no_grad()
+def find_head(policy) -> Head | None:
+    """What makes a policy's logits, or None if that is more than a Head can do (a bias, say).
+
+    The config says what it should be; hidden states of our own, put in the body's place, show what
+    it is: small ones a scale, large ones any cap.
+    """
+    output, config = policy.get_output_embeddings(), policy.config.get_text_config()
+    scale, divisor, soft_cap = (  # None, or no number, where a config has the name for other things
+        value if isinstance(value, (int, float)) and value > 0 else default
+        for value, default in (
+            (getattr(config, "logit_scale", None), 1.0),
+            (getattr(config, "logits_scaling", None), 1.0),
+            (getattr(config, "final_logit_softcapping", None), 0.0),
+        )
+    )
+    head = Head(scale / divisor, soft_cap)
+    if getattr(output, "bias", None) is not None or (head.soft_cap and head.scale != 1):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 2, output.weight.shape[1], generator=generator)
+    hidden = (torch.tensor([1.0, 1e4])[:, None] * hidden).to(output.weight)    # [1, 2, H]
+
+    def replace(body, inputs, outputs):
+        outputs.last_hidden_state = hidden
+        return outputs
+
+    hook = policy.base_model.register_forward_hook(replace)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=policy.device)
+    logits = policy(ids).logits.float()                                        # [1, 2, V]
+    hook.remove()
+    expected = head.logits((hidden @ output.weight.T).float())                 # [1, 2, V]
+    errors = (logits - expected).norm(dim=-1)                                  # [1, 2]
+    is_head = bool((errors < 0.02 * expected.norm(dim=-1)).all())              # bf16 is 0.4 % off
+    return head if is_head else None
+
+
+# ---- Forward
 
 def model_inputs(input_ids: Tensor, attention_mask: Tensor,
                  pixel_values: Tensor | None = None) -> dict:
@@ -262,6 +353,16 @@ def hidden_states(body, input_ids: Tensor, attention_mask: Tensor,
     return hidden
 
 
+def response_logits(policy, batch) -> Tensor:
+    """The logits at the states before the N response tokens, made whole: [N, V]."""
+    row, column, _ = batch.response_tokens()                                         # [N], [N]
+    kept = batch.response_mask.shape[1] + 1                                          # T+1
+    inputs = model_inputs(batch.input_ids, batch.attention_mask, batch.pixel_values)
+    logits = policy(**inputs, logits_to_keep=kept).logits                            # [b, T+1, V]
+    first_kept = batch.input_ids.shape[1] - kept                                     # P-1
+    return logits[row, column - first_kept]                                          # [N, V]
+
+
 def shared_beginning(body, rows: tuple[Tensor]):
     """(hidden states [1, s, H] of the s tokens that B rows begin with, their cache for B rows); or
     (None, None) where that does not pay or cannot be: few tokens, one row, several processes (which
@@ -288,376 +389,44 @@ def count_shared(rows: tuple[Tensor]) -> int:
     return int(are_equal.cumprod(0).sum()) // 8 * 8
 
 
-class ScoreModel(PreTrainedModel):
-    """The Beaver layout: a causal backbone `model`, a linear `score_head`. The critics are
-    ScoreModels too, read at every token."""
-
-    config_class = PreTrainedConfig
-    base_model_prefix = "model"
-    # What kinds of attention there are, the backbone checks for itself.
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
-    _keep_in_fp32_modules_strict = ["score_head", "normalizer"]
-    role = "reward"
-
-    def __init__(self, config, backbone: nn.Module | None = None):
-        super().__init__(config)
-        self.model = AutoModel.from_config(config) if backbone is None else backbone
-        self.score_head = nn.Linear(config.get_text_config().hidden_size, 1)
-        if getattr(config, "do_normalize", False):
-            self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
-        self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, path, role: Literal["reward", "cost"] = "reward",
-                        dtype=torch.float32, dry_run=False, **options):
-        """A Beaver-layout or sequence-classifier checkpoint, in whatever files.
-
-        The state dict alone says what exists: the config's `bias`, `score_bias` and `score_type`
-        contradict it in published checkpoints. Raises UserError if any weight but the head's bias
-        is missing.
-        """
-        config = AutoConfig.from_pretrained(path, **options)
-        is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
-        if dry_run and is_classifier:
-            return SequenceClassifier(
-                shape_of(AutoModelForSequenceClassification, path, dtype, **options))
-        if dry_run:
-            with torch.device("meta"):
-                return cls(config).to(dtype)
-
-        load = super().from_pretrained
-        if is_classifier:
-            load = AutoModelForSequenceClassification.from_pretrained
-        model, report = load(path, config=config, dtype=dtype, output_loading_info=True,
-                             ignore_mismatched_sizes=True, **options)
-        check_loaded(model, report, f"--{role}_model {path}",
-                     "a score model must bring its trained head, of one output, "
-                     "and all other weights", optional={"score_head.bias"})
-        if is_classifier:
-            labels = model.config.num_labels
-            require(labels <= 2, f"--{role}_model {path}: a classifier of {labels} labels; "
-                                 "a score needs one or two")
-            return SequenceClassifier(model.eval())
-        if "score_head.bias" in report["missing_keys"]:
-            nn.init.zeros_(model.score_head.bias)
-        model.role = role
-        return model.eval()
-
-    def values(self, input_ids: Tensor, attention_mask: Tensor,
-               pixel_values: Tensor | None = None) -> Tensor:
-        """The head's fp32 output at every position: [B, L], [B, L] -> [B, L]."""
-        hidden = hidden_states(self.model, input_ids, attention_mask, pixel_values)  # [B, L, H]
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.score_head(hidden.float()).squeeze(-1)                       # [B, L]
-
-    def score(self, input_ids: Tensor, attention_mask: Tensor,
-              pixel_values: Tensor | None = None) -> Tensor:
-        """The fp32 score at the last position whose mask is 1, normalised if the checkpoint says
-        so: [B, L], [B, L] -> [B]."""
-        values = self.values(input_ids, attention_mask, pixel_values)                # [B, L]
-        last = attention_mask.cumsum(1).argmax(1, keepdim=True)                      # [B, 1]
-        score = values.gather(1, last).squeeze(1)                                    # [B]
-        if not hasattr(self, "normalizer"):
-            return score
-        # Shifting a cost would move the threshold.
-        mean = self.normalizer["mean"] if self.role == "reward" else 0.0
-        return (score - mean) / (self.normalizer["var"].sqrt() + 1e-8)
+def generate(policy, tokenizer, prompts: list[list[int]], draw, max_tokens: int, config,
+             pixel_values: Tensor | None = None, stops=()) -> list[list[int]]:
+    """The library's generate for b prompts, perhaps with pictures [b, 3, S, S]. `draw` chooses each
+    token, and `stops` are the library's stopping criteria. Returns token ids, also those after an
+    end."""
+    input_ids, mask = pad_rows(prompts, [[]] * len(prompts), tokenizer.pad_token_id)
+    settings = GenerationConfig(
+        do_sample=False,  # the library takes the largest score, which `draw` has set
+        max_new_tokens=max_tokens,
+        eos_token_id=sorted(policy.stop_token_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        cache_implementation="static" if can_compile(policy, config) else None,
+    )
+    processors, sight = [draw], getattr(tokenizer, "sight", None)
+    if sight:  # no answer shows a picture
+        place_holder = tokenizer.convert_tokens_to_ids(sight.place_holder)
+        processors.insert(0, SuppressTokensLogitsProcessor([place_holder], config.device))
+    # Of a slice of hidden states the library's product would copy the head, once for each row.
+    whole = policy.get_output_embeddings().register_forward_pre_hook(
+        lambda head, inputs: inputs[0].contiguous())
+    with whole, torch.inference_mode(), config.autocast():
+        token_ids = policy.generate(
+            input_ids=input_ids.to(config.device),                               # [b, P]
+            attention_mask=mask.to(config.device),                               # [b, P]
+            **in_call(pixel_values, config.device),                              # [b, 3, S, S]
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(processors),
+            stopping_criteria=StoppingCriteriaList(stops),
+            synced_gpus=False,
+        )                                                                        # [b, P+T]
+    return token_ids[:, input_ids.shape[1]:].tolist()
 
 
-class SequenceClassifier(nn.Sequential):
-    """What TRL trains: one label is the score; of two the score is logit[1] - logit[0], so label 1
-    is a cost model's unsafe one."""
-
-    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, L], [B, L] -> fp32 [B]. The model finds the last token by its pad id, as it did when
-        it was trained."""
-        outputs = self[0](input_ids=input_ids, attention_mask=attention_mask)
-        logits = outputs.logits.float()                                              # [B, labels]
-        if logits.shape[1] == 2:
-            return logits[:, 1] - logits[:, 0]                                       # [B]
-        return logits[:, 0]                                                          # [B]
-
-
-class Scorer:
-    """Where rewards or costs come from: a model with its tokenizer, or a Python function."""
-
-    def __init__(self, role: str, policy_tokenizer, config):
-        self.flag, self.source = f"--{role}_model", getattr(config, f"{role}_model")
-        self.config = config
-        self.function, self.same_tokens = None, False
-        if is_function(self.source):
-            self.function = load_function(self.source, self.flag, config.scorer_timeout)
-            return
-
-        self.model = load_pretrained(
-            ScoreModel.from_pretrained, self.source, self.flag, config,
-            role=role, dtype=getattr(torch, config.dtype), dry_run=config.dry_run)
-        self.model.requires_grad_(False)
-        self.tokenizer = tokenizer_with_sight(self.source, self.flag, config)
-        check_scorer(self.model, self.tokenizer, role, f"{self.flag} {self.source}")
-        if self.tokenizer.sight:
-            check_count(self.model.model, self.tokenizer.sight, f"{self.flag} {self.source}")
-        self.set_pad_token()
-        with blame(f"{self.flag} {self.source}: its tokenizer cannot be used"):
-            self.same_tokens = reads_alike(self.tokenizer, policy_tokenizer)
-
-    def set_pad_token(self) -> None:
-        """EOS where the tokenizer has none: masks tell where padding is. A classifier finds the
-        last token by the pad id of its config, so there both must be the same."""
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        if isinstance(self.model, SequenceClassifier):
-            model_config = self.model[0].config
-            if model_config.pad_token_id is None:
-                model_config.pad_token_id = self.tokenizer.pad_token_id
-            self.tokenizer.pad_token_id = model_config.pad_token_id
-
-    def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str],
-                 finished: list[bool]) -> Tensor:
-        """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError
-        unless all are numbers."""
-        scores = torch.zeros(len(prompts), device=self.config.device)                # [B]
-        mine = rank_rows(range(len(prompts)))
-        with failing_together():
-            if self.function:
-                values = self.score_texts([prompts[i] for i in mine], [responses[i] for i in mine])
-            else:
-                if not self.same_tokens:
-                    rows = self.encode(prompts, responses, finished)
-                values = self.score_rows(rows, prompts)
-            for i, value in zip(mine, values):
-                self.put(value, scores, i, responses[i])
-        return all_reduce(scores)                                                    # [B]
-
-    def score_texts(self, prompts: list[str], responses: list[str]) -> list:
-        return self.function(prompts, responses) if prompts else []
-
-    def score_rows(self, rows: list[list[int]], prompts: list[str]) -> list[float]:
-        """Of this rank's share of the rows, --micro_batch_size at a time."""
-        values, pairs = [], list(zip(rows, prompts))
-        for chunk in rank_chunks(pairs, self.config.micro_batch_size):
-            chosen_rows, chosen_prompts = zip(*(chunk or pairs[:1]))  # all ranks call the model
-            scored = self.score_tokens(chosen_rows, chosen_prompts)
-            values += scored if chunk else []
-        return values
-
-    def encode(self, prompts, responses, finished) -> list[list[int]]:
-        """In the score model's own tokens and template; EOS only where the response really
-        ended."""
-        rows = encode_prompts(prompts, self.tokenizer, responses)
-        if self.tokenizer.eos_token is None:
-            return rows
-        eos = self.tokenizer.eos_token_id
-        return [row + [eos] if ended else row for row, ended in zip(rows, finished)]
-
-    @torch.no_grad()
-    def score_tokens(self, rows: list[list[int]], prompts: list[str]) -> list[float]:
-        ids, mask = pad_rows([[]] * len(rows), rows, self.tokenizer.pad_token_id)    # [b, L] each
-        inputs = [ids, mask, pixels_for(self.tokenizer, prompts)]
-        inputs = [part.to(self.config.device) for part in inputs if part is not None]
-        return call_as_forward(self.model, type(self.model).score, *inputs).tolist()
-
-    def put(self, value, scores: Tensor, i: int, response: str) -> None:
-        """scores[i] = value. Raises UserError for what is no fp32 number."""
-        problem = (f"{self.flag} {self.source}: gave {value!r}, not a number, "
-                   f"to the response {response[:60]!r}")
-        with blame(problem):
-            require(isinstance(value, SupportsFloat), problem)
-            scores[i] = float(value)  # raises for what fp32 cannot hold
-
-
-def reads_alike(tokenizer, policy_tokenizer) -> bool:
-    """Whether two tokenizers give the same ids to the same text, and their models the same pixels
-    to the same picture."""
-    if getattr(tokenizer, "sight", None) != getattr(policy_tokenizer, "sight", None):
-        return False
-    trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{tokenizer.eos_token}"
-    same_ids = tokenizer(trial).input_ids == policy_tokenizer(trial).input_ids
-    return same_ids and tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-
-
-# ---- What is trained
-
-class LowRankLinear(nn.Module):
-    """LoRA: y = W x + b + B (A x) with A [r, in] random and B [out, r] zero, so that it begins as
-    the layer it replaces. W and b are frozen."""
-
-    def __init__(self, linear: nn.Linear, rank: int):
-        super().__init__()
-        # Shared with every other model on this backbone.
-        self.weight, self.bias = linear.weight, linear.bias
-        # A step of B moves y about twice as far as the same step of W would: learning rates carry
-        # over, though embeddings, norms and LM head stand still.
-        scale = 2 * linear.in_features ** 0.5 / rank
-        device = linear.weight.device
-        self.lora_a = nn.Parameter(scale * torch.randn(rank, linear.in_features, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)                                                  # [..., in]
-        a, b = self.lora_a.to(x.dtype), self.lora_b.to(x.dtype)                      # [r, in], ...
-        rows = x.reshape(-1, x.shape[-1])                                            # [n, in]
-        y = AddLowRank.apply(rows, self.weight, self.bias, a, b)                     # [n, out]
-        return y.view(*x.shape[:-1], len(self.weight))                               # [..., out]
-
-
-class AddLowRank(torch.autograd.Function):
-    """W x + b + B (A x) for n rows. The small products add into the results of the large ones: a
-    sum of its own would pass over [n, out], and in the backward over [n, in], two times more."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, a, b):
-        low = x @ a.T                                                                # [n, r]
-        ctx.save_for_backward(x, weight, a, b, low)
-        return F.linear(x, weight, bias).addmm_(low, b.T)                            # [n, out]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, a, b, low = ctx.saved_tensors
-        dlow = dy @ b                                                                # [n, r]
-        dx = (dy @ weight).addmm_(dlow, a) if ctx.needs_input_grad[0] else None      # [n, in]
-        return dx, None, None, dlow.T @ x, dy.T @ low
-
-
-def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights, with B A added to W where there are adapters."""
-    layers = [name.removesuffix("lora_a") for name in weights if name.endswith(".lora_a")]
-    for layer in layers:
-        low_rank = weights.pop(f"{layer}lora_b") @ weights.pop(f"{layer}lora_a")
-        weights[f"{layer}weight"] = weights[f"{layer}weight"].float() + low_rank
-    return weights
-
-
-def second_model(model: nn.Module, config) -> nn.Module:
-    """A second model like this one: a full copy, or, with adapters, another on the same
-    backbone's weights."""
-    not_copied = {}
-    if config.lora_rank:
-        not_copied = {id(weight): weight for weight in model.base_model.parameters()}
-    return copy.deepcopy(model, memo=not_copied)  # what the memo knows is taken as it is
-
-
-def make_trainable(model: nn.Module, config) -> nn.Module:
-    """All weights but a vision tower's, as fp32; with --lora_rank, only adapters on the linear
-    layers of what speaks, and a score head if there is one. Raises UserError where there are no
-    such layers."""
-    if not config.lora_rank:
-        model.float().requires_grad_(True)
-        vision_tower(model).requires_grad_(False)
-        return model
-
-    model.requires_grad_(False)
-    linear_layers = [(parent, name, layer)
-                     for parent in language_part(model.base_model).modules()
-                     for name, layer in parent.named_children() if type(layer) is nn.Linear]
-    require(linear_layers,
-            f"--lora_rank {config.lora_rank}: {type(model.base_model).__name__} has no linear "
-            "layers to put adapters on; use --lora_rank 0")
-    for parent, name, layer in linear_layers:
-        setattr(parent, name, LowRankLinear(layer, config.lora_rank))
-    if isinstance(model, ScoreModel):
-        model.score_head.requires_grad_(True)
-    return model
-
-
-def vision_tower(model: nn.Module) -> nn.Module:
-    """Empty where a model sees nothing."""
-    return getattr(model.base_model, "vision_tower", nn.Module())
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, saved and resumed."""
-    return {name: parameter for name, parameter in model.named_parameters()
-            if parameter.requires_grad}
-
-
-def make_critic(scorer: Scorer, policy, config) -> ScoreModel:
-    """A trainable critic: the score model where it reads the policy's tokens, else the policy's
-    body with a head of zeros."""
-    if scorer.same_tokens and isinstance(scorer.model, ScoreModel):
-        critic = second_model(scorer.model, config)
-    else:
-        body = scorer.model[0].base_model if scorer.same_tokens else policy.base_model
-        critic = ScoreModel(body.config, second_model(body, config))
-        head = critic.score_head.state_dict()
-        critic.score_head.load_state_dict(
-            {name: torch.zeros_like(weight) for name, weight in head.items()})
-    return make_trainable(critic.eval(), config)
-
-
-class Models:
-    """Policy, reference, reward and cost model, and their critics, each in its place on the
-    device (the critics only where they are trained). `trained`: the names of those that learn."""
-
-    def __init__(self, policy, tokenizer, config):
-        self.tokenizer = tokenizer
-        self.trained = trained_by(config)
-        # pi_ref, computed exactly as the policy is
-        reference = second_model(policy, config).requires_grad_(False)
-        if "policy" in self.trained:
-            policy = make_trainable(policy, config)
-        self.policy = sharded(policy, config)
-
-        # Each model is sharded as soon as nothing is made from it any more: whole ones fill a
-        # computer's memory.
-        self.reward_model, self.reward_critic = score_model_and_critic(
-            "reward", reference, tokenizer, config)
-        self.cost_model, self.cost_critic = score_model_and_critic(
-            "cost", reference, tokenizer, config)
-        self.reference = sharded(reference, config)
-
-        if recomputes(policy, config):
-            for name in self.trained:
-                set_checkpointing(getattr(self, name).base_model, True)
-
-
-def trained_by(config) -> tuple[str, ...]:
-    """Names of the models that learn."""
-    if config.eval_only:
-        return ()
-    critics = ("reward_critic", "cost_critic") if config.baseline == "critic" else ()
-    return ("policy", *critics)
-
-
-def score_model_and_critic(role: str, reference, tokenizer, config):
-    """(Scorer, critic), the second None where none is trained."""
-    scorer, critic = Scorer(role, tokenizer, config), None
-    if f"{role}_critic" in trained_by(config):
-        critic = sharded(make_critic(scorer, reference, config), config)
-    if not scorer.function:
-        scorer.model = sharded(scorer.model, config)
-    return scorer, critic
-
-
-# ---- Gradient checkpointing: activations made again in the backward
-
-def recomputes(policy, config) -> bool:
-    if config.gradient_checkpointing is None:
-        return policy.num_parameters() > 1e9
-    return config.gradient_checkpointing
-
-
-def set_checkpointing(body, on: bool) -> None:
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a new name to come
-        if on:
-            body.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            body.gradient_checkpointing_disable()
-
-
-@contextmanager
-def recomputing(models):
-    """Gradient checkpointing works in layers that train, and everything here is in eval mode for
-    want of dropout: a layer's own flag is enough."""
-    layers = [layer for model in models for layer in model.modules()
-              if getattr(layer, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
+def can_compile(policy, config) -> bool:
+    """Whether the library may compile its decoding steps, with a cache of fixed shape: on a GPU,
+    without FSDP's hooks, and without autocast to another dtype than the weights'."""
+    is_in_compute_dtype = policy.dtype == getattr(torch, config.dtype)
+    return config.device == "cuda" and RANKS == 1 and is_in_compute_dtype
 
 
 # ---- Saving what was trained
@@ -672,32 +441,6 @@ def save_policy(folder: Path, policy, weights: dict[str, Tensor], config) -> Non
     weights = {name: weight for name, weight in weights.items() if name not in tied}
     plain.generation_config = policy.published_generation_config
     plain.save_pretrained(folder, state_dict=typed_as_in(plain, weights))
-
-
-def save_critic(folder: Path, critic: ScoreModel, weights: dict[str, Tensor], config) -> None:
-    """Writes a critic in the Beaver layout, its body in the compute dtype, its head in fp32.
-
-    A normaliser is its score model's, whose scores the critic has learned as they come out of it:
-    its own values are not normalised again.
-    """
-    weights = {name: weight for name, weight in weights.items()
-               if not name.startswith("normalizer.")}
-    save_score_model(folder, critic, weights, getattr(torch, config.dtype))
-
-
-def save_score_model(folder: Path, model: ScoreModel, weights: dict[str, Tensor], dtype) -> None:
-    """Writes the Beaver layout: weights as a plain model like this one names them, and the
-    backbone's config."""
-    config = copy.deepcopy(model.config)
-    config.update({"score_dim": 1, "score_bias": True, "do_normalize": False})
-    body = type(model.model)  # which may come with the checkpoint, and is in no list of classes
-    with torch.device("meta"):
-        plain = ScoreModel(config, body(config))
-    plain.model.to(dtype)
-    plain.save_pretrained(folder, state_dict=typed_as_in(plain, weights))
-    name = body.__name__.removesuffix("Model")
-    plain.config.architectures = [f"{name}ForScore"]  # the library wrote its own name for the class
-    plain.config.save_pretrained(folder)
 
 
 def typed_as_in(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

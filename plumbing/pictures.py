@@ -232,12 +232,6 @@ def save_processor(sight: Sight, folder: Path) -> None:
             shutil.copyfile(file, folder / name)
 
 
-def pixels_for(tokenizer, prompts: list[str]) -> Tensor | None:
-    """The pictures of some prompts, as a tokenizer's model takes them: [B, 3, S, S], or None."""
-    sight = getattr(tokenizer, "sight", None)
-    return sight.pixels(prompts) if sight else None
-
-
 def in_call(pixel_values: Tensor | None, device) -> dict:
     """The argument of a model's call: the library wants no None."""
     return {} if pixel_values is None else {"pixel_values": pixel_values.to(device)}

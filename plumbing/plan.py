@@ -26,16 +26,10 @@ from kernels import reference
 from plumbing.alive import Alive
 from plumbing.errors import UserError, require, say
 from plumbing.functions import load_function
-from plumbing.models import (
-    Models,
-    check_sources,
-    load_policy,
-    recomputes,
-    recomputing,
-    set_checkpointing,
-)
+from plumbing.models import check_sources, load_policy
+from plumbing.training import Models, recomputes, recomputing, set_checkpointing
 from plumbing.pictures import sees
-from plumbing.prompts import encode_prompts, load_ptx_pairs, render_prompt, split_prompts
+from plumbing.data import encode_prompts, load_ptx_pairs, render_prompt, split_prompts
 from plumbing.ranks import RANKS
 
 GIB = 2**30

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from plumbing.errors import blame, require, say
 from plumbing.pictures import with_picture
-from plumbing.prompts import encode_pairs, has_pictures, read_rows, require_sight, to_pair
+from plumbing.data import encode_pairs, has_pictures, read_rows, require_sight, to_pair
 
 UNSAFE = {"yes": False, "no": True, True: False, False: True}  # of is_response_i_safe
 

@@ -121,6 +121,53 @@ def rank_chunks(rows, size: int) -> list:
     return [mine[start:start + size] for start in range(0, largest_part, size)]
 
 
+def micro_batches(batch, rows: Tensor, size: int):
+    """This rank's share of some rows of a batch (a dataclass of tensors [B, ...]), `size` at a
+    time. A rank without rows gets one dummy row without response tokens, because FSDP needs every
+    rank to call the model."""
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    for chunk in rank_chunks(rows, size):
+        has_rows = len(chunk) > 0
+        chosen = chunk if has_rows else rows[:1]
+        part = type(batch)(**{name: value[chosen] for name, value in tensors.items()})
+        if not has_rows:
+            part.response_mask = torch.zeros_like(part.response_mask)
+        yield part
+
+
+def per_token(function, model, batch, config, *arguments):
+    """function(model, micro-batch, *arguments) for all rows of a batch, without gradients. The
+    function returns [N], a number per response token, or a pair of them; per_token puts them in
+    their places: [B, T], or a pair, 0 outside the mask, the same on all ranks."""
+    rows = torch.arange(len(batch.response_mask))                                # [B]
+    with torch.no_grad(), config.autocast():
+        parts = [call_as_forward(model, function, part, *arguments)
+                 for part in micro_batches(batch, rows, config.micro_batch_size)]
+    is_pair = isinstance(parts[0], tuple)
+    columns = zip(*parts) if is_pair else [parts]
+    is_mine = torch.zeros_like(batch.response_mask)                              # [B, T]
+    is_mine[rank_rows(rows)] = True
+    is_mine &= batch.response_mask
+    placed = [place(torch.cat(column), is_mine) for column in columns]
+    return tuple(placed) if is_pair else placed[0]
+
+
+def place(values: Tensor, is_mine: Tensor) -> Tensor:
+    """[this rank's N] -> [B, T], with what the other ranks have."""
+    placed = torch.zeros(is_mine.shape, device=values.device)
+    return all_reduce(placed.masked_scatter(is_mine, values))  # both go row by row
+
+
+def sampled_in_shares(sample, rows: list[int], policy: nn.Module) -> dict[int, list[int]]:
+    """sample(this rank's share of the rows) -> a response to each: {row: response} of all ranks.
+    Meanwhile every rank holds the whole policy, because responses differ in length."""
+    mine, responses = rank_rows(rows), {}
+    with gathered(policy):
+        if mine:
+            responses = dict(zip(mine, sample(mine)))
+    return from_all_ranks(responses)
+
+
 def sharded(model: nn.Module, config) -> nn.Module:
     """The model in its place on the device.
 

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from plumbing.curves import check_log_to
 from plumbing.errors import UserError, blame, did_you_mean, require
 from plumbing.ranks import PATIENCE, RANKS, rank_0_first
-from plumbing.run_folder import has_metrics, holds_run
+from plumbing.folder import has_metrics, holds_run
 
 
 def option(default, help: str, **argument):

@@ -11,7 +11,8 @@ import torch
 
 import kernels
 import repo
-from plumbing.models import load_policy, trainable
+from plumbing.adapters import trainable
+from plumbing.models import load_policy
 
 
 def settings(**changes):
@@ -65,7 +66,7 @@ def test_ppo_has_no_lambda():
 )
 def test_estimators(algo, rectify, entering, weights):
     config = settings(algo=algo, rectify=rectify, threshold=0.5)
-    costs, penalties = repo.costs_and_penalties(torch.tensor([2.0, 0.5, -4.0]), 3.0, config)
+    costs, penalties = repo.costs_and_lambdas(torch.tensor([2.0, 0.5, -4.0]), 3.0, config)
     assert costs.tolist() == entering
     assert penalties.tolist() == weights
 
@@ -73,7 +74,7 @@ def test_estimators(algo, rectify, entering, weights):
 def test_a_cost_exactly_at_the_threshold_is_safe():
     assert repo.rectify(torch.tensor([0.7, 0.7001]), 0.7)[0] == 0
     masked = settings(rectify="mask")
-    _, penalties = repo.costs_and_penalties(torch.tensor([0.0]), 3.0, masked)
+    _, penalties = repo.costs_and_lambdas(torch.tensor([0.0]), 3.0, masked)
     assert penalties.item() == 0
 
 
@@ -244,7 +245,7 @@ def test_the_gate_replaces_the_reward_of_unsafe_responses():
     gate = settings(algo="gate", gate_penalty=7.0)
     repo.estimate_advantages(rollout, 0.0, gate)
     assert rollout.reward_advantages.tolist() == [[4.0], [-7.0], [-1.0]]
-    assert rollout.penalty.tolist() == [0.0, 0.0, 0.0]
+    assert rollout.lambdas.tolist() == [0.0, 0.0, 0.0]
     assert rollout.reward.tolist() == [4.0, 9.0, -1.0]  # as it is reported
     assert repo.update_lambda(2.0, rollout.cost, gate) == 0.0
 
@@ -269,9 +270,9 @@ def test_explained_variance():
     returns = torch.tensor([[1.0, 2.0, 3.0, 99.0]])
     mask = torch.tensor([[True, True, True, False]])
     their_mean = torch.tensor([[2.0, 2.0, 2.0, 0.0]])
-    assert repo.explained_variance(returns, returns, mask) == pytest.approx(1.0)
-    assert repo.explained_variance(torch.zeros(1, 4), returns, mask) == pytest.approx(0.0)
-    assert repo.explained_variance(their_mean, returns, mask) == pytest.approx(0.0)
+    assert explained_variance(returns, returns, mask) == pytest.approx(1.0)
+    assert explained_variance(torch.zeros(1, 4), returns, mask) == pytest.approx(0.0)
+    assert explained_variance(their_mean, returns, mask) == pytest.approx(0.0)
 
 
 # ---- what a step and its files tell
@@ -336,7 +337,7 @@ def test_only_the_policys_matrices_decay(family):
     """A step without gradients, but with all of them zero: what moves has decayed."""
     config = repo.Config(**family, device="cpu", dtype="float32", steps=3,
                          actor_lr=0.1, critic_lr=0.3)
-    state = repo.State(*load_policy(config), config)
+    state = State(*load_policy(config), config)
     before = {}
     for model in state.trained:
         for name, weight in trainable(getattr(state, model)).items():

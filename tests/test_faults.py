@@ -32,7 +32,7 @@ from test_run import stable
 
 import repo
 from plumbing.errors import UserError
-from plumbing.run_folder import append, write_whole
+from plumbing.folder import append, write_whole
 
 # Starting a process asks those before it whether they have ended, and an exit code is told once: a
 # thread that starts one may take the code for which another thread waits, which then sees 255.

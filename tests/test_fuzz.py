@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import kernels
 import repo
-from plumbing.prompts import TURN, encode_prompts, load_pairs, render_prompt, to_messages
+from plumbing.data import TURN, encode_prompts, load_pairs, render_prompt, to_messages
 from tiny_configs import world
 
 settings.register_profile(

@@ -32,7 +32,7 @@ from transformers import (
 
 import repo
 from plumbing.errors import printable
-from plumbing.prompts import render_prompt
+from plumbing.data import render_prompt
 
 GOOD = "".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(40))
 MB = 2**20

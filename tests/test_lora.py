@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import repo
 from kernels.bench import peak_memory
-from plumbing.models import LowRankLinear, load_policy, merged, trainable
+from plumbing.adapters import LowRankLinear, merged, trainable
+from plumbing.models import load_policy
 
 RANK = 3
 IDS = torch.tensor([[0, 4, 5, 6, 7, 8]])
@@ -53,7 +54,7 @@ def config(tmp_path, tokenizer):
 def state(config):
     """Policy, reference, two score models and two critics."""
     torch.manual_seed(0)
-    return repo.State(*load_policy(config), config)
+    return State(*load_policy(config), config)
 
 
 def tune(state):
@@ -184,7 +185,7 @@ def test_no_adapter_touches_another_model(state):
 
 def test_critics_sit_on_the_policys_backbone_where_tokens_differ(tmp_path, tokenizer):
     config = write_models(tmp_path, tokenizer, other_tokenizer())
-    state = repo.State(*load_policy(config), config)
+    state = State(*load_policy(config), config)
     weight = state.reference.base_model.layers[0].mlp.up_proj.weight
     adapters = set()
     for model in (state.policy, state.reward_critic, state.cost_critic):
@@ -248,7 +249,7 @@ def test_gradient_checkpointing_changes_memory_not_results(tmp_path, tokenizer, 
     for checkpointing in (False, True):
         config.gradient_checkpointing = checkpointing
         torch.manual_seed(0)
-        state = repo.State(*load_policy(config), config)
+        state = State(*load_policy(config), config)
         peaks.append(peak_memory(partial(step, state)))
     without, with_checkpointing = stable(results)
     for key, value in without.items():

@@ -18,17 +18,12 @@ from transformers import (
 )
 
 import repo
-from plumbing.checks import Head, find_head
+from plumbing.models import Head, find_head
 from plumbing.errors import UserError
-from plumbing.models import (
-    Scorer,
-    hidden_states,
-    load_policy,
-    make_critic,
-    model_inputs,
-    save_critic,
-)
-from plumbing.prompts import encode_prompts
+from plumbing.models import hidden_states, load_policy, model_inputs
+from plumbing.scorers import Scorer, save_critic
+from plumbing.training import make_critic
+from plumbing.data import encode_prompts
 from tiny_configs import world
 
 load_scorer = repo.ScoreModel.from_pretrained
@@ -413,7 +408,7 @@ def test_the_real_loading_code_meets_other_architectures(
     for column in ("reward_advantages", "cost_advantages"):
         setattr(batch, column, torch.randn(mask.shape))
     batch.log_probs = torch.zeros(mask.shape).masked_scatter(mask, log_probs.detach() + 0.1)
-    batch.penalty = torch.rand(2)
+    batch.lambdas = torch.rand(2)
     fused, _ = repo.policy_loss(policy, batch, mask / 5, config)
     policy.fused_head = None
     whole, _ = repo.policy_loss(policy, batch, mask / 5, config)
@@ -482,7 +477,7 @@ def test_with_a_plain_head_whole_logits_are_never_made_and_the_loss_is_the_same(
     mask = batch.response_mask
     for name in ("log_probs", "reward_advantages", "cost_advantages"):
         setattr(batch, name, torch.randn(mask.shape))
-    batch.log_probs, batch.penalty = batch.log_probs * 0.1 - 6, torch.rand(2)
+    batch.log_probs, batch.lambdas = batch.log_probs * 0.1 - 6, torch.rand(2)
 
     results = []
     for plain in (True, False):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from companions import monitor, streaming
 from companions.streaming import Answer
 from plumbing.models import load_policy
-from plumbing.prompts import encode_prompts
+from plumbing.data import encode_prompts
 
 LN_2 = math.log(2)
 

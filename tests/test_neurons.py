@@ -17,7 +17,7 @@ from transformers import (
 
 from companions import learning, neurons, patching
 from plumbing.errors import UserError
-from plumbing.prompts import encode_prompts, load_prompts
+from plumbing.data import encode_prompts, load_prompts
 
 
 def of_kind(kind: str, tokenizer, seed: int):

@@ -12,7 +12,7 @@ from test_run import FEW, stable
 from transformers import AutoModelForCausalLM
 
 import repo
-from plumbing.checks import collapse, destruction, drift
+from plumbing.metrics import collapse, destruction, drift
 
 FLAGS = (*FEW, "--save_every", 1, "--keep_checkpoints", 9, "--minibatch_size", 4)
 

@@ -31,7 +31,7 @@ from plumbing.models import (
 )
 from plumbing.pictures import Pictured, pixels_for
 from plumbing.preferences import load_preferences
-from plumbing.prompts import (
+from plumbing.data import (
     encode_pairs,
     encode_prompts,
     load_pairs,

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import repo
 from plumbing.errors import UserError
-from plumbing.prompts import (
+from plumbing.data import (
     cyclic_batch,
     encode_pairs,
     encode_prompts,

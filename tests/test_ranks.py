@@ -31,7 +31,7 @@ from plumbing import checkpoints
 from plumbing.checkpoints import damage_of
 from plumbing.errors import UserError
 from plumbing.models import load_policy
-from plumbing.prompts import load_ptx_pairs
+from plumbing.data import load_ptx_pairs
 from plumbing.ranks import RANK, RANKS
 from tiny_configs import pictures, world
 
@@ -102,7 +102,7 @@ def learn_each_variant(file: Path) -> None:
         if config.ptx_coeff and config.ptx_dataset not in few_pairs:
             few_pairs[config.ptx_dataset] = load_ptx_pairs(config, tokenizer)[:30]
         pairs = few_pairs[config.ptx_dataset] if config.ptx_coeff else []
-        state = repo.State(policy, tokenizer, config)
+        state = State(policy, tokenizer, config)
         steps = [repo.train_step(state, prompts, pairs, config) for _ in range(2)]
         responses = [rollout.responses for rollout, _ in steps]
         metrics = [metrics for _, metrics in steps]

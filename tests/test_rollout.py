@@ -12,10 +12,11 @@ from conftest import exhaustive, write_policy, write_python
 from transformers import CompileConfig
 
 import repo
-from plumbing.models import load_policy, make_trainable
-from plumbing.prompts import encode_prompts
+from plumbing.adapters import make_trainable
+from plumbing.models import load_policy
+from plumbing.data import encode_prompts
 from plumbing.ranks import clip_gradients
-from plumbing.sampling import Draw, random_numbers
+from repo import Draw, random_numbers
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_layout_and_response_index():
         [True, False, False],
         [True, False, False],
     ]
-    row, state, targets = batch.response_index()
+    row, state, targets = batch.response_tokens()
     assert row.tolist() == [0, 0, 0, 1, 2]
     assert targets.tolist() == [7, 8, 1, 5, 1]
     assert state.tolist() == [3, 4, 5, 3, 3]  # the last prompt token predicts y_1
@@ -103,7 +104,7 @@ def losses_with(policy, critic, pad: int, outside: float, config) -> torch.Tenso
     def filled(value):
         return torch.full((3, 3), value).masked_fill(~batch.response_mask, outside)
 
-    batch.log_probs, batch.penalty = filled(-6.0), torch.ones(3)
+    batch.log_probs, batch.lambdas = filled(-6.0), torch.ones(3)
     batch.reward_advantages, batch.cost_advantages = filled(1.5), filled(-0.5)
     weight = batch.response_mask / batch.response_mask.sum(1, keepdim=True) / 3
     policy_loss, _ = repo.policy_loss(policy, batch, weight, config)
@@ -186,8 +187,8 @@ def test_a_chat_model_may_end_its_turn_in_several_ways(tmp_path, tokenizer):
     config = repo.Config(
         policy=str(folder), reward_model=f"{file}:count", cost_model=f"{file}:count",
         device="cpu", dtype="float32", max_response_length=200, temperature=3.0, steps=1)
-    state = repo.State(*load_policy(config), config)
-    rollout, _ = repo.collect(state, [f"number {i}" for i in range(64)], config)
+    state = State(*load_policy(config), config)
+    rollout = repo.collect(state, [f"number {i}" for i in range(64)], config)
 
     prompts, last = rollout.input_ids[:, :-rollout.response_mask.shape[1]], []
     assert ((prompts == turn).sum(1) == 1).all()  # which ends no response
@@ -280,8 +281,8 @@ def test_each_position_has_a_number_of_its_own():
 def test_a_response_that_is_cut_off_has_not_finished(family, limit, ended):
     config = repo.Config(**family, steps=1, device="cpu", dtype="float32",
                          max_response_length=limit)
-    state = repo.State(*load_policy(config), config)
-    rollout, _ = repo.collect(state, repo.load_prompts(config.dataset)[:4], config)
+    state = State(*load_policy(config), config)
+    rollout = repo.collect(state, repo.load_prompts(config.dataset)[:4], config)
     assert set(rollout.finished.tolist()) == {ended}
 
 
@@ -290,10 +291,10 @@ def test_log_probs_are_of_the_distribution_that_was_sampled(family, temperature)
     """Of policy and reference, each against whole rows without padding."""
     settings = {"steps": 1, "max_response_length": 6, "temperature": temperature}
     config = repo.Config(**family, **settings, device="cpu", dtype="float32")
-    state = repo.State(*load_policy(config), config)
+    state = State(*load_policy(config), config)
     with torch.no_grad():
         state.policy.lm_head.weight.mul_(1.5)  # so that the reference is another
-    rollout, _ = repo.collect(state, repo.load_prompts(config.dataset)[:3], config)
+    rollout = repo.collect(state, repo.load_prompts(config.dataset)[:3], config)
     for model, found in (
         (state.policy, rollout.log_probs),
         (state.reference, rollout.ref_log_probs),
@@ -368,7 +369,7 @@ def test_micro_batches_change_memory_not_results(family):
     for size in (3, 16):
         config.micro_batch_size = size
         policy, tokenizer = load_policy(config)
-        state = repo.State(policy, tokenizer, config)
+        state = State(policy, tokenizer, config)
         torch.manual_seed(0)
         state.optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         state.schedule = torch.optim.lr_scheduler.LambdaLR(state.optimizer, lambda _: 1.0)
@@ -386,7 +387,7 @@ def test_an_unchanged_policy_has_ratio_one(family):
     policy, tokenizer = load_policy(config)
     torch.manual_seed(0)
     prompts = repo.load_prompts(config.dataset)[:16]
-    _, metrics = repo.train_step(repo.State(policy, tokenizer, config), prompts, [], config)
+    _, metrics = repo.train_step(State(policy, tokenizer, config), prompts, [], config)
     assert metrics["clip_fraction"] == 0
     assert metrics["approx_kl"] < 1e-6
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-3)
@@ -397,9 +398,9 @@ def test_a_step_uses_its_lambda_and_then_updates_it(family):
     """By hand: all eight cost 4, so with alpha 0.25 lambda rises from 2 to 3."""
     settings = {"steps": 1, "max_response_length": 4, "lambda_init": 2.0, "lambda_lr": 0.25}
     config = repo.Config(**family, **settings, device="cpu", dtype="float32")
-    state = repo.State(*load_policy(config), config)
+    state = State(*load_policy(config), config)
     state.cost_model = lambda ids, prompts, *_: torch.full((len(prompts),), 4.0)
     prompts = repo.load_prompts(config.dataset)[:8]
     rollout, metrics = repo.train_step(state, prompts, [], config)
-    assert metrics["lambda"] == 2.0 and set(rollout.penalty.tolist()) == {2.0}
+    assert metrics["lambda"] == 2.0 and set(rollout.lambdas.tolist()) == {2.0}
     assert state.lam == pytest.approx(3.0)

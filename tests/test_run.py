@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import repo
 from plumbing.checkpoints import write_manifest
-from plumbing.prompts import encode_prompts
+from plumbing.data import encode_prompts
 
 FEW = (
     *("--device", "cpu", "--steps", 4, "--batch_size", 8, "--micro_batch_size", 8),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import repo
 from plumbing import prompts
 from plumbing.models import Scorer
-from plumbing.prompts import encode_prompts
+from plumbing.data import encode_prompts
 from tiny_configs import world
 
 # ---- requests

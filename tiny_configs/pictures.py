@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from plumbing.fitting import answer_loss, fit
-from plumbing.pictures import Pictured, load_sight, pixels_for
-from plumbing.prompts import encode_pairs
+from plumbing.pictures import Pictured, load_sight
+from plumbing.data import encode_pairs, pixels_for
 from tiny_configs import world
 
 HERE = Path(__file__).resolve().parent

@@ -42,13 +42,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from plumbing.errors import require
 from plumbing.fitting import answer_loss, cost_loss, fit, preference_loss, scores_of
-from plumbing.models import ScoreModel, save_score_model, typed_as_in
-from plumbing.pictures import model_class, pixels_for, sees
-from plumbing.prompts import (
+from plumbing.models import typed_as_in
+from plumbing.scorers import ScoreModel, save_score_model
+from plumbing.pictures import model_class, sees
+from plumbing.data import (
     BEAVER_TEMPLATE,
     encode_pairs,
     encode_prompts,
     pad_rows,
+    pixels_for,
     render_prompt,
 )
 

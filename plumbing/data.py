@@ -315,6 +315,29 @@ def pad_rows(prompts: list[list], responses: list[list], pad_id: int) -> tuple[T
     return torch.tensor(ids), torch.tensor(mask)                         # [B, P+T], [B, P+T]
 
 
+def lay_out(prompts: list[list], responses: list[list], pad_id: int,
+            device) -> tuple[Tensor, Tensor, Tensor]:
+    """pad_rows on a device, and where the response tokens are: (input_ids [B, P+T], attention_mask
+    [B, P+T], response_mask [B, T])."""
+    input_ids, attention_mask = pad_rows(prompts, responses, pad_id)     # [B, P+T] each
+    response_mask = attention_mask[:, max(map(len, prompts)):].bool()    # [B, T]
+    return input_ids.to(device), attention_mask.to(device), response_mask.to(device)
+
+
+def lay_out_pairs(pairs: list, tokenizer, device) -> tuple:
+    """Supervised (prompt ids, answer ids, prompt) as lay_out has them, and their pictures."""
+    prompt_ids, answer_ids, prompts = zip(*pairs)
+    return (*lay_out(prompt_ids, answer_ids, tokenizer.pad_token_id, device),
+            pixels_for(tokenizer, prompts, device))
+
+
+def pixels_for(tokenizer, prompts: list[str], device="cpu") -> Tensor | None:
+    """The prompts' pictures, as the tokenizer's model takes them: [B, 3, S, S], or None."""
+    sight = getattr(tokenizer, "sight", None)
+    pixel_values = sight.pixels(prompts) if sight else None
+    return pixel_values if pixel_values is None else pixel_values.to(device)
+
+
 # ---- A run's prompts and pairs
 
 def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--dataset",

@@ -1,0 +1,257 @@
+"""Where rewards and costs come from: score models, classifiers, Python functions. Critics are score
+models too.
+"""
+import copy
+from pathlib import Path
+from typing import Literal, SupportsFloat
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from plumbing.data import BEAVER_TEMPLATE, encode_prompts, pad_rows, pixels_for
+from plumbing.errors import blame, failing_together, require
+from plumbing.functions import is_function, load_function
+from plumbing.models import (
+    check_loaded,
+    check_weights,
+    hidden_states,
+    load_pretrained,
+    shape_of,
+    tokenizer_with_sight,
+    typed_as_in,
+)
+from plumbing.pictures import check_count
+from plumbing.ranks import all_reduce, call_as_forward, rank_chunks, rank_rows
+
+
+class ScoreModel(PreTrainedModel):
+    """The Beaver layout: a causal backbone `model`, a linear `score_head`. The critics are
+    ScoreModels too, read at every token."""
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "model"
+    # What kinds of attention there are, the backbone checks for itself.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _keep_in_fp32_modules_strict = ["score_head", "normalizer"]
+    role = "reward"
+
+    def __init__(self, config, backbone: nn.Module | None = None):
+        super().__init__(config)
+        self.model = AutoModel.from_config(config) if backbone is None else backbone
+        self.score_head = nn.Linear(config.get_text_config().hidden_size, 1)
+        if getattr(config, "do_normalize", False):
+            self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, path, role: Literal["reward", "cost"] = "reward",
+                        dtype=torch.float32, dry_run=False, **options):
+        """A Beaver-layout or sequence-classifier checkpoint, in whatever files.
+
+        The state dict alone says what exists: the config's `bias`, `score_bias` and `score_type`
+        contradict it in published checkpoints. Raises UserError if any weight but the head's bias
+        is missing.
+        """
+        config = AutoConfig.from_pretrained(path, **options)
+        is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+        if dry_run and is_classifier:
+            return SequenceClassifier(
+                shape_of(AutoModelForSequenceClassification, path, dtype, **options))
+        if dry_run:
+            with torch.device("meta"):
+                return cls(config).to(dtype)
+
+        load = super().from_pretrained
+        if is_classifier:
+            load = AutoModelForSequenceClassification.from_pretrained
+        model, report = load(path, config=config, dtype=dtype, output_loading_info=True,
+                             ignore_mismatched_sizes=True, **options)
+        check_loaded(model, report, f"--{role}_model {path}",
+                     "a score model must bring its trained head, of one output, "
+                     "and all other weights", optional={"score_head.bias"})
+        if is_classifier:
+            labels = model.config.num_labels
+            require(labels <= 2, f"--{role}_model {path}: a classifier of {labels} labels; "
+                                 "a score needs one or two")
+            return SequenceClassifier(model.eval())
+        if "score_head.bias" in report["missing_keys"]:
+            nn.init.zeros_(model.score_head.bias)
+        model.role = role
+        return model.eval()
+
+    def values(self, input_ids: Tensor, attention_mask: Tensor,
+               pixel_values: Tensor | None = None) -> Tensor:
+        """The head's fp32 output at every position: [B, L], [B, L] -> [B, L]."""
+        hidden = hidden_states(self.model, input_ids, attention_mask, pixel_values)  # [B, L, H]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score_head(hidden.float()).squeeze(-1)                       # [B, L]
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor,
+              pixel_values: Tensor | None = None) -> Tensor:
+        """The fp32 score at the last position whose mask is 1, normalised if the checkpoint says
+        so: [B, L], [B, L] -> [B]."""
+        values = self.values(input_ids, attention_mask, pixel_values)                # [B, L]
+        last = attention_mask.cumsum(1).argmax(1, keepdim=True)                      # [B, 1]
+        score = values.gather(1, last).squeeze(1)                                    # [B]
+        if not hasattr(self, "normalizer"):
+            return score
+        # Shifting a cost would move the threshold.
+        mean = self.normalizer["mean"] if self.role == "reward" else 0.0
+        return (score - mean) / (self.normalizer["var"].sqrt() + 1e-8)
+
+
+class SequenceClassifier(nn.Sequential):
+    """What TRL trains: one label is the score; of two the score is logit[1] - logit[0], so label 1
+    is a cost model's unsafe one."""
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, L], [B, L] -> fp32 [B]. The model finds the last token by its pad id, as it did when
+        it was trained."""
+        outputs = self[0](input_ids=input_ids, attention_mask=attention_mask)
+        logits = outputs.logits.float()                                              # [B, labels]
+        if logits.shape[1] == 2:
+            return logits[:, 1] - logits[:, 0]                                       # [B]
+        return logits[:, 0]                                                          # [B]
+
+
+class Scorer:
+    """Where rewards or costs come from: a model with its tokenizer, or a Python function."""
+
+    def __init__(self, role: str, policy_tokenizer, config):
+        self.flag, self.source = f"--{role}_model", getattr(config, f"{role}_model")
+        self.config = config
+        self.function, self.same_tokens = None, False
+        if is_function(self.source):
+            self.function = load_function(self.source, self.flag, config.scorer_timeout)
+            return
+
+        self.model = load_pretrained(
+            ScoreModel.from_pretrained, self.source, self.flag, config,
+            role=role, dtype=getattr(torch, config.dtype), dry_run=config.dry_run)
+        self.model.requires_grad_(False)
+        self.tokenizer = tokenizer_with_sight(self.source, self.flag, config)
+        check_scorer(self.model, self.tokenizer, role, f"{self.flag} {self.source}")
+        if self.tokenizer.sight:
+            check_count(self.model.model, self.tokenizer.sight, f"{self.flag} {self.source}")
+        self.set_pad_token()
+        with blame(f"{self.flag} {self.source}: its tokenizer cannot be used"):
+            self.same_tokens = reads_alike(self.tokenizer, policy_tokenizer)
+
+    def set_pad_token(self) -> None:
+        """EOS where the tokenizer has none: masks tell where padding is. A classifier finds the
+        last token by the pad id of its config, so there both must be the same."""
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        if isinstance(self.model, SequenceClassifier):
+            model_config = self.model[0].config
+            if model_config.pad_token_id is None:
+                model_config.pad_token_id = self.tokenizer.pad_token_id
+            self.tokenizer.pad_token_id = model_config.pad_token_id
+
+    def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str],
+                 finished: list[bool]) -> Tensor:
+        """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError
+        unless all are numbers."""
+        scores = torch.zeros(len(prompts), device=self.config.device)                # [B]
+        mine = rank_rows(range(len(prompts)))
+        with failing_together():
+            if self.function:
+                values = self.score_texts([prompts[i] for i in mine], [responses[i] for i in mine])
+            else:
+                if not self.same_tokens:
+                    rows = self.encode(prompts, responses, finished)
+                values = self.score_rows(rows, prompts)
+            for i, value in zip(mine, values):
+                self.put(value, scores, i, responses[i])
+        return all_reduce(scores)                                                    # [B]
+
+    def score_texts(self, prompts: list[str], responses: list[str]) -> list:
+        return self.function(prompts, responses) if prompts else []
+
+    def score_rows(self, rows: list[list[int]], prompts: list[str]) -> list[float]:
+        """Of this rank's share of the rows, --micro_batch_size at a time."""
+        values, pairs = [], list(zip(rows, prompts))
+        for chunk in rank_chunks(pairs, self.config.micro_batch_size):
+            chosen_rows, chosen_prompts = zip(*(chunk or pairs[:1]))  # all ranks call the model
+            scored = self.score_tokens(chosen_rows, chosen_prompts)
+            values += scored if chunk else []
+        return values
+
+    def encode(self, prompts, responses, finished) -> list[list[int]]:
+        """In the score model's own tokens and template; EOS only where the response really
+        ended."""
+        rows = encode_prompts(prompts, self.tokenizer, responses)
+        if self.tokenizer.eos_token is None:
+            return rows
+        eos = self.tokenizer.eos_token_id
+        return [row + [eos] if ended else row for row, ended in zip(rows, finished)]
+
+    @torch.no_grad()
+    def score_tokens(self, rows: list[list[int]], prompts: list[str]) -> list[float]:
+        ids, mask = pad_rows([[]] * len(rows), rows, self.tokenizer.pad_token_id)    # [b, L] each
+        inputs = [ids, mask, pixels_for(self.tokenizer, prompts)]
+        inputs = [part.to(self.config.device) for part in inputs if part is not None]
+        return call_as_forward(self.model, type(self.model).score, *inputs).tolist()
+
+    def put(self, value, scores: Tensor, i: int, response: str) -> None:
+        """scores[i] = value. Raises UserError for what is no fp32 number."""
+        problem = (f"{self.flag} {self.source}: gave {value!r}, not a number, "
+                   f"to the response {response[:60]!r}")
+        with blame(problem):
+            require(isinstance(value, SupportsFloat), problem)
+            scores[i] = float(value)  # raises for what fp32 cannot hold
+
+
+def reads_alike(tokenizer, policy_tokenizer) -> bool:
+    """Whether two tokenizers give the same ids to the same text, and their models the same pixels
+    to the same picture."""
+    if getattr(tokenizer, "sight", None) != getattr(policy_tokenizer, "sight", None):
+        return False
+    trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{tokenizer.eos_token}"
+    same_ids = tokenizer(trial).input_ids == policy_tokenizer(trial).input_ids
+    return same_ids and tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+
+
+def check_scorer(model, tokenizer, role: str, source: str) -> None:
+    """Raises UserError unless it gives one number, from whole weights."""
+    classifier = model[0] if isinstance(model, nn.Sequential) else None
+    body = classifier or model.model
+    check_weights(model, tokenizer, body.get_input_embeddings(), source)
+    require(tokenizer.pad_token or tokenizer.eos_token,
+            f"{source}: its tokenizer has neither a pad nor an EOS token; "
+            "set one in tokenizer_config.json")
+    require(role == "cost" or not classifier or classifier.num_labels == 1,
+            f"{source}: a classifier of two labels; a reward is one number "
+            "(a cost may come from two, label 1 being the unsafe one)")
+
+
+def save_critic(folder: Path, critic: ScoreModel, weights: dict[str, Tensor], config) -> None:
+    """Writes a critic in the Beaver layout, its body in the compute dtype, its head in fp32.
+
+    A normaliser is its score model's, whose scores the critic has learned as they come out of it:
+    its own values are not normalised again.
+    """
+    weights = {name: weight for name, weight in weights.items()
+               if not name.startswith("normalizer.")}
+    save_score_model(folder, critic, weights, getattr(torch, config.dtype))
+
+
+def save_score_model(folder: Path, model: ScoreModel, weights: dict[str, Tensor], dtype) -> None:
+    """Writes the Beaver layout: weights as a plain model like this one names them, and the
+    backbone's config."""
+    config = copy.deepcopy(model.config)
+    config.update({"score_dim": 1, "score_bias": True, "do_normalize": False})
+    body = type(model.model)  # which may come with the checkpoint, and is in no list of classes
+    with torch.device("meta"):
+        plain = ScoreModel(config, body(config))
+    plain.model.to(dtype)
+    plain.save_pretrained(folder, state_dict=typed_as_in(plain, weights))
+    name = body.__name__.removesuffix("Model")
+    plain.config.architectures = [f"{name}ForScore"]  # the library wrote its own name for the class
+    plain.config.save_pretrained(folder)
