@@ -167,28 +167,6 @@ class Draw(LogitsProcessor):
         return scores.scatter(1, token, torch.inf)  # the library takes the largest score
 
 
-def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=(),
-             pixel_values: Tensor | None = None) -> list[list[int]]:
-    """Samples a response to each prompt, as token ids: up to an end-of-turn token, or up to what
-    the prompt leaves of --max_length. The same seed, key and prompts give the same responses."""
-    limits = [response_limit(prompt, config) for prompt in prompts]              # B
-    uniform = 1 - torch.rand(                                                    # [B, T] in (0, 1]
-        len(prompts), max(limits), generator=random_numbers(config.seed, key), dtype=torch.float64)
-
-    def sample(rows: list[int]) -> list[list[int]]:
-        chosen = [prompts[i] for i in rows]
-        draw = Draw(uniform[rows].to(config.device), max(map(len, chosen)), config.temperature)
-        pixels = None if pixel_values is None else pixel_values[rows]
-        longest = max(limits[i] for i in rows)
-        return models.generate(policy, tokenizer, chosen, draw, longest, config, pixels)
-
-    # Each rank samples rows of similar lengths, which need little padding.
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses = ranks.sampled_in_shares(sample, by_length, policy)
-    return [up_to_stop(responses[i][:limits[i]], policy.stop_token_ids)
-            for i in range(len(prompts))]
-
-
 def response_limit(prompt: list[int], config: Config) -> int:
     """How many tokens a response may have."""
     room = config.max_length - len(prompt)
@@ -227,6 +205,28 @@ def response_values(critic: ScoreModel, batch: Sequences) -> Tensor:
     row, column, _ = batch.response_tokens()                                     # [N], [N]
     values = critic.values(batch.input_ids, batch.attention_mask, batch.pixel_values)   # [b, P+T]
     return values[row, column]                                                   # [N]
+
+
+def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=(),
+             pixel_values: Tensor | None = None) -> list[list[int]]:
+    """Samples a response to each prompt, as token ids: up to an end-of-turn token, or up to what
+    the prompt leaves of --max_length. The same seed, key and prompts give the same responses."""
+    limits = [response_limit(prompt, config) for prompt in prompts]              # B
+    uniform = 1 - torch.rand(                                                    # [B, T] in (0, 1]
+        len(prompts), max(limits), generator=random_numbers(config.seed, key), dtype=torch.float64)
+
+    def sample(rows: list[int]) -> list[list[int]]:
+        chosen = [prompts[i] for i in rows]
+        draw = Draw(uniform[rows].to(config.device), max(map(len, chosen)), config.temperature)
+        pixels = None if pixel_values is None else pixel_values[rows]
+        longest = max(limits[i] for i in rows)
+        return models.generate(policy, tokenizer, chosen, draw, longest, config, pixels)
+
+    # Each rank samples rows of similar lengths, which need little padding.
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    responses = ranks.sampled_in_shares(sample, by_length, policy)
+    return [up_to_stop(responses[i][:limits[i]], policy.stop_token_ids)
+            for i in range(len(prompts))]
 
 
 def collect(state: training.State, prompts: list[str], config: Config, key=(),
@@ -270,44 +270,37 @@ def collect(state: training.State, prompts: list[str], config: Config, key=(),
 # ==== 3  Cost and lambda_i (1) (2), token rewards and costs (4) (5), advantages (6) ==============
 
 def rectify(cost: Tensor, threshold: float = 0.0) -> Tensor:
-    """The rectified cost {C - d}+: how far a response is above the threshold, 0 for every safe
-    one. Any shape."""
+    """{C - d}+, how far a response is above the threshold: 0 for every safe one. Any shape."""
     return (cost - threshold).clamp(min=0.0)
 
 
 def costs_and_lambdas(cost: Tensor, lam: float, config: Config) -> tuple[Tensor, Tensor]:
-    """Which cost enters the returns, and which lambda_i the loss: C [B] -> [B], [B].
-
-    The Lagrangian (1) is E[-R + lambda {C - d}+]. Its gradient (2), the rectified policy gradient,
-    is E[grad log pi(y|x) (-R + lambda {C - d}+)].
+    """Which cost enters the returns, and which lambda_i the loss: C [B] -> [B], [B]. The Lagrangian
+    (1) is E[-R + lambda {C - d}+]. Its gradient (2), the rectified policy gradient, is
+    E[grad log pi(y|x) (-R + lambda {C - d}+)].
 
         repo, return   {C - d}+   lambda            estimates (2), up to the factor 1 / (1 + lambda)
         repo, mask     C - d      lambda 1[C > d]   does not estimate (2): see the README
         ppo_lag        C - d      lambda            safe responses pay for unsafe ones
-        gate, ppo      C - d      0                 the cost plays no part in the loss
+        gate, ppo      C - d      lambda = 0        the cost has no weight in the loss
     """
-    excess = cost - config.threshold                                             # [B]  C - d
-    lambdas = torch.full_like(cost, lam)                                         # [B]
+    excess, lambdas = cost - config.threshold, torch.full_like(cost, lam)        # [B], [B]
     if config.algo == "repo" and config.rectify == "return":
         return rectify(cost, config.threshold), lambdas
     if config.algo == "repo":
         return excess, lambdas * (excess > 0)
-    if config.algo == "ppo_lag":
-        return excess, lambdas
-    return excess, torch.zeros_like(cost)
+    return excess, lambdas
 
 
 def shape_rewards_and_costs(reward: Tensor, cost: Tensor, log_probs: Tensor, ref_log_probs: Tensor,
                             mask: Tensor, kl_coeff: float,
                             clip_range_score: float = 50.0) -> tuple[Tensor, Tensor]:
-    """Equations (4) and (5): two [B], three [B, T] -> token rewards r_t and token costs c_t, both
-    [B, T], 0 outside the mask.
+    """Equations (4) and (5): two [B], three [B, T] -> token rewards r_t and costs c_t, [B, T] each,
+    0 outside the mask. cost is the one that costs_and_lambdas chose. beta stands in both, so the
+    combined advantage has the weight beta on the KL whatever lambda is.
 
         r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T_i] R
         c_t = +beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T_i] cost
-
-    cost is {C - d}+ or C - d: see costs_and_lambdas. beta stands in both, so the combined advantage
-    has the weight beta on the KL whatever lambda is. Both are clamped to +-clip_range_score.
     """
     mask = mask.bool()
     kl = torch.where(mask, log_probs - ref_log_probs, 0.0)                       # [B, T]
@@ -324,33 +317,18 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
     [B, T], 0 outside the mask. lam is GAE's lambda, not the multiplier.
 
         delta_t = r_t + gamma V(s_{t+1}) - V(s_t)                   V = 0 after the last token
-        A_t = delta_t + gamma lam A_{t+1}
-        return_t = A_t + V(s_t)
+        A_t = delta_t + gamma lam A_{t+1},          return_t = A_t + V(s_t)
     """
     rewards = rewards.masked_fill(mask == 0, 0.0)                                # [B, T]
     values = values.masked_fill(mask == 0, 0.0)  # so V = 0 after the last       # [B, T]
     advantages = torch.zeros_like(values)                                        # [B, T]
     advantage = next_value = torch.zeros_like(values[:, 0])                      # [B]
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]                # [B]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]                # [B]   (6)
         advantage = delta + gamma * lam * advantage                              # [B]
         advantages[:, t] = advantage
         next_value = values[:, t]                                                # [B]
     return advantages, advantages + values                                       # [B, T], [B, T]
-
-
-def group_advantages(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
-    """Advantages without a critic, leave-one-out as in RLOO (not the paper's): token rewards, or
-    costs, [B, T] -> [B, T], 0 outside the mask. K = group_size rows in a row answer one prompt.
-
-        A_t = sum_{u >= t} r_u - the mean of sum_u r_u over the K - 1 other responses
-
-    The other responses' totals do not depend on y_t, so they add no bias.
-    """
-    to_go = (rewards * mask).flip(1).cumsum(1).flip(1)                           # [B, T]
-    totals = to_go[:, 0].view(-1, group_size)                                    # [B/K, K]
-    of_others = (totals.sum(1, keepdim=True) - totals) / (group_size - 1)        # [B/K, K]
-    return (to_go - of_others.view(-1, 1)) * mask                                # [B, T]
 
 
 def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
@@ -374,6 +352,20 @@ def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
         return
     rollout.cost_advantages, rollout.cost_returns = gae(                         # [B, T] each
         costs, rollout.cost_values, mask, lam=config.gae_lambda)
+
+
+def group_advantages(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """Advantages without a critic, leave-one-out as in RLOO (not the paper's): token rewards, or
+    costs, [B, T] -> [B, T], 0 outside the mask. K = group_size rows in a row answer one prompt.
+
+        A_t = sum_{u >= t} r_u - the mean of sum_u r_u over the K - 1 other responses
+
+    The other responses' totals do not depend on y_t, so they add no bias.
+    """
+    to_go = (rewards * mask).flip(1).cumsum(1).flip(1)                           # [B, T]
+    totals = to_go[:, 0].view(-1, group_size)                                    # [B/K, K]
+    of_others = (totals.sum(1, keepdim=True) - totals) / (group_size - 1)        # [B/K, K]
+    return (to_go - of_others.view(-1, 1)) * mask                                # [B, T]
 
 
 # ==== 4  The rectified clipped objective (7) (8), lambda (3), critics, PTX =======================
@@ -405,22 +397,6 @@ def policy_loss(policy, batch: Rollout, token_weight: Tensor,
     return loss, metrics.of_ratio(log_ratio.detach(), config.clip_range)
 
 
-def fused_policy_loss(policy, batch: Rollout, token_weight: Tensor,
-                      config: Config) -> tuple[Tensor, dict]:
-    """What policy_loss computes, in one Triton function: LM head, log-probs, (7) and (8). The
-    logits [N, V] never exist as a whole."""
-    mask, head = batch.response_mask, policy.fused_head
-    row, column, ids = batch.response_tokens()                                   # [N] each
-    hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
-                                  batch.pixel_values)[row, column]               # [N, H]
-    loss, _, statistics = linear_repo_loss(
-        hidden, policy.get_output_embeddings().weight, ids, batch.log_probs[mask],
-        batch.reward_advantages[mask], batch.cost_advantages[mask], batch.lambdas[row],
-        token_weight[mask], config.clip_range, config.temperature / head.scale,
-        soft_cap=head.soft_cap)
-    return loss, statistics
-
-
 def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
     """Equation (3), over the raw costs C [n] of a step; lambda never falls.
 
@@ -442,8 +418,24 @@ def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
     return min(lam * growth, config.lambda_max)
 
 
-def value_loss(critic: ScoreModel, batch: Rollout, old_values: Tensor, returns: Tensor,
-               token_weight: Tensor, config: Config) -> tuple[Tensor, dict]:
+def fused_policy_loss(policy, batch: Rollout, token_weight: Tensor,
+                      config: Config) -> tuple[Tensor, dict]:
+    """What policy_loss computes, in one Triton function: LM head, log-probs, (7) and (8). The
+    logits [N, V] never exist as a whole."""
+    mask, head = batch.response_mask, policy.fused_head
+    row, column, ids = batch.response_tokens()                                   # [N] each
+    hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
+                                  batch.pixel_values)[row, column]               # [N, H]
+    loss, _, statistics = linear_repo_loss(
+        hidden, policy.get_output_embeddings().weight, ids, batch.log_probs[mask],
+        batch.reward_advantages[mask], batch.cost_advantages[mask], batch.lambdas[row],
+        token_weight[mask], config.clip_range, config.temperature / head.scale,
+        soft_cap=head.soft_cap)
+    return loss, statistics
+
+
+def value_loss(critic: ScoreModel, batch: Rollout, token_weight: Tensor, old_values: Tensor,
+               returns: Tensor, config: Config) -> tuple[Tensor, dict]:
     """A critic's clipped squared error, three [b, T] -> (scalar, no statistics):
 
         sum_t w_t 1/2 max((V - return)^2, (clip(V, V_old +- range) - return)^2)
@@ -455,7 +447,7 @@ def value_loss(critic: ScoreModel, batch: Rollout, old_values: Tensor, returns: 
     return 0.5 * (token_weight[mask] * error).sum(), {}
 
 
-def ptx_loss(policy, batch: Sequences, all_tokens: Tensor) -> tuple[Tensor, dict]:
+def ptx_loss(policy, batch: Sequences, all_tokens: Tensor, config: Config) -> tuple[Tensor, dict]:
     """The next-token loss of supervised answers: this batch's share of the mean over all_tokens.
     Returns (scalar, no statistics)."""
     return -response_log_probs(policy, batch, 1.0).sum() / all_tokens, {}
@@ -465,28 +457,26 @@ def ptx_loss(policy, batch: Sequences, all_tokens: Tensor) -> tuple[Tensor, dict
 
 def train_step(state: training.State, prompts: list[str], ptx_pairs: list,
                config: Config) -> tuple[Rollout, dict]:
-    """Samples, scores, estimates advantages, updates policy and critics, then lambda. ptx_pairs
-    has a supervised pair per response, or is empty. Returns the rollout and the step's metrics.
-    Raises BadNumbers before an update with numbers that are not finite."""
+    """One step on some prompts, and on a supervised pair per response if PTX is on. Returns the
+    rollout and the step's metrics. Raises BadNumbers before an update that is not finite."""
     state.clock.start()
     lam, actor_lr = state.lam, state.optimizer.param_groups[0]["lr"]
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]   # B
-
-    rollout = collect(state, repeated, config, key=state.step)                   # R, C, log-probs
+    rollout = collect(state, repeated, config, key=state.step)                   # sample, score
     estimate_advantages(rollout, lam, config)                                    # (2) (4) (5) (6)
 
-    minibatches = minibatch_rows(len(repeated), state.step, config)              # [M] each
-    meter = metrics.Meter(rollout, len(minibatches), config)
     ptx = None
     if ptx_pairs:
         ptx = Sequences(*data.lay_out_pairs(ptx_pairs, state.tokenizer, config.device))
+    minibatches = minibatch_rows(len(repeated), state.step, config)              # [M] each
+    meter = metrics.Meter(rollout, len(minibatches), config)
     for rows in minibatches:
         update(state, rollout, rows, ptx, meter, config)                         # (7) (8)
     state.schedule.step()
 
     state.costs = (state.costs + rollout.cost.tolist())[-config.cost_window * ranks.RANKS:]
-    latest = torch.tensor(state.costs) if config.algo == "ppo_lag" else rollout.cost
-    state.lam = update_lambda(lam, latest, config)                               # (3)
+    costs = torch.tensor(state.costs) if config.algo == "ppo_lag" else rollout.cost
+    state.lam = update_lambda(lam, costs, config)                                # (3)
     state.step += 1
     state.clock.lap("learning")
     return rollout, metrics.of_step(state, rollout, meter, lam, actor_lr, config)
@@ -494,32 +484,27 @@ def train_step(state: training.State, prompts: list[str], ptx_pairs: list,
 
 def update(state: training.State, rollout: Rollout, rows: Tensor, ptx: Sequences | None,
            meter: metrics.Meter, config: Config) -> None:
-    """One optimiser step of all trained models, on the M rows of a minibatch. The mean is over a
-    response's tokens, then over the minibatch: w_t = 1 / (T_i M)."""
+    """One optimiser step of policy and critics, on the M rows of a minibatch."""
     for batch in ranks.micro_batches(rollout, rows, config.micro_batch_size):
         mask = batch.response_mask                                               # [b, T]
-        token_weight = mask / mask.sum(1, keepdim=True) / len(rows)              # [b, T]  w_t
+        weight = mask / mask.sum(1, keepdim=True) / len(rows)                    # w_t = 1 / (T_i M)
         loss, statistics = training.backward(
-            state.policy, policy_loss, batch, token_weight, config, config=config)
-        meter.add_loss("actor_loss", loss)
-        meter.add_statistics(statistics, mask.sum())
+            state.policy, policy_loss, batch, weight, config=config)
+        meter.add("actor_loss", loss, statistics, mask.sum())
         if state.reward_critic:
-            loss, _ = training.backward(
-                state.reward_critic, value_loss, batch, batch.reward_values, batch.reward_returns,
-                token_weight, config, config=config)
-            meter.add_loss("reward_critic_loss", loss)
+            loss, _ = training.backward(state.reward_critic, value_loss, batch, weight,
+                                        batch.reward_values, batch.reward_returns, config=config)
+            meter.add("reward_critic_loss", loss)
         if state.cost_critic:
-            loss, _ = training.backward(
-                state.cost_critic, value_loss, batch, batch.cost_values, batch.cost_returns,
-                token_weight, config, config=config)
-            meter.add_loss("cost_critic_loss", loss)
-
-    if ptx:  # as many supervised pairs as responses, in every update
-        all_tokens, pairs = ptx.response_mask.sum(), torch.arange(len(ptx.input_ids))
-        for batch in ranks.micro_batches(ptx, pairs, config.micro_batch_size):
+            loss, _ = training.backward(state.cost_critic, value_loss, batch, weight,
+                                        batch.cost_values, batch.cost_returns, config=config)
+            meter.add("cost_critic_loss", loss)
+    if ptx:
+        rows, all_tokens = torch.arange(len(ptx.input_ids)), ptx.response_mask.sum()
+        for batch in ranks.micro_batches(ptx, rows, config.micro_batch_size):
             loss, _ = training.backward(state.policy, ptx_loss, batch, all_tokens,
                                         config=config, scale=config.ptx_coeff)
-            meter.add_loss("ptx_loss", loss)
+            meter.add("ptx_loss", loss)
 
     for name in state.trained:
         meter.add_norm(f"{name}_grad_norm", ranks.clip_gradients(getattr(state, name)))

@@ -77,14 +77,14 @@ class Meter:
         self.ratio_max = 0.0
         self.update = 1
 
-    def add_loss(self, name: str, loss: float) -> None:
+    def add(self, name: str, loss: float, statistics: dict | None = None, tokens=0) -> None:
+        """A micro-batch's loss, and of the policy's the statistics over so many tokens."""
         self.sums[name] += loss / self.updates
-
-    def add_statistics(self, statistics: dict, tokens: Tensor) -> None:
-        share = (tokens / self.tokens).item()
-        self.sums["clip_fraction"] += statistics["clip_fraction"].item() * share
-        self.sums["approx_kl"] += statistics["approx_kl"].item() * share
-        self.ratio_max = max(self.ratio_max, statistics["ratio_max"].item())
+        if statistics:
+            share = (tokens / self.tokens).item()
+            self.sums["clip_fraction"] += statistics["clip_fraction"].item() * share
+            self.sums["approx_kl"] += statistics["approx_kl"].item() * share
+            self.ratio_max = max(self.ratio_max, statistics["ratio_max"].item())
 
     def add_norm(self, name: str, norm: float) -> None:
         self.norms[name] += norm / self.updates

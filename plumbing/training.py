@@ -144,11 +144,11 @@ def make_schedule(optimizer, steps: int):
 # ---- Backward, with or without gradient checkpointing
 
 def backward(model, loss_function, *arguments, config, scale: float = 1.0):
-    """Computes loss_function(model, *arguments) and its gradients times scale. Returns the loss as
-    a number and the function's second result. Only one model's activations live at a time."""
+    """Computes loss_function(model, *arguments, config) and its gradients times scale. Returns the
+    loss as a number and the function's second result. One model's activations live at a time."""
     with recomputing([model]):
         with config.autocast():
-            loss, statistics = call_as_forward(model, loss_function, *arguments)
+            loss, statistics = call_as_forward(model, loss_function, *arguments, config)
         # FSDP takes the mean of the ranks' gradients, but their losses are parts of one sum.
         (scale * RANKS * loss).backward()
     return loss.item(), statistics
