@@ -1,5 +1,5 @@
-"""Supervised learning, of what a run of RePO begins with: a policy from answers, reward and cost
-models from comparisons. The tiny world's models are made by this, and so are those of companions/.
+"""Supervised learning for the models that a run of RePO starts from: a policy from answers, reward
+and cost models from comparisons. The tiny world and the companions use it.
 """
 import random
 
@@ -33,15 +33,15 @@ def fit(parameters: list[nn.Parameter], batch_loss, rows: list, batch_size: int,
 
 def answer_loss(policy, batch: list[tuple[list, list]], pad_id: int,
                 pixel_values: Tensor | None = None) -> Tensor:
-    """The next-token loss of supervised answers, a mean over their tokens: (prompt ids, answer ids)
-    of B pairs, perhaps with pictures [B, 3, S, S] -> []."""
+    """The next-token loss of B supervised (prompt ids, answer ids), perhaps with pictures
+    [B, 3, S, S]: the mean over all answer tokens, []."""
     rows = [prompt + answer for prompt, answer in batch]
     ids, mask = pad_rows([[]] * len(rows), rows, pad_id)                                 # [B, L]
     ids, mask = ids.to(policy.device), mask.to(policy.device)
     starts = torch.tensor([len(prompt) for prompt, _ in batch], device=ids.device)       # [B]
     places = torch.arange(ids.shape[1], device=ids.device)                               # [L]
     is_answer = (places >= starts[:, None]) & mask.bool()                                # [B, L]
-    # Padding on the right is behind whatever attends.
+    # The padding is on the right, so no real token attends to it.
     head, inputs = getattr(policy, "fused_head", Head()), in_call(pixel_values, ids.device)
     if head:
         output = policy.base_model(ids, use_cache=False, **inputs)
@@ -68,12 +68,13 @@ def scores_of(model, rows: list[list[int]], pad_id: int,
 
 
 def preference_loss(margins: Tensor) -> Tensor:
-    """Bradley-Terry: by how much the better answer's score is above the worse one's, any shape."""
+    """The Bradley-Terry loss of margins, score of the better answer minus score of the worse. Any
+    shape."""
     return -F.logsigmoid(margins).mean()
 
 
 def cost_loss(margins: Tensor, costs: Tensor, is_unsafe: Tensor) -> Tensor:
-    """Safe RLHF's: which answer is more harmful, and each answer's sign, above 0 for an unsafe
-    one. Margins as above; costs and is_unsafe of any one shape. A comparison has two signs."""
+    """Safe RLHF's loss of a cost model: it learns which answer is more harmful, and a positive cost
+    for unsafe answers. costs and is_unsafe have the same shape, two answers per margin."""
     signs = 2 * is_unsafe.int() - 1
     return preference_loss(margins) - 2 * F.logsigmoid(signs * costs).mean()

@@ -1,5 +1,6 @@
-"""Several machines: whether all ranks do the same, and see one folder. Their files and command
-lines are their own, and what differs would be found in the results, or never."""
+"""Several machines: do all ranks run the same, and do they see one folder? Each machine has files
+and a command line of its own. Without this check a difference would show in the results, or never.
+"""
 import hashlib
 import time
 import uuid
@@ -13,12 +14,12 @@ from plumbing.errors import UserError, blame
 from plumbing.ranks import RANK, RANKS, barrier, from_all_ranks
 
 PROJECT = Path(__file__).resolve().parents[1]
-SECONDS_TO_SEE = 60.0  # what a network file system may take to show another machine's file
+SECONDS_TO_SEE = 60.0  # a network file system may show another machine's file that late
 
 
 def check_machines(data: str, config) -> None:
-    """Raises UserError, on all ranks, unless settings, code, libraries, data (as a hash) and
-    --output_dir are the same for all."""
+    """Raises UserError, on all ranks, unless all have the same settings, code, libraries, data (as a
+    hash) and --output_dir."""
     if RANKS == 1:
         return
     has = from_all_ranks({RANK: what_this_rank_has(data, config)})
@@ -32,7 +33,7 @@ def check_machines(data: str, config) -> None:
 
 
 def what_this_rank_has(data: str, config) -> dict[str, str]:
-    """{name: value}; of files and data a few digits of a hash."""
+    """{name: value}. Files and data are a few digits of a hash."""
     files = [PROJECT / "repo.py"]
     for room in ("tiny_configs", "plumbing", "kernels"):
         files += PROJECT.glob(f"{room}/*.py")
@@ -46,8 +47,7 @@ def what_this_rank_has(data: str, config) -> dict[str, str]:
 
 
 def check_shared(out: Path) -> None:
-    """Raises UserError, on all ranks, unless all see the file that rank 0 makes in the folder for
-    a moment."""
+    """Raises UserError, on all ranks, unless all see a file that rank 0 creates in the folder."""
     names = from_all_ranks({0: uuid.uuid4().hex} if RANK == 0 else {})
     file = out / f".{names[0]}.json.tmp"
     try:

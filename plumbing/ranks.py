@@ -1,8 +1,8 @@
-"""Several processes under torchrun: every rank samples, scores and learns from its share of each
-batch, and knows the whole rollout.
+"""Several processes under torchrun. Each rank samples, scores and learns from its share of a batch,
+and every rank knows the whole rollout.
 
-FSDP2 keeps the models in shares, gathers a layer's weights when its turn comes, and sums the
-gradients. All ranks call a sharded model equally often.
+FSDP2 keeps a share of every model on each rank, gathers the weights of a layer when they are
+needed, and sums the gradients. All ranks call a sharded model equally often.
 """
 import os
 import socket
@@ -21,16 +21,16 @@ from torch.distributed.fsdp import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# torchrun tells each process which it is, and of how many.
+# Set by torchrun.
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on its machine
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
-SILENCE = 60  # seconds after which a machine that does not answer is taken for dead
-PATIENCE = 3600  # seconds that ranks wait for one that lives, and has a slow score function perhaps
+SILENCE = 60  # seconds until a machine that does not answer counts as lost
+PATIENCE = 3600  # seconds that ranks wait for a slow one
 
 
 def join_ranks() -> None:
-    """Meets the other ranks, if torchrun has started any. Raises ConnectionError."""
+    """Connects to the other ranks, if torchrun started any. Raises ConnectionError."""
     if RANKS == 1 or "RANK" not in os.environ or distributed.is_initialized():
         return
     if torch.cuda.is_available():
@@ -40,23 +40,24 @@ def join_ranks() -> None:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ConnectionError(
-            f"rank {RANK} cannot reach the others ({reason}); where /etc/hosts gives a machine's "
-            "own name a loopback address, GLOO_SOCKET_IFNAME must name its network interface",
+            f"rank {RANK} cannot reach the others ({reason}); if /etc/hosts gives a machine's own "
+            "name a loopback address, set GLOO_SOCKET_IFNAME to its network interface",
         ) from None
     end_silent_connections()
 
 
 def end_silent_connections() -> None:
-    """Has the kernel end this process's connections to machines that have not answered for SILENCE
-    seconds, however long their ranks compute: a dead machine or a cut link is noticed by that."""
+    """Asks the kernel to end this process's connections to machines that have not answered for
+    SILENCE seconds. So a dead machine or a cut link is noticed. A rank that computes for longer is
+    not affected, because its kernel answers."""
     for name in os.listdir("/proc/self/fd") if sys.platform == "linux" else ():
-        with suppress(OSError):  # it is closed by now, or not of TCP
+        with suppress(OSError):  # closed by now, or no TCP connection
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as connection:
                 for option, value in (
-                    (socket.TCP_USER_TIMEOUT, 1000 * SILENCE),  # of what was sent
-                    (socket.TCP_KEEPIDLE, SILENCE // 4),  # and where nothing is
+                    (socket.TCP_USER_TIMEOUT, 1000 * SILENCE),  # for data that was sent
+                    (socket.TCP_KEEPIDLE, SILENCE // 4),        # for an idle connection
                     (socket.TCP_KEEPINTVL, SILENCE // 4),
                     (socket.TCP_KEEPCNT, 3),
                 ):
@@ -65,7 +66,7 @@ def end_silent_connections() -> None:
 
 
 def has_lost_a_rank(error: BaseException) -> bool:
-    """Whether it says that another rank does not answer."""
+    """Whether an error says that another rank does not answer."""
     return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
 
 
@@ -76,7 +77,7 @@ def barrier() -> None:
 
 @contextmanager
 def rank_0_first():
-    """What is inside is done by rank 0, and then by the others, who find it done."""
+    """Rank 0 runs the body first, then the other ranks run it and find its files."""
     if RANK > 0:
         barrier()
     yield
@@ -85,7 +86,7 @@ def rank_0_first():
 
 
 def all_reduce(tensor: Tensor, op=distributed.ReduceOp.SUM) -> Tensor:
-    """The sum (or maximum) of all ranks' tensors, in place, the same bits on each."""
+    """The sum (or maximum) of all ranks' tensors, in place, with the same bits on every rank."""
     if RANKS > 1:
         distributed.all_reduce(tensor, op)
     return tensor
@@ -112,10 +113,8 @@ def rank_rows(rows):
 
 
 def rank_chunks(rows, size: int) -> list:
-    """This rank's part of some rows, cut into chunks of `size`.
-
-    Sharded models move in step, so all ranks get the same number of chunks; some may be empty.
-    """
+    """This rank's part of some rows, cut into chunks of `size`. All ranks get the same number of
+    chunks, because they must call a sharded model equally often. Some may be empty."""
     mine = rank_rows(rows)
     largest_part = -(-len(rows) // RANKS)  # rounded up
     return [mine[start:start + size] for start in range(0, largest_part, size)]
@@ -169,12 +168,9 @@ def sampled_in_shares(sample, rows: list[int], policy: nn.Module) -> dict[int, l
 
 
 def sharded(model: nn.Module, config) -> nn.Module:
-    """The model in its place on the device.
-
-    With several ranks (FSDP2) each keeps a share of every weight; a layer's are gathered when its
-    turn comes, in the compute dtype; what lies outside the layers, embeddings, last norm and LM
-    head, is whole inside call_as_forward().
-    """
+    """The model on its device. With several ranks (FSDP2) each rank keeps a share of every weight.
+    A layer's weights are gathered in the compute dtype when the layer runs. Weights outside the
+    layers (embeddings, last norm, LM head) are whole inside call_as_forward()."""
     if RANKS == 1 or config.dry_run:
         return model.to(config.device)
 
@@ -196,8 +192,8 @@ def sharded(model: nn.Module, config) -> nn.Module:
 
 
 def call_as_forward(model: nn.Module, function, *arguments):
-    """function(model, *arguments); of a sharded model, in the place of its forward: whatever
-    weights the function uses are whole, and get their gradients."""
+    """function(model, *arguments). It takes the place of a sharded model's forward: the weights
+    that it uses are whole, and their gradients are reduced."""
     if isinstance(model, FSDPModule):
         return model.call(function, *arguments)
     return function(model, *arguments)
@@ -205,16 +201,16 @@ def call_as_forward(model: nn.Module, function, *arguments):
 
 @contextmanager
 def gathered(model: nn.Module):
-    """A sharded model with all its weights whole on every rank, so that no rank's forward waits
-    for another's."""
-    call_as_forward(model, lambda model: None)  # what is called first counts as the whole
+    """Inside it every rank holds all weights of a sharded model, so that no rank's forward waits
+    for another rank."""
+    call_as_forward(model, lambda model: None)  # FSDP takes the module called first as the root
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield
-        barrier()  # whoever has ended early waits here
+        barrier()  # a rank that finishes early waits here
     finally:
         for unit in units:
             unit.set_reshard_after_forward(True, recurse=False)
@@ -222,6 +218,6 @@ def gathered(model: nn.Module):
 
 
 def clip_gradients(model: nn.Module) -> float:
-    """Cuts the gradient's norm, over all ranks' shares, to 1. Returns what it was."""
+    """Clips the gradient's norm, over all ranks' shares, to 1. Returns the norm before that."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     return (norm if RANKS == 1 else norm.full_tensor()).item()
