@@ -10,16 +10,18 @@ It is never negative, so a safe response cannot offset an unsafe one.
     python repo.py --algo ppo_lag      # Safe RLHF's bound on the mean cost, to compare
     python repo.py --model alpaca-7b   # the paper's models; --help lists every setting
 
-Five differences from the paper and from Safe RLHF's published code, which its authors built on
-(nobody here has read the authors' own trainer):
+The main differences from the paper, and from Safe RLHF's published code, which its authors built
+on. Nobody here has read the authors' own trainer.
 
-1. The default, --rectify return, uses the rectified cost in every return and so estimates (2).
-   --rectify mask is the paper's split into safe and unsafe responses as we read it. It does not
-   estimate (2).
-2. A response may use what its own prompt leaves of --max_length.
+1. --rectify return, the default, puts the rectified cost of all responses into the returns. That
+   estimates (2). --rectify mask is the paper's split into safe and unsafe responses as we read it.
+   It does not estimate (2).
+2. Each prompt leaves its own response the rest of --max_length. In Safe RLHF the longest prompt of
+   the batch sets one limit for all.
 3. There is no dropout, so the probability ratio of an unchanged policy is 1, up to rounding.
 4. On one GPU the 3B and 7B presets train low-rank adapters, so that six models fit.
-5. --algo ppo_lag, gate and ppo and --baseline group are neighbours to compare with, not RePO.
+
+--algo ppo_lag, gate and ppo and --baseline group are neighbours to compare with, not RePO.
 
 Shapes: B responses in a rollout, M in a minibatch, b in a micro-batch. Prompts are padded on the
 left to P tokens, responses on the right to T; response i has T_i tokens, and N is the number of
@@ -29,9 +31,10 @@ import hashlib
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from plumbing.threads import fit_threads  # before torch
+from plumbing.threads import fit_threads  # before torch, which reads its variables
 
 import torch
 from torch import Tensor
@@ -59,23 +62,22 @@ class Config(settings.RunSettings):
         "repo", "bound the rectified cost or the mean cost (Safe RLHF), replace the reward of "
                 "unsafe responses, or learn from rewards alone")
     rectify: Literal["return", "mask"] = option(
-        "return", "of --algo repo: the rectified cost in every return, or the cost penalty on "
-                  "unsafe responses only (the paper's split as we read it)")
+        "return", "only with --algo repo: the rectified cost in every return, or the cost penalty "
+                  "on unsafe responses only (the paper's split as we read it)")
     baseline: Literal["critic", "group"] = option(
-        "critic", "compare a return with a critic's value, or, without critics, with the other "
-                  "responses to the same prompt")
-    gate_penalty: float = option(10.0, "of --algo gate: the reward of an unsafe response is minus "
-                                       "this")
+        "critic", "subtract from a return a critic's value, or, without critics, the mean of the "
+                  "other responses to the same prompt")
+    gate_penalty: float = option(10.0, "only with --algo gate: an unsafe response has minus this "
+                                       "as its reward")
     threshold: float = option(0.0, "d: a response is unsafe if its cost is above it")
     lambda_init: float = option(1.0, "the multiplier's first value")
     lambda_lr: float = option(0.1, "alpha: the multiplier's step size")
     lambda_max: float = option(5.0, "the multiplier's upper bound")
-    cost_window: int = option(128, "of --algo ppo_lag: the mean cost is over this many of the "
-                                   "latest responses, times the number of ranks")
+    cost_window: int = option(128, "only with --algo ppo_lag: the mean cost is over this many of "
+                                   "the latest responses, times the number of ranks")
     kl_coeff: float = option(0.01, "beta: weight of the KL penalty to the starting policy")
     clip_range: float = option(0.2, "epsilon: clip of the probability ratio")
-    clip_range_value: float = option(5.0, "a critic's loss is clipped beyond this distance from "
-                                          "its old value")
+    clip_range_value: float = option(5.0, "clip of a critic's value around its old value")
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation")
     ptx_coeff: float = option(0.0, "weight of the supervised (PTX) loss; 0 turns it off")
     steps: int | None = option(None, "rollout-and-update steps; default: one pass over the prompts")
@@ -87,12 +89,13 @@ class Config(settings.RunSettings):
     actor_lr: float = option(1e-5, "the policy's peak learning rate (cosine to zero)")
     critic_lr: float = option(5e-6, "the critics' learning rate (constant)")
     temperature: float = option(1.0, "of sampling, and of every log-prob except PTX's")
-    # Fixed: GAE's gamma is 1, token rewards are clamped to 50, AdamW's betas are (0.9, 0.95).
+    # Fixed: GAE's gamma 1, token rewards and costs clamped to +-50, gradient norms clipped to 1,
+    # AdamW's betas (0.9, 0.95), its weight decay 0.01 on the policy's matrices.
 
 
 def resolve_config(argv: list[str]) -> Config:
-    """Defaults < preset of --model < --config < command line. Raises UserError for what cannot
-    work. Builds a tiny world, once, if --model names one."""
+    """Later sources override earlier ones: defaults, the preset of --model, --config, the command
+    line. Builds a tiny world, once, if --model names one. Raises UserError."""
     return settings.resolve(Config, argv, {"tiny": world.preset, "tiny-pictures": pictures.preset})
 
 
@@ -108,11 +111,12 @@ class Sequences:
     pixel_values: Tensor | None = None        # [B, 3, S, S]  where prompts have a picture
 
     def response_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the N response tokens: their row, the column of the state before them, their id; [N]
-        each."""
+        """For each of the N response tokens: its row, the column of the state before it, its id;
+        [N] each."""
         row, t = self.response_mask.nonzero(as_tuple=True)                       # [N], [N]
-        column = self.input_ids.shape[1] - self.response_mask.shape[1] + t       # [N]
-        return row, column - 1, self.input_ids[row, column]
+        column = self.input_ids.shape[1] - self.response_mask.shape[1] + t       # [N]  P + t
+        state_column = column - 1                                                # [N]
+        return row, state_column, self.input_ids[row, column]
 
 
 @dataclass
@@ -148,8 +152,8 @@ class Draw(LogitsProcessor):
     """Draws each response's next token from the whole softmax at the sampling temperature: the
     token in which a uniform random number falls, along the cumulated probabilities.
 
-    Every response has its own row of numbers [B, T]. So it depends neither on the rest of its
-    batch nor on which rank samples it.
+    Every response has its own row of numbers [B, T]. So the response does not depend on which rank
+    samples it, in which batch.
     """
 
     def __init__(self, uniform: Tensor, prompt_length: int, temperature: float):
@@ -161,9 +165,9 @@ class Draw(LogitsProcessor):
         t = input_ids.shape[1] - self.prompt_length
         probs = (scores / self.temperature).double().softmax(-1)                 # [B, V]
         cumulated = probs.cumsum(-1)                                             # [B, V]
-        level = self.uniform[:, t:t + 1] * cumulated[:, -1:]                     # [B, 1]
-        token = torch.searchsorted(cumulated, level)                             # [B, 1]
-        token = token.clamp(max=scores.shape[1] - 1)  # NaN are past the end     # [B, 1]
+        total = cumulated[:, -1:]  # 1, up to rounding                           # [B, 1]
+        token = torch.searchsorted(cumulated, self.uniform[:, t:t + 1] * total)  # [B, 1]
+        token = token.clamp(max=scores.shape[1] - 1)  # the index is V for NaN   # [B, 1]
         return scores.scatter(1, token, torch.inf)  # the library takes the largest score
 
 
@@ -174,7 +178,7 @@ def response_limit(prompt: list[int], config: Config) -> int:
 
 
 def up_to_stop(token_ids: list[int], stop_token_ids: set[int]) -> list[int]:
-    """A response up to and with the first token that ends it."""
+    """A response up to and including the first token that ends it."""
     for t, token in enumerate(token_ids):
         if token in stop_token_ids:
             return token_ids[:t + 1]
@@ -190,14 +194,15 @@ def response_log_probs(policy, batch: Sequences, temperature: float, return_entr
     """
     row, column, ids = batch.response_tokens()                                   # [N] each
     head = policy.fused_head
-    if head is None:  # its logits are more than a product, so they are made whole
+    if head is None:  # logits are more than hidden @ weight.T, so all are computed
         logits = models.response_logits(policy, batch)                           # [N, V]
         return gather_log_probs(logits, ids, temperature, return_entropy=return_entropy)
     hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
                                   batch.pixel_values)[row, column]               # [N, H]
-    weight = policy.get_output_embeddings().weight                               # [V, H]
-    return linear_log_probs(hidden, weight, ids, temperature / head.scale,
-                            soft_cap=head.soft_cap, return_entropy=return_entropy)
+    head_weight = policy.get_output_embeddings().weight                          # [V, H]
+    return linear_log_probs(  # logits = head.scale (hidden @ head_weight.T)
+        hidden, head_weight, ids, temperature / head.scale, soft_cap=head.soft_cap,
+        return_entropy=return_entropy)
 
 
 def response_values(critic: ScoreModel, batch: Sequences) -> Tensor:
@@ -212,8 +217,9 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=()
     """Samples a response to each prompt, as token ids: up to an end-of-turn token, or up to what
     the prompt leaves of --max_length. The same seed, key and prompts give the same responses."""
     limits = [response_limit(prompt, config) for prompt in prompts]              # B
-    uniform = 1 - torch.rand(                                                    # [B, T] in (0, 1]
-        len(prompts), max(limits), generator=random_numbers(config.seed, key), dtype=torch.float64)
+    generator = random_numbers(config.seed, key)
+    uniform = 1 - torch.rand(  # in (0, 1]: 0 could draw a token of probability 0  # [B, T]
+        len(prompts), max(limits), generator=generator, dtype=torch.float64)
 
     def sample(rows: list[int]) -> list[list[int]]:
         chosen = [prompts[i] for i in rows]
@@ -231,8 +237,8 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=()
 
 def collect(state: training.State, prompts: list[str], config: Config, key=(),
             with_values: bool = True) -> Rollout:
-    """Samples a response to each prompt and scores it: a rollout that lacks only its advantages.
-    Raises BadNumbers if a score, log-prob or value is not finite."""
+    """Samples a response to each prompt and scores it: a rollout without advantages, returns and
+    lambdas. Raises BadNumbers if a score, log-prob or value is not finite."""
     tokenizer, policy = state.tokenizer, state.policy
     prompt_ids = data.encode_prompts(prompts, tokenizer)
     pixel_values = data.pixels_for(tokenizer, prompts, config.device)            # [B, 3, S, S]
@@ -246,15 +252,16 @@ def collect(state: training.State, prompts: list[str], config: Config, key=(),
     rollout.responses = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
     rollout.finished = torch.tensor(finished, device=config.device)              # [B]
 
+    log_probs = partial(response_log_probs, temperature=config.temperature)
     rollout.log_probs, rollout.entropy = ranks.per_token(                        # [B, T] each
-        response_log_probs, policy, rollout, config, config.temperature, True)
+        partial(log_probs, return_entropy=True), policy, rollout, config)
     rollout.ref_log_probs = ranks.per_token(                                     # [B, T]
-        response_log_probs, state.reference, rollout, config, config.temperature)
+        log_probs, state.reference, rollout, config)
 
     whole_ids = [prompt + response for prompt, response in zip(prompt_ids, response_ids)]
-    scored = whole_ids, prompts, rollout.responses, finished
-    rollout.reward = state.reward_model(*scored)                                 # [B]  R
-    rollout.cost = state.cost_model(*scored)                                     # [B]  C
+    answers = whole_ids, prompts, rollout.responses, finished
+    rollout.reward = state.reward_model(*answers)                                # [B]  R
+    rollout.cost = state.cost_model(*answers)                                    # [B]  C
     rollout.rectified_cost = rectify(rollout.cost, config.threshold)             # [B]  {C - d}+
     if with_values and state.reward_critic:
         rollout.reward_values = ranks.per_token(                                 # [B, T]
@@ -282,9 +289,10 @@ def costs_and_lambdas(cost: Tensor, lam: float, config: Config) -> tuple[Tensor,
         repo, return   {C - d}+   lambda            estimates (2), up to the factor 1 / (1 + lambda)
         repo, mask     C - d      lambda 1[C > d]   does not estimate (2): see the README
         ppo_lag        C - d      lambda            safe responses pay for unsafe ones
-        gate, ppo      C - d      lambda = 0        the cost has no weight in the loss
+        gate, ppo      C - d      0                 the cost has no weight in the loss
     """
-    excess, lambdas = cost - config.threshold, torch.full_like(cost, lam)        # [B], [B]
+    excess = cost - config.threshold                                             # [B]  C - d
+    lambdas = torch.full_like(cost, 0.0 if config.algo in ("gate", "ppo") else lam)   # [B]
     if config.algo == "repo" and config.rectify == "return":
         return rectify(cost, config.threshold), lambdas
     if config.algo == "repo":
@@ -296,8 +304,7 @@ def shape_rewards_and_costs(reward: Tensor, cost: Tensor, log_probs: Tensor, ref
                             mask: Tensor, kl_coeff: float,
                             clip_range_score: float = 50.0) -> tuple[Tensor, Tensor]:
     """Equations (4) and (5): two [B], three [B, T] -> token rewards r_t and costs c_t, [B, T] each,
-    0 outside the mask. cost is the one that costs_and_lambdas chose. beta stands in both, so the
-    combined advantage has the weight beta on the KL whatever lambda is.
+    0 outside the mask. beta in both gives the combined advantage the same KL weight for any lambda.
 
         r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T_i] R
         c_t = +beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T_i] cost
@@ -334,11 +341,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
 def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
     """Fills in a rollout's lambdas, advantages and returns, from (2) to (6)."""
     mask, reward = rollout.response_mask, rollout.reward                         # [B, T], [B]
-    bounded_cost, rollout.lambdas = costs_and_lambdas(rollout.cost, lam, config)    # [B], [B]
+    cost_in_returns, rollout.lambdas = costs_and_lambdas(                        # [B], [B]
+        rollout.cost, lam, config)
     if config.algo == "gate":  # R if C <= d, else -gate_penalty                 # [B]
         reward = reward.where(rollout.cost <= config.threshold, -config.gate_penalty)
     rewards, costs = shape_rewards_and_costs(                                    # [B, T] each
-        reward, bounded_cost, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)
+        reward, cost_in_returns, rollout.log_probs, rollout.ref_log_probs, mask, config.kl_coeff)
 
     if config.baseline == "group":
         size = config.samples_per_prompt
@@ -347,7 +355,7 @@ def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
         return
     rollout.reward_advantages, rollout.reward_returns = gae(                     # [B, T] each
         rewards, rollout.reward_values, mask, lam=config.gae_lambda)
-    if rollout.cost_values is None:  # gate and ppo: their lambda_i is 0
+    if config.algo in ("gate", "ppo"):  # lambda_i is 0, and there is no cost critic
         rollout.cost_advantages = torch.zeros_like(costs)                        # [B, T]
         return
     rollout.cost_advantages, rollout.cost_returns = gae(                         # [B, T] each
@@ -368,7 +376,28 @@ def group_advantages(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
     return (to_go - of_others.view(-1, 1)) * mask                                # [B, T]
 
 
-# ==== 4  The rectified clipped objective (7) (8), lambda (3), critics, PTX =======================
+# ==== 4  lambda (3), the rectified clipped objective (7) (8), critics, PTX =======================
+
+def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
+    """Equation (3), over the raw costs C [n] of a step. lambda never falls.
+
+        lambda <- min(lambda + alpha mean{C - d}+, lambda_max)
+
+    --algo ppo_lag uses the costs of the latest cost_window x RANKS responses, with the same cap:
+
+        ln lambda <- ln lambda + alpha lambda (mean C - d)
+
+    With --algo gate and ppo lambda is 0.
+    """
+    if config.algo in ("gate", "ppo"):
+        return 0.0
+    if config.algo == "repo":
+        violation = rectify(costs, config.threshold).mean().item()
+        return min(lam + config.lambda_lr * violation, config.lambda_max)        # (3)
+    exponent = config.lambda_lr * lam * (costs.mean().item() - config.threshold)
+    growth = math.exp(min(exponent, 700.0))  # exp overflows above 709
+    return min(lam * growth, config.lambda_max)
+
 
 def policy_loss(policy, batch: Rollout, token_weight: Tensor,
                 config: Config) -> tuple[Tensor, dict]:
@@ -380,7 +409,7 @@ def policy_loss(policy, batch: Rollout, token_weight: Tensor,
         rho_t = pi(y_t) / pi_old(y_t)
     """
     if policy.fused_head and runs_triton(policy.get_output_embeddings().weight):
-        return fused_policy_loss(policy, batch, token_weight, config)
+        return fused_policy_loss(policy, batch, token_weight, config)  # on a GPU: the same
     mask = batch.response_mask                                                   # [b, T]
     row, _, _ = batch.response_tokens()                                          # [N]
     lambdas = batch.lambdas[row]                                                 # [N]  lambda_i
@@ -395,27 +424,6 @@ def policy_loss(policy, batch: Rollout, token_weight: Tensor,
     surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)    # [N]
     loss = -(token_weight[mask] * surrogate).sum()                               # []   (8)
     return loss, metrics.of_ratio(log_ratio.detach(), config.clip_range)
-
-
-def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
-    """Equation (3), over the raw costs C [n] of a step; lambda never falls.
-
-        lambda <- min(lambda + alpha mean{C - d}+, lambda_max)
-
-    For --algo ppo_lag, over the latest cost_window x RANKS costs, with the same cap:
-
-        ln lambda <- ln lambda + alpha lambda (mean C - d)
-
-    For --algo gate and ppo it is 0.
-    """
-    if config.algo in ("gate", "ppo"):
-        return 0.0
-    if config.algo == "repo":
-        violation = rectify(costs, config.threshold).mean().item()
-        return min(lam + config.lambda_lr * violation, config.lambda_max)        # (3)
-    exponent = config.lambda_lr * lam * (costs.mean().item() - config.threshold)
-    growth = math.exp(min(exponent, 700.0))  # exp overflows above 709
-    return min(lam * growth, config.lambda_max)
 
 
 def fused_policy_loss(policy, batch: Rollout, token_weight: Tensor,
@@ -447,10 +455,10 @@ def value_loss(critic: ScoreModel, batch: Rollout, token_weight: Tensor, old_val
     return 0.5 * (token_weight[mask] * error).sum(), {}
 
 
-def ptx_loss(policy, batch: Sequences, all_tokens: Tensor, config: Config) -> tuple[Tensor, dict]:
-    """The next-token loss of supervised answers: this batch's share of the mean over all_tokens.
-    Returns (scalar, no statistics)."""
-    return -response_log_probs(policy, batch, 1.0).sum() / all_tokens, {}
+def ptx_loss(policy, batch: Sequences, token_count: Tensor, config: Config) -> tuple[Tensor, dict]:
+    """The next-token loss of supervised answers: the sum over this batch, divided by the number of
+    all pairs' answer tokens. Returns (scalar, no statistics)."""
+    return -response_log_probs(policy, batch, 1.0).sum() / token_count, {}
 
 
 # ==== 5  One training step =======================================================================
@@ -484,31 +492,32 @@ def train_step(state: training.State, prompts: list[str], ptx_pairs: list,
 
 def update(state: training.State, rollout: Rollout, rows: Tensor, ptx: Sequences | None,
            meter: metrics.Meter, config: Config) -> None:
-    """One optimiser step of policy and critics, on the M rows of a minibatch."""
+    """One optimiser step of policy and critics, on the M rows of a minibatch, and of the policy on
+    all of the step's supervised pairs."""
     for batch in ranks.micro_batches(rollout, rows, config.micro_batch_size):
         mask = batch.response_mask                                               # [b, T]
-        weight = mask / mask.sum(1, keepdim=True) / len(rows)                    # w_t = 1 / (T_i M)
+        token_weight = mask / mask.sum(1, keepdim=True) / len(rows)              # w_t = 1 / (T_i M)
         loss, statistics = training.backward(
-            state.policy, policy_loss, batch, weight, config=config)
+            state.policy, policy_loss, batch, token_weight, config=config)
         meter.add("actor_loss", loss, statistics, mask.sum())
         if state.reward_critic:
-            loss, _ = training.backward(state.reward_critic, value_loss, batch, weight,
+            loss, _ = training.backward(state.reward_critic, value_loss, batch, token_weight,
                                         batch.reward_values, batch.reward_returns, config=config)
             meter.add("reward_critic_loss", loss)
         if state.cost_critic:
-            loss, _ = training.backward(state.cost_critic, value_loss, batch, weight,
+            loss, _ = training.backward(state.cost_critic, value_loss, batch, token_weight,
                                         batch.cost_values, batch.cost_returns, config=config)
             meter.add("cost_critic_loss", loss)
     if ptx:
-        rows, all_tokens = torch.arange(len(ptx.input_ids)), ptx.response_mask.sum()
-        for batch in ranks.micro_batches(ptx, rows, config.micro_batch_size):
-            loss, _ = training.backward(state.policy, ptx_loss, batch, all_tokens,
+        pairs, token_count = torch.arange(len(ptx.input_ids)), ptx.response_mask.sum()
+        for batch in ranks.micro_batches(ptx, pairs, config.micro_batch_size):
+            loss, _ = training.backward(state.policy, ptx_loss, batch, token_count,
                                         config=config, scale=config.ptx_coeff)
             meter.add("ptx_loss", loss)
 
-    for name in state.trained:
-        meter.add_norm(f"{name}_grad_norm", ranks.clip_gradients(getattr(state, name)))
-    meter.end_update()  # raises BadNumbers
+    for name, model in state.trained_models():
+        meter.add_norm(f"{name}_grad_norm", ranks.clip_gradients(model))         # to 1
+    meter.end_update()  # raises BadNumbers, before the step
     state.optimizer.step()
     state.optimizer.zero_grad()
 
@@ -551,7 +560,7 @@ def main(argv: list[str] | None = None) -> int:
         run.load()                                      # models, prompts, the checkpoint to resume
         run.start(evaluate)                             # scores of the starting policy
         for prompts, ptx_pairs in run.steps():          # until --steps or Ctrl-C
-            with run.one_step():                        # leaves a step with bad numbers out
+            with run.one_step():                        # skips a step with bad numbers
                 run.keep(*train_step(run.state, prompts, ptx_pairs, config))
         run.finish(evaluate)                            # final/, scores after it, summary.json
     return run.code

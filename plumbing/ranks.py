@@ -134,13 +134,13 @@ def micro_batches(batch, rows: Tensor, size: int):
         yield part
 
 
-def per_token(function, model, batch, config, *arguments):
-    """function(model, micro-batch, *arguments) for all rows of a batch, without gradients. The
-    function returns [N], a number per response token, or a pair of them; per_token puts them in
-    their places: [B, T], or a pair, 0 outside the mask, the same on all ranks."""
+def per_token(function, model, batch, config):
+    """function(model, micro-batch) for all rows of a batch, without gradients. The function returns
+    a number per response token, [N], or a pair of such tensors. per_token puts the numbers in their
+    places: [B, T] or a pair, 0 outside the mask, the same on all ranks."""
     rows = torch.arange(len(batch.response_mask))                                # [B]
     with torch.no_grad(), config.autocast():
-        parts = [call_as_forward(model, function, part, *arguments)
+        parts = [call_as_forward(model, function, part)
                  for part in micro_batches(batch, rows, config.micro_batch_size)]
     is_pair = isinstance(parts[0], tuple)
     columns = zip(*parts) if is_pair else [parts]

@@ -51,6 +51,10 @@ class Models:
             for name in self.trained:
                 set_checkpointing(getattr(self, name).base_model, True)
 
+    def trained_models(self) -> list[tuple]:
+        """(name, model) of each model that learns."""
+        return [(name, getattr(self, name)) for name in self.trained]
+
     def score_model_and_critic(self, role: str, reference, config):
         """(Scorer, critic), the second None if it is not trained."""
         scorer, critic = Scorer(role, self.tokenizer, config), None
