@@ -63,6 +63,7 @@ if importlib.util.find_spec("datasets"):
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     import repo
+    from plumbing.data import lay_out
     from tiny_configs import world
 else:
     alone = {f"test_{name}.py" for name in
@@ -271,6 +272,11 @@ def as_script(words: list[str], log: Path) -> None:
     sys.argv = ["repo.py", *words]
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     runpy.run_path(str(ROOT / "repo.py"), run_name="__main__")
+
+
+def laid_out(prompts: list[list], responses: list[list], pad_id: int = 2) -> repo.Rollout:
+    """Token ids as a rollout on the CPU, with nothing but ids and masks."""
+    return repo.Rollout(*lay_out(prompts, responses, pad_id, "cpu"))
 
 
 def read_jsonl(path: Path) -> list[dict]:
