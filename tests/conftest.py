@@ -110,7 +110,7 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
         "$0" repo.py --device cpu --steps 75 --algo ppo_lag \\
             --output_dir "$1/compared/ppo_lag-device-cpu-steps-75-0" > "$1/lag.log" 2>&1
         touch "$1/lag.done"
-        "$0" companions/compare.py --algos ppo_lag repo --seeds 1 --device cpu --steps 75 \\
+        "$0" -m companions.compare --algos ppo_lag repo --seeds 1 --device cpu --steps 75 \\
             --out "$1/compared" > "$1/compared.txt" 2> "$1/compared.log"
     """,
     "one_rank_fails": """

@@ -491,7 +491,7 @@ def test_with_a_plain_head_whole_logits_are_never_made_and_the_loss_is_the_same(
         loss, stats = repo.policy_loss(policy, batch, mask / 5, config)
         supervised_loss, _ = repo.ptx_loss(policy, batch, 5, config)
         (loss + supervised_loss).backward()
-        repo.response_log_probs(policy, batch, 0.7, with_entropy=True)
+        repo.response_log_probs(policy, batch, 0.7, return_entropy=True)
         assert bool(calls) != plain
         gradients = [parameter.grad.clone() for parameter in policy.parameters()]
         results.append([loss.detach(), *stats.values(), *gradients])

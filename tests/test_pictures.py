@@ -16,20 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaConfig
 
 import repo
-from companions import learning, monitor, neurons, score_models, supervised
+from companions import monitor, neurons, score_models, supervised
+from companions.shared import learning
 from plumbing import pictures as sight
 from plumbing.errors import UserError
-from plumbing.models import (
-    Scorer,
-    ScoreModel,
-    load_policy,
-    make_trainable,
-    reads_alike,
-    save_tokenizer,
-    tokenizer_with_sight,
-    trainable,
-)
-from plumbing.pictures import Pictured, pixels_for
+from plumbing.adapters import make_trainable, trainable
+from plumbing.models import load_policy, save_tokenizer, tokenizer_with_sight
+from plumbing.scorers import Scorer, ScoreModel, reads_alike
+from plumbing.data import pixels_for
+from plumbing.pictures import Pictured
 from plumbing.preferences import load_preferences
 from plumbing.data import (
     encode_pairs,

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import repo
 from plumbing import checkpoints
+from plumbing.training import State
 from plumbing.checkpoints import damage_of
 from plumbing.errors import UserError
 from plumbing.models import load_policy

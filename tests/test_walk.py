@@ -6,7 +6,7 @@ import re
 import pytest
 
 from companions import walk
-from companions.learning import main_of
+from companions.shared.learning import main_of
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import repo
 from plumbing import prompts
-from plumbing.models import Scorer
+from plumbing.scorers import Scorer
 from plumbing.data import encode_prompts
 from tiny_configs import world
 
