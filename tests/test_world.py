@@ -169,8 +169,8 @@ def test_weights_of_another_recipe_are_not_used(monkeypatch, changed):
         monkeypatch.setattr(data, "BEAVER_TEMPLATE", "USER: {prompt} ASSISTANT:")
     after = recipe_of(seed=int(changed == "seed"))
     assert after != before
-    trained = {"weights": "of this recipe"}
-    assert world.weights_for(after, world.SHIPPED, lambda: trained, ship=False) is trained
+    monkeypatch.setattr(world, "train_until_good", lambda: "trained")
+    assert world.weights_for(after, world.SHIPPED, False) == "trained"
 
 
 @pytest.mark.parametrize("agreed, times", [
@@ -180,10 +180,9 @@ def test_weights_of_another_recipe_are_not_used(monkeypatch, changed):
 ])
 def test_a_world_whose_score_models_err_is_trained_again(monkeypatch, agreed, times):
     attempts, agreements = iter(range(1, 9)), iter(agreed)
-    monkeypatch.setattr(world, "train_family", lambda *_: next(attempts))
     monkeypatch.setattr(world, "models_of", lambda *_: {"reward": None, "cost": None})
     monkeypatch.setattr(world, "accuracies", lambda *_: next(agreements))
-    assert world.train_until_good(*[None] * 6) == times
+    assert world.train_until_good(lambda: next(attempts), None, None, []) == times
 
 
 @pytest.mark.exhaustive

@@ -254,8 +254,9 @@ def write_family(folder: Path, text_world: Path, ship: bool = False) -> None:
         return train_family(config, tokenizer, text_policy, demonstrations, rankings, rng)
 
     needed = recipe(text_policy, tokenizer, demonstrations, rankings)
-    family = world.models_of(world.weights_for(needed, SHIPPED, train, ship), config)
-    world.save_family(folder, family, tokenizer, held_out_rankings)
+    weights = world.weights_for(
+        needed, SHIPPED, ship, train, config, tokenizer, held_out_rankings)
+    world.save_family(folder, world.models_of(weights, config), tokenizer, held_out_rankings)
 
 
 if __name__ == "__main__":

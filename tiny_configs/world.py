@@ -366,12 +366,12 @@ def models_of(weights: dict[str, torch.Tensor], config) -> nn.ModuleDict:
     return family
 
 
-def train_until_good(config, tokenizer, demonstrations: list[dict], rankings: list[dict],
-                     held_out_rankings: list[dict], rng: random.Random) -> dict[str, torch.Tensor]:
-    """Trains again from other first weights, at most twice, if the score models agree too little
-    with the judge. That was so in 3 of 40 worlds."""
+def train_until_good(train, config, tokenizer,
+                     held_out_rankings: list[dict]) -> dict[str, torch.Tensor]:
+    """train()'s weights, trained again, at most twice, if the score models agree too little with
+    the judge."""
     for _ in range(3):
-        weights = train_family(config, tokenizer, demonstrations, rankings, rng)
+        weights = train()
         family = models_of(weights, config)
         order, sign = accuracies(family["reward"], family["cost"], tokenizer, held_out_rankings)
         if order >= 0.97 and sign >= 0.99:
@@ -511,23 +511,22 @@ def write_family(folder: Path, seed: int, ship: bool = False) -> None:
     )
 
     def train():
-        return train_until_good(
-            config, tokenizer, demonstrations, rankings, held_out_rankings, rng)
+        return train_family(config, tokenizer, demonstrations, rankings, rng)
 
     needed = recipe(seed, tokenizer, demonstrations, rankings)
-    family = models_of(weights_for(needed, SHIPPED, train, ship), config)
-    save_family(folder, family, tokenizer, held_out_rankings)
+    weights = weights_for(needed, SHIPPED, ship, train, config, tokenizer, held_out_rankings)
+    save_family(folder, models_of(weights, config), tokenizer, held_out_rankings)
 
 
-def weights_for(needed: str, shipped: Path, train, ship: bool) -> dict[str, torch.Tensor]:
-    """The shipped weights, or train()'s if the needed recipe is another. With ship it trains in any
-    case and renews the shipped weights."""
+def weights_for(needed: str, shipped: Path, ship: bool, *training) -> dict[str, torch.Tensor]:
+    """The shipped weights if their recipe is the needed one, otherwise trained ones. With ship it
+    trains in any case and renews the shipped weights."""
     if not ship:
         with safe_open(shipped, "pt") as file:
             if file.metadata()["recipe"] == needed:
                 return {name: file.get_tensor(name) for name in file.keys()}
     print("training the tiny models: up to a minute, once", flush=True)
-    weights = train()
+    weights = train_until_good(*training)
     if ship:
         save_file(weights, shipped, metadata={"recipe": needed})
     return weights
