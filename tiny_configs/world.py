@@ -488,8 +488,8 @@ def recipe(seed: int, tokenizer, demonstrations: list[dict], rankings: list[dict
 
 
 def code_of(function) -> str:
-    """A function's source without docstrings, so that a better sentence is no other recipe."""
-    return re.sub('""".*?"""', "", inspect.getsource(function), flags=re.DOTALL)
+    """A function's source without docstrings and comments: a better sentence is no other recipe."""
+    return re.sub(r'\s*(""".*?"""|#[^\n]*)', "", inspect.getsource(function), flags=re.DOTALL)
 
 
 def hash_of(ingredients: list[str]) -> str:
