@@ -14,7 +14,7 @@ from plumbing.errors import UserError, blame
 from plumbing.ranks import RANK, RANKS, barrier, from_all_ranks
 
 PROJECT = Path(__file__).resolve().parents[1]
-SECONDS_TO_SEE = 60.0  # how late a network file system may show another machine's file
+SECONDS_TO_SEE = 60.0  # within which a network file system shows other machines' files
 
 
 def check_machines(data: str, config) -> None:
