@@ -205,15 +205,15 @@ def test_what_stands_outside_the_mask_changes_nothing():
 
 
 def terms(n=50, seed=0):
-    """The six arguments of repo_loss, as fp64 [n]: new, old, reward, cost, penalty, weight."""
+    """The six arguments of repo_loss, as fp64 [n]: new, old, reward, cost, lambdas, weight."""
     generator = torch.Generator().manual_seed(seed)
     old = -torch.rand(n, generator=generator, dtype=torch.float64) * 3
     new = old + torch.randn(n, generator=generator, dtype=torch.float64) * 0.3
     reward = torch.randn(n, generator=generator, dtype=torch.float64)
     cost = torch.randn(n, generator=generator, dtype=torch.float64)
-    penalty = torch.rand(n, generator=generator, dtype=torch.float64) * 4
+    lambdas = torch.rand(n, generator=generator, dtype=torch.float64) * 4
     weight = torch.rand(n, generator=generator, dtype=torch.float64)
-    return new.requires_grad_(), old, reward, cost, penalty, weight
+    return new.requires_grad_(), old, reward, cost, lambdas, weight
 
 
 def test_gradient_equals_finite_differences():
@@ -226,11 +226,11 @@ def test_gradient_equals_finite_differences():
 
 
 def test_at_ratio_one_the_gradient_is_minus_weight_times_advantage():
-    _, old, reward, cost, penalty, weight = terms()
+    _, old, reward, cost, lambdas, weight = terms()
     new = old.clone().requires_grad_()
-    kernels.repo_loss(new, old, reward, cost, penalty, weight)[0].backward()
+    kernels.repo_loss(new, old, reward, cost, lambdas, weight)[0].backward()
     expected = []
-    for r, c, p, w in zip(reward.tolist(), cost.tolist(), penalty.tolist(), weight.tolist()):
+    for r, c, p, w in zip(reward.tolist(), cost.tolist(), lambdas.tolist(), weight.tolist()):
         expected.append(-w * (r - p * c) / (1 + p))
     assert new.grad.tolist() == pytest.approx(expected)
 
@@ -241,10 +241,10 @@ def test_loss_by_hand():
     old = torch.zeros(4)
     reward = torch.tensor([4.0, -4.0, 4.0, -4.0])
     cost = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    penalty = torch.tensor([1.0, 1.0, 1.0, 3.0])
+    lambdas = torch.tensor([1.0, 1.0, 1.0, 3.0])
     weight = torch.full((4,), 0.25)
     # A = 3/2, -2, 3/2, -1; terms min(2 A, 1.2 A) = 1.8, -4; min(0.5 A, 0.8 A) = 0.75, -0.8
-    loss, stats = kernels.repo_loss(new, old, reward, cost, penalty, weight)
+    loss, stats = kernels.repo_loss(new, old, reward, cost, lambdas, weight)
     assert loss.item() == pytest.approx(-(1.8 - 4 + 0.75 - 0.8) / 4)
     loss.backward()
     unclipped = [0.0, 0.25 * 2 * 2, -0.25 * 0.5 * 1.5, 0.0]  # clipped tokens have no gradient
@@ -254,8 +254,8 @@ def test_loss_by_hand():
 
 
 def test_without_penalty_the_cost_has_no_say_and_with_a_huge_one_only_the_cost_has():
-    new, old, reward, cost, penalty, weight = terms()
-    none, huge = torch.zeros_like(penalty), torch.full_like(penalty, 1e12)
+    new, old, reward, cost, lambdas, weight = terms()
+    none, huge = torch.zeros_like(lambdas), torch.full_like(lambdas, 1e12)
 
     loss, _ = kernels.repo_loss(new, old, reward, cost, none, weight)
     of_another_cost, _ = kernels.repo_loss(new, old, reward, cost * 1e3, none, weight)

@@ -221,7 +221,7 @@ def test_token_rewards_and_costs_add_up_to_the_scores(count):
         )
         assert not rewards[~mask].any()
         assert not costs[~mask].any()
-        # The KL penalty stands in both, with either sign.
+        # The KL lambdas stands in both, with either sign.
         assert torch.allclose((rewards + costs).sum(1), reward + cost)
         kl = ((log_probs - ref_log_probs) * mask).sum(1)
         assert torch.allclose(costs.sum(1), cost + beta * kl)
@@ -312,12 +312,12 @@ def test_the_loss_at_any_length_and_stride(device, backend, count):
             return kernels.repo_loss(*columns, clip_range, backend=backend)
 
         chance = torch.Generator().manual_seed(seed)
-        new, moved, reward, cost, penalty, weight = (
+        new, moved, reward, cost, lambdas, weight = (
             torch.randn(tokens * stride, generator=chance)[::stride] for _ in range(6)
         )
         old = new + 0.3 * moved
-        rest = [column.to(device) for column in (old, reward, cost, penalty.abs(), weight.abs())]
-        old, reward, cost, penalty, weight = rest
+        rest = [column.to(device) for column in (old, reward, cost, lambdas.abs(), weight.abs())]
+        old, reward, cost, lambdas, weight = rest
         new = new.to(device)
         log_probs = new.clone().requires_grad_(True)
         loss, stats = loss_of(log_probs, *rest)
@@ -335,11 +335,11 @@ def test_the_loss_at_any_length_and_stride(device, backend, count):
             if part.stop > part.start
         ]
         assert torch.allclose(sum(halves), loss, rtol=1e-4, atol=1e-5)
-        assert loss_of(new, old, reward, cost, penalty, 0 * weight)[0] == 0
+        assert loss_of(new, old, reward, cost, lambdas, 0 * weight)[0] == 0
 
-        # Without a penalty the reward's advantage alone says where to go, if it is not clipped.
+        # Without a lambdas the reward's advantage alone says where to go, if it is not clipped.
         free = new.clone().requires_grad_(True)
-        loss_of(free, new, reward, cost, 0 * penalty, weight + 0.1)[0].backward()
+        loss_of(free, new, reward, cost, 0 * lambdas, weight + 0.1)[0].backward()
         assert (free.grad[reward > 0] < 0).all()
         assert (free.grad[reward < 0] > 0).all()
 
@@ -373,11 +373,11 @@ def test_the_linear_functions_are_the_others_on_logits(device, backend, count):
         weight = strided(torch.randn(vocab, width, generator=chance), head)
         weight = weight.to(device).requires_grad_(True)
         targets = torch.randint(vocab, (tokens,), generator=chance).to(device)
-        old, rewards, costs, penalty, token_weight = (
+        old, rewards, costs, lambdas, token_weight = (
             torch.randn(tokens, generator=chance).to(device) for _ in range(5)
         )
         old = old * 0.1 - 3
-        columns = [old, rewards, costs, penalty.abs(), token_weight.abs()]
+        columns = [old, rewards, costs, lambdas.abs(), token_weight.abs()]
         loss, log_probs, _ = kernels.linear_repo_loss(
             hidden, weight, targets, *columns, 0.2, temperature, backend=backend
         )
