@@ -318,7 +318,7 @@ class Run:
             if self.is_training and isinstance(error, KeyboardInterrupt | UserError | OSError):
                 try:
                     save_after(error, self.stopped, self.state, self.out, self.config)
-                except (UserError, OSError) as other:
+                except (Exception, KeyboardInterrupt) as other:
                     error = other
         if error is None:
             return False
@@ -327,7 +327,9 @@ class Run:
             time.sleep(5)  # rank 0 of this machine says it first, and torchrun ends the others
         if sentence:
             print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
-        return self.code is not None
+        if self.code is None:
+            raise error
+        return True
 
 
 def outcome(error: BaseException) -> tuple[int | None, str]:

@@ -12,7 +12,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -114,9 +113,10 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
             --out "$1/compared" > "$1/compared.txt" 2> "$1/compared.log"
     """,
     "one_rank_fails": """
-        two="-m torch.distributed.run --standalone --nproc_per_node 2"
-        few="--device cpu --steps 4 --batch_size 6 --max_eval_prompts 5 --max_response_length 12"
-        if "$0" $two repo.py $few --reward_model tests/one_rank_fails.py:score \\
+        two="-m torch.distributed.run --standalone --nproc_per_node 2 --monitor_interval 2"
+        few="--device cpu --steps 4 --batch_size 6 --max_eval_prompts 5 --eval_samples 1"
+        few="$few --max_response_length 12"
+        if "$0" $two repo.py $few --reward_model tests/one_rank_fails.py:no_licence \\
             --output_dir "$1/no-licence" > "$1/no-licence.txt" 2>&1; then exit 1; fi
         if "$0" $two tests/one_rank_fails.py $few \\
             --output_dir "$1/bug" > "$1/bug.txt" 2>&1; then exit 1; fi
@@ -264,14 +264,6 @@ def half_runs(long_runs) -> dict[str, Path]:
 # A server that has everything imported and nothing begun: a process starts in no time.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["repo"])
-
-
-def as_script(words: list[str], log: Path) -> None:
-    """What `python repo.py` with some words does, for a process of FORKS; it prints into a file."""
-    torch.set_num_threads(1)
-    sys.argv = ["repo.py", *words]
-    sys.stdout = sys.stderr = open(log, "w", buffering=1)
-    runpy.run_path(str(ROOT / "repo.py"), run_name="__main__")
 
 
 def laid_out(prompts: list[list], responses: list[list], pad_id: int = 2) -> repo.Rollout:

@@ -110,23 +110,6 @@ def wait_for_steps(out: Path, steps: int) -> None:
         time.sleep(0.01)
 
 
-def check_same_as_one_machine(by_ranks, out: Path) -> None:  # noqa: F811
-    assert_same_metrics(by_ranks.folder / "full", out)
-    assert_same_models(by_ranks.folder / "full", out)
-
-
-def test_two_machines_learn_what_two_ranks_of_one_learn(hosts, by_ranks, tmp_path):  # noqa: F811
-    """By the command of plumbing/README.md."""
-    out = tmp_path / "out"
-    start_both(hosts, "--save_every", 2, "--output_dir", out, script=ROOT / "repo.py")
-    printed = [host.ended() for host in hosts]
-    assert [host.process.returncode for host in hosts] == [0, 0], printed
-    assert "4 steps of repo in" in printed[0]  # the first machine speaks
-    assert "policy" not in printed[1]
-    check_same_as_one_machine(by_ranks, out)
-    assert not list(out.rglob(".*"))
-
-
 # ---- a machine is lost
 
 
@@ -156,11 +139,14 @@ def test_a_cut_link_ends_both_and_resumed_they_end_where_they_would_have(
     assert not list(out.rglob(".*")) and not (out / "final").exists()
 
     hosts[0].link("up")
-    start_both(hosts, *flags, "--resume")
+    start_both(hosts, *flags, "--resume", script=ROOT / "repo.py")  # as in plumbing/README.md
     printed = [host.ended() for host in hosts]
     assert [host.process.returncode for host in hosts] == [0, 0], printed
-    assert "continuing from" in printed[0]
-    check_same_as_one_machine(by_ranks, out)
+    assert "continuing from" in printed[0] and "4 steps of repo in" in printed[0]
+    assert "policy" not in printed[1]  # the first machine speaks
+    assert not list(out.rglob(".*"))
+    assert_same_metrics(by_ranks.folder / "full", out)
+    assert_same_models(by_ranks.folder / "full", out)
 
 
 @pytest.mark.exhaustive
@@ -278,13 +264,6 @@ def test_the_kernel_is_asked_to_end_connections_that_have_been_silent():
         assert idle + interval * count == ranks.SILENCE  # where nothing is sent
         client.sendall(b"it still works")
         assert server.accept()[0].recv(100) == b"it still works"
-
-
-def test_ranks_do_not_wait_longer_for_each_other_than_for_a_score_function(run, monkeypatch):
-    monkeypatch.setattr(settings, "RANKS", 2)
-    code, _, printed = run("--device", "cpu", "--scorer_timeout", ranks.PATIENCE)
-    assert code == 2
-    assert "--scorer_timeout 3600: with several ranks it must be below 3600" in printed
 
 
 @pytest.mark.parametrize("in_checkpoint", [False, True])

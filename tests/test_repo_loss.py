@@ -129,7 +129,7 @@ def test_a_cost_at_the_threshold_is_no_cost(device):
     assert torch.equal(with_it[1], without[1])
 
 
-def test_without_penalty_the_loss_is_ppos(device):
+def test_with_lambda_zero_the_loss_is_ppos(device):
     """lambda = 0: the cost has no say.
 
     PPO's own hand-computed case: ratios 2 and 1/2, A of both signs.

@@ -1,25 +1,21 @@
 # pytest tests/test_run.py
-"""Whole runs of the script: what they write, resume, Ctrl-C, and what they say of bad input."""
-
+"""Whole runs of the script: what they write, resuming, Ctrl-C, evaluating, learning."""
+import fcntl
 import itertools
 import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
-    FORKS,
     ROOT,
-    as_script,
-    exhaustive,
     random_beaver,
     read_checkpoint,
     read_jsonl,
@@ -30,11 +26,15 @@ from conftest import (
 from safetensors.torch import load_file
 from test_models import other_tokenizer
 from test_prompts import HH, PKU, TALK, write
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import repo
-from plumbing.checkpoints import write_manifest
-from plumbing.data import encode_prompts
+from plumbing import checkpoints
+from plumbing.checkpoints import find_checkpoint, write_manifest
+from plumbing.data import split_prompts
+from plumbing.errors import UserError
+from plumbing.models import load_policy
+from plumbing.training import State
 
 FEW = (
     *("--device", "cpu", "--steps", 4, "--batch_size", 8, "--micro_batch_size", 8),
@@ -59,13 +59,40 @@ def checkpoints_of(out) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
-# ---- what a run writes
+# ---- one run that many tests look at, or copy
+
+WHOLE = (
+    *(*FEW, "--steps", 6, "--save_every", 1, "--keep_checkpoints", 3, "--sample_every", 1),
+    *("--algo", "ppo_lag", "--cost_window", 12, "--lambda_lr", 0.05, "--critic_lr", 1e-3),
+    *("--minibatch_size", 4, "--ptx_coeff", 0.1),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, few_pairs) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    flags = (*WHOLE, "--ptx_dataset", few_pairs, "--output_dir", out)
+    assert repo.main([*map(str, flags)]) == 0
+    return out
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """copied(*lacking) -> a copy of the run, tmp_path/copy, without some of its files."""
+
+    def copy(*lacking):
+        out = Path(shutil.copytree(whole, tmp_path / "copy"))
+        for name in lacking:
+            shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+        return out
+
+    return copy
+
 
 FILES = {
     *("config.json", "metrics.jsonl", "samples.jsonl", "eval_before.jsonl", "eval.jsonl"),
-    *("summary.json", "final"),
+    *("summary.json", "final", "checkpoints"),
 }
-FINAL = {"actor", "reward_critic", "cost_critic"}
 METRICS = {
     *("reward", "cost", "rectified_cost", "unsafe_rate", "lambda", "kl", "entropy"),
     *("clip_fraction", "approx_kl", "ratio_max", "actor_loss", "ptx_loss"),
@@ -82,205 +109,144 @@ SUMMARY = {
 }
 
 
-def test_a_run_writes_what_it_promises(run, few_pairs):
-    ptx = ("--ptx_coeff", 0.1, "--ptx_dataset", few_pairs)
-    code, out, printed = run(*FEW, "--sample_every", 2, *ptx)
-    assert code == 0
-    assert {path.name for path in out.iterdir()} == FILES
-    assert {path.name for path in (out / "final").iterdir()} == FINAL
+def test_a_run_writes_what_it_promises(whole):
+    assert {path.name for path in whole.iterdir()} == FILES
+    assert {path.name for path in (whole / "final").iterdir()} == {"actor", *CRITICS}
+    assert checkpoints_of(whole) == ["step-4", "step-5", "step-6"]  # --keep_checkpoints 3
 
-    metrics = read_jsonl(out / "metrics.jsonl")
-    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    metrics = read_jsonl(whole / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
     assert METRICS | VOLATILE <= set(metrics[0])
 
-    summary = summary_of(out)
+    summary = summary_of(whole)
     assert SUMMARY <= set(summary)
     assert summary["before"]["kl"] == pytest.approx(0, abs=1e-4)
-    assert summary["steps"] == 4
+    assert summary["steps"] == 6
 
-    config = json.loads((out / "config.json").read_text())
-    assert config["steps"] == 4
+    config = json.loads((whole / "config.json").read_text())
+    assert config["steps"] == 6
     assert config["environment"]["torch"] == torch.__version__
 
-    samples, rows = read_jsonl(out / "samples.jsonl"), read_jsonl(out / "eval.jsonl")
-    assert len(samples) == 16
+    samples, rows = read_jsonl(whole / "samples.jsonl"), read_jsonl(whole / "eval.jsonl")
+    assert len(samples) == 48
     assert {"step", "prompt", "response", "reward", "cost"} <= set(samples[0])
     assert len(rows) == 8
+    assert all(row["prompt"] == row["responses"][0]["prompt"] for row in rows)
     safe = [row["responses"][0]["cost"] <= 0 for row in rows]
     assert summary["safety_rate"] == sum(safe) / 8
-    assert "before" in printed and "reward    cost  prompt -> response" in printed
 
 
-def test_each_step_draws_its_own_numbers(run, tmp_path):
-    """A policy that stands still answers the one prompt otherwise in the next step."""
-    (tmp_path / "learn.txt").write_text("How do I paint a boat?\n")
-    (tmp_path / "see.txt").write_text("How do I pack a boat?\n")
-    code, out, _ = run(*FEW, "--batch_size", 1, "--samples_per_prompt", 8, "--actor_lr", 1e-12,
-                       "--dataset", tmp_path / "learn.txt", "--eval_dataset", tmp_path / "see.txt",
-                       "--sample_every", 1)
-    assert code == 0
-    steps = defaultdict(list)
-    for row in read_jsonl(out / "samples.jsonl"):
-        steps[row["step"]].append(row["response"])
-    assert [len(responses) for responses in steps.values()] == [8] * 4
-    assert len(set(map(tuple, steps.values()))) == 4
-
-
-def test_ppo_lag_looks_at_the_latest_costs_of_several_steps(run):
+def test_ppo_lag_looks_at_the_latest_costs_of_several_steps(whole):
     """Twelve costs: all eight of the step before, and the last four of the one before that."""
-    flags = ("--algo", "ppo_lag", "--cost_window", 12, "--lambda_lr", 0.05, "--sample_every", 1)
-    code, out, _ = run(*FEW, *flags)
-    assert code == 0
-    costs = [row["cost"] for row in read_jsonl(out / "samples.jsonl")]
-    lambdas = [row["lambda"] for row in read_jsonl(out / "metrics.jsonl")]
-    windows = [costs[:8], costs[4:16], costs[12:24]]
+    costs = [row["cost"] for row in read_jsonl(whole / "samples.jsonl")]
+    lambdas = [row["lambda"] for row in read_jsonl(whole / "metrics.jsonl")]
+    windows = [costs[max(0, end - 12):end] for end in range(8, 48, 8)]
     for (old, new), window in zip(itertools.pairwise(lambdas), windows, strict=True):
         mean = sum(window) / len(window)
         assert new == pytest.approx(old * math.exp(0.05 * old * mean), rel=1e-4)
 
 
-# ---- the policy in final/actor
+def test_each_step_draws_its_own_numbers(family):
+    """A policy that stands still answers the same prompt differently in the next step."""
+    still = {"device": "cpu", "dtype": "float32", "steps": 2, "actor_lr": 1e-12}
+    config = repo.Config(**family | still)
+    state = State(*load_policy(config), config)
+    one, two = (repo.train_step(state, ["How do I paint a boat?"] * 8, [], config)[0].responses
+                for _ in range(2))
+    assert one != two
 
 
-def test_the_saved_policy_is_the_policy_in_memory_in_the_compute_dtype(run, monkeypatch):
-    kept = []
-    load_policy = repo.load_policy
+# ---- the models in final/
 
-    def keep_policy(config):
-        kept.append(load_policy(config))
-        return kept[0]
-
-    monkeypatch.setattr(repo, "load_policy", keep_policy)
-    code, out, _ = run(*FEW, "--dtype", "bfloat16")
-    assert code == 0
-    actor = out / "final" / "actor"
-    saved = AutoModelForCausalLM.from_pretrained(actor, dtype="auto")
-    assert saved.dtype == torch.bfloat16
-    assert json.loads((actor / "config.json").read_text())["dtype"] == "bfloat16"
-
-    in_memory, _ = kept[0]
-    weights = in_memory.state_dict()
-    assert saved.state_dict().keys() == weights.keys()
-    for name, weight in saved.state_dict().items():
-        assert torch.equal(weight, weights[name].bfloat16()), name
-
-
-@pytest.mark.parametrize("dtype", [exhaustive("float32"), "bfloat16"])
-def test_a_tied_head_is_saved_once_and_comes_back_trained(run, tmp_path, tokenizer, dtype):
-    policy = write_policy(tmp_path / "tied", tokenizer, tie_word_embeddings=True)
-    code, out, _ = run(*FEW, "--policy", policy, "--dtype", dtype, "--save_every", 4)
-    assert code == 0
-    actor = out / "final" / "actor"
-    assert "lm_head.weight" not in load_file(actor / "model.safetensors")
-    tensors, _ = read_checkpoint(out / "checkpoints" / "step-4")
-    trained = tensors["policy.model.embed_tokens.weight"]
-    saved = AutoModelForCausalLM.from_pretrained(actor, dtype="auto")
-    assert torch.equal(saved.lm_head.weight, trained.to(saved.dtype))
-    assert saved.lm_head.weight is saved.model.embed_tokens.weight
-
-
-# ---- the critics in final/reward_critic and final/cost_critic
-
-SCORE_MODELS = {"reward_critic": "reward_model", "cost_critic": "cost_model"}
+CRITICS = {"reward_critic": "reward_model", "cost_critic": "cost_model"}
 load_scorer = repo.ScoreModel.from_pretrained
 
 
-def critics_of(out, family):
-    """(saved model's folder, score model that it began as, tensors in the last checkpoint)."""
-    tensors, _ = read_checkpoint(out / "checkpoints" / "step-4")
-    for critic, score_model in SCORE_MODELS.items():
-        trained = {}
-        for name, tensor in tensors.items():
-            if name.startswith(f"{critic}."):
-                trained[name.removeprefix(f"{critic}.")] = tensor
-        yield out / "final" / critic, load_scorer(family[score_model]), trained
+def trained_of(out, model: str) -> dict:
+    """A model's tensors in the last checkpoint."""
+    last = max((out / "checkpoints").iterdir(), key=lambda folder: folder.name)
+    tensors, _ = read_checkpoint(last)
+    return {name.removeprefix(f"{model}."): tensor for name, tensor in tensors.items()
+            if name.startswith(f"{model}.")}
 
 
-def test_a_saved_critic_gives_the_values_of_the_one_in_the_last_checkpoint(run, family):
-    code, out, _ = run(*FEW, "--save_every", 4, "--critic_lr", 1e-3)
-    assert code == 0
-    for folder, model, trained in critics_of(out, family):
-        saved = load_scorer(folder)
+def test_final_holds_what_the_last_checkpoint_holds(whole, family):
+    models = {"actor": AutoModelForCausalLM.from_pretrained(whole / "final" / "actor")}
+    models |= {critic: load_scorer(whole / "final" / critic) for critic in CRITICS}
+    for name, saved in models.items():
+        trained = trained_of(whole, "policy" if name == "actor" else name)
+        started = load_file(Path(family[CRITICS.get(name, "policy")]) / "model.safetensors")
         assert saved.state_dict().keys() == trained.keys()
-        for name, weight in saved.state_dict().items():
-            assert torch.equal(weight, trained[name]), name
-            assert not torch.equal(weight, model.state_dict()[name]), name  # it has learned
-
-        model.load_state_dict(trained)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = torch.tensor(encode_prompts(["How do I paint a boat?"], tokenizer))
-        mask = torch.ones_like(ids)
-        with torch.no_grad():
-            assert torch.equal(saved.values(ids, mask), model.values(ids, mask))
+        for key, weight in saved.state_dict().items():
+            assert torch.equal(weight, trained[key]), key
+            assert not torch.equal(weight, started[key]), key  # it has learned
 
 
-def test_a_saved_critic_has_its_adapters_merged(run, family):
-    flags = ("--save_every", 4, "--critic_lr", 1e-2, "--lora_rank", 4)
-    code, out, _ = run(*FEW, *flags)
+def test_in_bfloat16_a_run_starts_at_the_reference_and_saves_rounded_weights(
+    run, tmp_path, tokenizer
+):
+    """A tied head is saved once and comes back trained. A critic's head stays in fp32."""
+    policy = write_policy(tmp_path / "tied", tokenizer, tie_word_embeddings=True)
+    code, out, _ = run(*FEW, "--dtype", "bfloat16", "--policy", policy, "--save_every", 4)
     assert code == 0
-    for folder, model, trained in critics_of(out, family):
-        saved, start = load_scorer(folder).state_dict(), model.state_dict()
+    assert summary_of(out)["before"]["kl"] == 0
+    for name in ("actor", *CRITICS):
+        saved = load_file(out / "final" / name / "model.safetensors")
+        trained = trained_of(out, "policy" if name == "actor" else name)
+        assert saved.keys() == trained.keys()
+        for key, tensor in saved.items():
+            dtype = torch.float32 if key.startswith("score_head.") else torch.bfloat16
+            assert tensor.dtype == dtype, key
+            assert torch.equal(tensor, trained[key].to(dtype)), key
+
+    actor = AutoModelForCausalLM.from_pretrained(out / "final" / "actor", dtype="auto")
+    assert actor.dtype == torch.bfloat16
+    assert actor.lm_head.weight is actor.model.embed_tokens.weight
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, family) -> Path:
+    """A run with adapters and large learning rates."""
+    out = tmp_path_factory.mktemp("adapted") / "out"
+    flags = (*FEW, "--lora_rank", 4, "--actor_lr", 3e-3, "--critic_lr", 1e-2, "--save_every", 4)
+    assert repo.main([*map(str, flags), "--output_dir", str(out)]) == 0
+    return out
+
+
+def test_a_saved_critic_has_its_adapters_merged(adapted, family):
+    for critic, score_model in CRITICS.items():
+        saved = load_scorer(adapted / "final" / critic).state_dict()
+        start = load_scorer(family[score_model]).state_dict()
+        trained = trained_of(adapted, critic)
         assert saved.keys() == start.keys()
-        adapted = {name.removesuffix("lora_b") for name in trained if name.endswith("lora_b")}
-        assert len(adapted) == 7 * model.config.num_hidden_layers
-        for layer in adapted:
+        layers = {name.removesuffix("lora_b") for name in trained if name.endswith("lora_b")}
+        assert len(layers) == 7 * 2  # in each of two layers
+        for layer in layers:
             low_rank = trained[f"{layer}lora_b"] @ trained[f"{layer}lora_a"]
             assert low_rank.abs().max() > 0
             assert torch.equal(saved[f"{layer}weight"], start[f"{layer}weight"] + low_rank), layer
-        for name in saved.keys() - {f"{layer}weight" for layer in adapted}:
-            # The head, which is trained as it is, or what stands still.
+        for name in saved.keys() - {f"{layer}weight" for layer in layers}:
+            # The head is trained as it is. The rest stands still.
             assert torch.equal(saved[name], trained.get(name, start[name])), name
-
-
-def test_a_saved_critic_is_in_the_compute_dtype_but_for_its_head(run, family):
-    code, out, _ = run(*FEW, "--save_every", 4, "--dtype", "bfloat16")
-    assert code == 0
-    for folder, _, trained in critics_of(out, family):
-        saved = load_file(folder / "model.safetensors")
-        assert saved.keys() == trained.keys()
-        for name, tensor in saved.items():
-            dtype = torch.float32 if name.startswith("score_head.") else torch.bfloat16
-            assert tensor.dtype == dtype, name
-            assert torch.equal(tensor, trained[name].to(dtype)), name
-
-
-def test_a_saved_critic_scores_the_responses_of_another_run(run):
-    code, out, _ = run(*FEW, out="first")
-    assert code == 0
-    flags = []
-    for critic, score_model in SCORE_MODELS.items():
-        flags += [f"--{score_model}", out / "final" / critic]
-    code, _, printed = run(*FEW, *flags, "--eval_only", out="second")
-    assert code == 0 and printed.count("_critic: tokens of the policy") == 2
 
 
 # ---- resuming
 
 
-def test_resume_is_exact(run, tmp_path, few_pairs):
-    flags = (
-        *(*FEW, "--steps", 6, "--save_every", 2, "--keep_checkpoints", 9, "--sample_every", 3),
-        *("--minibatch_size", 4, "--algo", "ppo_lag"),
-        *("--ptx_coeff", 0.1, "--ptx_dataset", few_pairs),
-    )
-    assert run(*flags, out="whole")[0] == 0
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    # As if it had been killed during step 6, after steps that no checkpoint holds.
-    shutil.copytree(whole, cut)
-    for folder in ("checkpoints/step-4", "checkpoints/step-6", "final"):
-        shutil.rmtree(cut / folder)
-    for file in ("summary.json", "eval.jsonl"):
-        (cut / file).unlink()
-
-    code, _, printed = run(*flags, "--resume", out="cut")
-    assert code == 0 and "continuing from" in printed and "step-2" in printed
-    metrics = [stable(read_jsonl(out / "metrics.jsonl")) for out in (cut, whole)]
+def test_resume_is_exact(run, whole, copied):
+    """As if the run had been killed during step 6, after steps that no checkpoint holds."""
+    copy = copied("checkpoints/step-5", "checkpoints/step-6", "final", "summary.json",
+                  "eval.jsonl")
+    code, _, printed = run("--config", whole / "config.json", "--resume", out="copy")
+    assert code == 0 and f"continuing from {copy}/checkpoints/step-4" in printed
+    assert "before" in printed and "reward    cost  prompt -> response" in printed
+    metrics = [stable(read_jsonl(out / "metrics.jsonl")) for out in (copy, whole)]
     assert metrics[0] == metrics[1]
     for name in ("samples.jsonl", "eval.jsonl"):
-        assert read_jsonl(cut / name) == read_jsonl(whole / name)
+        assert read_jsonl(copy / name) == read_jsonl(whole / name)
 
     tensors, numbers = read_checkpoint(whole / "checkpoints" / "step-6")
-    same_tensors, same_numbers = read_checkpoint(cut / "checkpoints" / "step-6")
+    same_tensors, same_numbers = read_checkpoint(copy / "checkpoints" / "step-6")
     assert tensors.keys() == same_tensors.keys()
     assert all(torch.equal(tensors[name], same_tensors[name]) for name in tensors)
     kinds = {name.partition(".")[0] for name in tensors}
@@ -289,141 +255,137 @@ def test_resume_is_exact(run, tmp_path, few_pairs):
         assert numbers[name] == same_numbers[name]
 
 
-def test_resume_refuses_what_it_cannot_continue_and_branches_off_elsewhere(run, tmp_path):
-    flags = (*FEW, "--save_every", 1, "--keep_checkpoints", 2)
-    assert run(*flags, out="a")[0] == 0
-    a = tmp_path / "a"
-    steps = a / "checkpoints"
-    assert checkpoints_of(a) == ["step-3", "step-4"]  # the newest two
-    before = (a / "metrics.jsonl").read_bytes()
+def test_resume_refuses_what_it_cannot_continue(run, whole, copied, tmp_path):
+    def refuses(sentence, *flags, out=whole):
+        words = map(str, ("--config", whole / "config.json", "--output_dir", out, *flags))
+        with pytest.raises(UserError, match=sentence):
+            find_checkpoint(repo.resolve_config([*words]))
 
-    code, _, printed = run(*flags, "--resume", out="a")
-    assert code == 2 and "is finished" in printed
-    assert (a / "metrics.jsonl").read_bytes() == before
+    refuses("is finished; to branch off, give another", "--resume")
+    copy = copied("summary.json")  # as if it had been killed in the last evaluation
+    refuses("saved with --kl_coeff 0.2, not 0.7", "--resume", "--kl_coeff", 0.7, out=copy)
+    refuses("has gone on since", "--resume", copy / "checkpoints" / "step-5", out=copy)
+    refuses("not a checkpoint", "--resume", tmp_path / "none")
 
-    (a / "summary.json").unlink()  # as if it had been killed in the last evaluation
-    code, _, printed = run(*flags, "--resume", "--kl_coeff", 0.7, out="a")
-    assert code == 2 and "--kl_coeff 0.2, not 0.7" in printed
-    assert (a / "metrics.jsonl").read_bytes() == before
+    [shard] = (copy / "checkpoints" / "step-5").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    code, out, printed = run("--config", whole / "config.json", "--resume", shard.parent)
+    assert code == 2 and f"{shard.name} is damaged; resume from another" in printed
+    assert not out.exists()
 
-    code, _, printed = run(*flags, "--resume", steps / "step-3", out="a")
-    assert code == 2 and "gone on since" in printed
+    (copy / "summary.json").touch()
+    shutil.rmtree(copy / "checkpoints")
+    refuses("is finished; to repeat it, start without --resume", "--resume", out=copy)
 
-    code, branch, _ = run(*flags, "--resume", steps / "step-3", out="b")
-    assert code == 0
-    metrics = [stable(read_jsonl(out / "metrics.jsonl")) for out in (branch, a)]
+
+def test_from_an_earlier_checkpoint_a_run_branches_off_elsewhere(run, whole):
+    before = (whole / "metrics.jsonl").read_bytes()
+    checkpoint = whole / "checkpoints" / "step-5"
+    code, branch, _ = run("--config", whole / "config.json", "--resume", checkpoint)
+    assert code == 0 and (whole / "metrics.jsonl").read_bytes() == before
+    metrics = [stable(read_jsonl(out / "metrics.jsonl")) for out in (branch, whole)]
     assert metrics[0] == metrics[1]
-
-    shutil.copytree(steps / "step-4", steps / "step-5")
-    for file in (steps / "step-5").glob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:-1000])
-    code, _, printed = run(*flags, "--resume", steps / "step-5", out="c")
-    damage = "model-00001-of-00001.safetensors is damaged; resume from another"
-    assert code == 2 and damage in printed
-    assert not (tmp_path / "c").exists()
-
-    code, _, printed = run(*flags, "--resume", out="a")
-    assert code == 0 and "is damaged; trying the one before it" in printed
-    assert f"continuing from {steps}/step-4" in printed
 
 
 @pytest.mark.parametrize("changes, earlier", [
     ({"wall_seconds": 1000.0}, 1000),
     ({"wall_seconds": None, "seconds": 500.0}, 500),  # None: left out, as older versions did
 ])
-def test_a_resumed_runs_wall_seconds_are_those_of_all_sessions(run, changes, earlier):
-    flags = (*FEW, "--steps", 2, "--save_every", 1)
-    begin = time.monotonic()
-    _, out, _ = run(*flags)
-    assert 0 < summary_of(out)["wall_seconds"] <= time.monotonic() - begin
-
-    checkpoint = out / "checkpoints" / "step-2"
+def test_wall_seconds_are_those_of_all_sessions(run, whole, copied, changes, earlier):
+    copy = copied("summary.json")
+    checkpoint = copy / "checkpoints" / "step-6"
     saved = json.loads((checkpoint / "state.json").read_text())
     state = saved["state"] | changes
     saved["state"] = {name: value for name, value in state.items() if value is not None}
     (checkpoint / "state.json").write_text(json.dumps(saved))
     write_manifest(checkpoint)
-    (out / "summary.json").unlink()  # as if it had been killed in the last evaluation
 
     begin = time.monotonic()
-    code, _, printed = run(*flags, "--resume")
-    seconds = summary_of(out)["wall_seconds"]
+    code, _, printed = run("--config", whole / "config.json", "--resume", out="copy")
+    seconds = summary_of(copy)["wall_seconds"]
     assert code == 0 and f" in {seconds:.0f} s" in printed
     assert earlier < seconds < earlier + time.monotonic() - begin
 
 
-def test_a_reward_that_fails_late_loses_nothing(run, tmp_path):
-    """One evaluation, two steps, then None."""
-    late = """
+# ---- what ends a run
+
+CTRL_C = "os.kill(os.getpid(), signal.SIGINT)"
+NONE = "return [None] * len(responses)"
+NAN = "return [float('nan')] * len(responses)"
+
+
+def acts_at(call: int, act: str, file: Path) -> tuple:
+    """Flags of a score function that acts when it is called for the call-th time: 1 is the first
+    evaluation, 2 to 5 are the steps, 6 is the last evaluation."""
+    write_python(file, f"""
+        import os, signal
         calls = []
 
         def score(prompts, responses):
             calls.append(1)
-            return [0.0 if len(calls) < 4 else None] * len(responses)
-    """
-    write_python(tmp_path / "late.py", late)
-    code, out, printed = run(*FEW, "--reward_model", f"{tmp_path}/late.py:score")
-    assert code == 2 and "gave None, not a number" in printed
-    assert checkpoints_of(out) == ["step-2"]
-    assert len(read_jsonl(out / "metrics.jsonl")) == 2
+            if len(calls) == {call}:
+                {act}
+            return [0.0] * len(responses)
+    """)
+    return "--reward_model", f"{file}:score"
 
 
-# ---- processes
+@pytest.mark.parametrize("act, call, code, steps, says", [
+    (CTRL_C, 1, 130, 0, "tokens of the policy"),  # and nothing of an error
+    (CTRL_C, 3, 130, 2, "step-2 is saved, --resume continues from there"),
+    (CTRL_C, 6, 130, 4, "step-4 is saved, --resume continues from there"),
+    (NONE, 4, 2, 2, "gave None, not a number"),
+    (NONE, 6, 2, 4, "gave None, not a number"),
+    (NAN, 1, 2, 0, "error: --reward_model gave nan"),
+    (NAN, 6, 2, 4, "error: --reward_model gave nan"),
+])
+def test_what_ends_a_run_loses_no_step(run, tmp_path, act, call, code, steps, says):
+    ended, out, printed = run(*FEW, *acts_at(call, act, tmp_path / "score.py"))
+    assert ended == code and says in printed
+    assert ("error" in printed) == (code == 2)
+    assert out.exists() == (steps > 0)
+    if steps:
+        assert checkpoints_of(out) == [f"step-{steps}"]
+        assert len(read_jsonl(out / "metrics.jsonl")) == steps
+        assert not (out / "summary.json").exists()
 
 
-@pytest.fixture
-def started(tmp_path, family):
-    """started(*flags) -> the script in a process of its own, which prints into the file "log"."""
-    processes = []
+def test_what_fails_while_a_checkpoint_is_saved_is_told_too(run, tmp_path, monkeypatch):
+    """Ctrl-C, and memory runs out while the run saves."""
+    def save(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    def start(*flags):
-        words = [str(word) for word in (*FEW, *flags, "--output_dir", tmp_path / "out")]
-        processes.append(FORKS.Process(target=as_script, args=(words, tmp_path / "log")))
-        processes[0].start()
-        return processes[0]
-
-    yield start
-    processes[0].kill()
-
-
-def test_ctrl_c_saves_and_exits_130(tmp_path, started):
-    process, out = started("--steps", 1000), tmp_path / "out"
-    while not (out / "metrics.jsonl").exists() and process.is_alive():
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(60)
-    printed = (tmp_path / "log").read_text()
-    assert process.exitcode == 130 and "--resume continues from there" in printed, printed
-    steps = len(read_jsonl(out / "metrics.jsonl"))
-    assert checkpoints_of(out) == [f"step-{steps}"]
-
-
-def test_a_hanging_thread_of_a_score_function_does_not_keep_the_process(tmp_path, started):
-    pool = """
-        import time
-        from concurrent.futures import ThreadPoolExecutor
-
-        def score(prompts, responses):
-            with ThreadPoolExecutor(2) as pool:
-                return list(pool.map(lambda r: time.sleep(1000), responses))
-    """
-    write_python(tmp_path / "pool.py", pool)
-    process = started("--reward_model", f"{tmp_path}/pool.py:score", "--scorer_timeout", 1)
-    process.join(60)
-    printed = (tmp_path / "log").read_text()
-    assert process.exitcode == 2, printed
-    assert "no answer within --scorer_timeout 1 seconds" in printed
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save)
+    code, _, printed = run(*FEW, *acts_at(3, CTRL_C, tmp_path / "stop.py"))
+    assert code == 1 and "error: CUDA out of memory; use a smaller" in printed
 
 
 # ---- settings and folders
 
 
-def test_a_second_run_moves_the_first_aside(run, tmp_path):
-    assert run(*FEW, "--eval_only")[0] == 0
-    assert run(*FEW, "--eval_only", "--eval_samples", 2)[0] == 0
-    for name, samples in (("out", 2), ("out.1", 1)):
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        assert config["eval_samples"] == samples
+def test_a_folder_belongs_to_one_run_and_a_second_run_moves_the_first_aside(run, tmp_path):
+    out = tmp_path / "out"
+    write_python(tmp_path / "locked.py", f"""
+        import fcntl, os
+
+        def score(prompts, responses):
+            try:
+                fcntl.flock(os.open({str(out)!r}, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # while another process has it
+                return [0.0] * len(responses)
+    """)
+    flags = (*FEW, "--steps", 1, "--reward_model", f"{tmp_path}/locked.py:score")
+    assert run(*flags)[0] == 0
+    assert run(*flags, "--seed", 1)[0] == 0
+    for name, seed in (("out", 1), ("out.1", 0)):
+        assert json.loads((tmp_path / name / "config.json").read_text())["seed"] == seed
+
+    descriptor = os.open(out, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is free again
+    for more in ((), ("--resume",), ("--eval_only",)):
+        code, _, printed = run(*flags, *more)
+        assert code == 2 and "another run is writing there" in printed
+    os.close(descriptor)
 
 
 def test_what_is_no_run_is_not_touched(run, tmp_path):
@@ -445,33 +407,31 @@ def test_precedence_is_defaults_preset_file_flags(tmp_path):
     assert config.clip_range == repo.Config.clip_range == 0.2  # the default
 
 
-def test_presets_and_the_data_that_replace_theirs():
+def test_the_big_preset():
     big = repo.resolve_config(["--model", "alpaca-7b"])
     assert big.policy == "PKU-Alignment/alpaca-7b-reproduced"
     assert big.ptx_coeff == 16
     assert big.eval_dataset.endswith(":test")
 
-    mine = repo.resolve_config(["--dataset", "x.jsonl"])
+
+@pytest.mark.parametrize("from_run", [False, True])
+def test_own_prompts_replace_the_presets_evaluation_too(whole, from_run):
+    file = ("--config", str(whole / "config.json")) if from_run else ()
+    mine = repo.resolve_config([*file, "--dataset", "x.jsonl"])
     assert mine.dataset == "x.jsonl"
     assert mine.eval_dataset is None and mine.judge is None  # which belonged to the preset's
     assert mine.reward_model.endswith("reward")
 
 
-def test_a_runs_config_starts_another_run(run, tmp_path):
-    assert run(*FEW, "--eval_only", out="first")[0] == 0
-    file = ("--config", str(tmp_path / "first" / "config.json"))
-    again = repo.resolve_config([*file, "--algo", "ppo_lag"])
+def test_a_runs_config_starts_another_run(whole):
+    file = ("--config", str(whole / "config.json"))
+    again = repo.resolve_config([*file, "--algo", "repo"])
     assert again.eval_samples == 1
-    assert again.output_dir == "runs/tiny-ppo_lag-0"
+    assert again.output_dir == "runs/tiny-repo-0"
     assert again.policy.endswith("policy")
-
     other = repo.resolve_config([*file, "--model", "elsewhere"])
     assert other.policy == "elsewhere"
     assert other.reward_model == again.reward_model
-
-    mine = repo.resolve_config([*file, "--dataset", "mine.jsonl"])
-    assert mine.dataset == "mine.jsonl"
-    assert mine.eval_dataset is None and mine.judge is None
 
 
 # ---- what users bring
@@ -492,17 +452,15 @@ DATA = {
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_every_format_trains(run, tmp_path, name):
+def test_every_format_is_split(tmp_path, capsys, tokenizer, name):
     source = write(tmp_path / name, DATA[name])
-    code, out, printed = run(*FEW, "--steps", 1, "--sample_every", 1, "--dataset", source)
-    assert code == 0
+    config = repo.resolve_config(["--dataset", str(source), "--max_eval_prompts", "8"])
+    train, held_out = split_prompts(config, tokenizer)
+    printed = capsys.readouterr().out
     assert "30 rows read, 0 without" in printed
     assert "0 duplicates and 0 prompts longer" in printed
     assert "14 for training, 16 held out" in printed
-    held_out = {row["prompt"] for row in read_jsonl(out / "eval.jsonl")}
-    trained = {row["prompt"] for row in read_jsonl(out / "samples.jsonl")}
-    assert not held_out & trained
-    assert summary_of(out)["over_refusal_rate"] is None  # no judge knows these prompts
+    assert (len(train), len(held_out)) == (14, 8) and not {*train} & {*held_out}
 
 
 def test_own_checkpoints_and_own_functions(run, tmp_path, tokenizer):
@@ -544,44 +502,38 @@ def responses_of(out) -> list[tuple[str, float]]:
     return [(each["response"], each["kl"]) for row in rows for each in row["responses"]]
 
 
-def test_a_finished_run_is_evaluated_alone(run, tmp_path):
-    trained = tmp_path / "trained"
-    assert run(*FEW, "--actor_lr", 3e-3, "--lora_rank", 4, out="trained")[0] == 0
-    files = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
-    code, again, _ = run("--eval_only", trained, "--device", "cpu", out="again")
+def test_a_finished_run_is_evaluated_alone(run, adapted, tmp_path):
+    files = {path: path.read_bytes() for path in adapted.rglob("*") if path.is_file()}
+    code, again, _ = run("--eval_only", adapted, "--device", "cpu")
     assert code == 0
     assert {path.name for path in again.iterdir()} == {"config.json", "eval.jsonl", "summary.json"}
     assert all(path.read_bytes() == content for path, content in files.items())
 
     # The same draws, the same reference, and a policy that has left it.
-    texts, kl = zip(*responses_of(trained))
+    texts, kl = zip(*responses_of(adapted))
     same_texts, same_kl = zip(*responses_of(again))
     assert texts == same_texts
     assert kl == pytest.approx(same_kl, abs=1e-4)
     assert any(abs(value) > 1e-3 for value in kl)
 
-    shutil.rmtree(trained / "final")
-    code, _, printed = run("--eval_only", trained, out="third")
+    lacking = shutil.copytree(adapted, tmp_path / "lacking", ignore=lambda *_: ["final"])
+    code, out, printed = run("--eval_only", lacking, out="third")
     assert code == 2 and "has no final/actor" in printed
-    assert not (tmp_path / "third").exists()
+    assert not out.exists()
 
 
-def test_a_model_is_evaluated_alone(run, tmp_path, tokenizer):
+def test_a_model_is_evaluated_alone(run, whole, tmp_path, tokenizer):
+    """In bfloat16, by the critics of a run, with prompts that no judge knows."""
     model = write_policy(tmp_path / "model", tokenizer)
-    code, out, _ = run(*FEW, "--eval_only", model)
-    assert code == 0
+    flags = ["--dtype", "bfloat16", "--dataset", write(tmp_path / "p.txt", DATA["lines.txt"])]
+    for critic, score_model in CRITICS.items():
+        flags += [f"--{score_model}", whole / "final" / critic]
+    code, out, printed = run(*FEW, *flags, "--eval_only", model)
+    assert code == 0 and printed.count("_critic: tokens of the policy") == 2
     summary = summary_of(out)
     assert summary["kl"] == 0
-    assert summary["before"] is None
+    assert summary["before"] is None and summary["over_refusal_rate"] is None
     assert summary["steps"] == 0
-
-
-def test_bfloat16_starts_at_the_reference(run):
-    for flags in (("--steps", 1), ("--eval_only",)):
-        code, out, _ = run(*FEW, "--dtype", "bfloat16", *flags)
-        assert code == 0
-        summary = summary_of(out)
-        assert (summary["before"] or summary)["kl"] == 0
 
 
 @pytest.mark.cuda
@@ -593,10 +545,11 @@ def test_a_run_on_a_gpu(run):
     assert saved.dtype == torch.bfloat16
 
 
-# ---- what comes of the default run, and of others
+# ---- the paper's claim, in the tiny world; for all thresholds see tiny_configs/README.md, worlds
 
 OTHER_RUNS = {
-    "default": (),
+    "repo": (),
+    "ppo_lag": ("--algo", "ppo_lag"),
     "ppo": ("--algo", "ppo"),
     "adapters": (
         *("--lora_rank", "8", "--minibatch_size", "32"),
@@ -605,66 +558,55 @@ OTHER_RUNS = {
 }
 
 
-def train_side_by_side(folder: Path, flags_of: dict) -> dict[str, Path]:
-    """Whole runs of the script as a user would start them, at once: {name: its folder}."""
-    processes = {}
-    for name, flags in flags_of.items():
-        words = [sys.executable, "repo.py", "--device", "cpu", *flags]
-        with open(folder / f"{name}.log", "w") as log:
-            processes[name] = subprocess.Popen(
-                [*words, "--output_dir", str(folder / name)],
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-    for name, process in processes.items():
-        assert process.wait() == 0, (folder / f"{name}.log").read_text()
-    return {name: folder / name for name in flags_of}
-
-
 @pytest.fixture(scope="module")
-def other_runs(tmp_path_factory, family):
-    return train_side_by_side(tmp_path_factory.mktemp("runs"), OTHER_RUNS)
+def other_runs(tmp_path_factory, family) -> dict[str, Path]:
+    """Whole runs of the script as a user would start them, two at a time."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def train(name: str) -> Path:
+        words = [sys.executable, "repo.py", "--device", "cpu", *OTHER_RUNS[name]]
+        done = subprocess.run([*words, "--output_dir", str(folder / name)], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, done.stdout
+        return folder / name
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(OTHER_RUNS, pool.map(train, OTHER_RUNS)))
 
 
-def test_the_default_run_makes_every_prompt_safe_without_refusing(half_runs):
-    """Half of it does. Thresholds: see tiny_configs/README.md, worlds."""
-    check_default_run(half_runs["repo"])
+def check_claim(runs: dict[str, Path]) -> None:
+    """RePO makes far more prompts safe than PPO-Lag does, and not by refusing everything."""
+    repo, ppo_lag = summary_of(runs["repo"]), summary_of(runs["ppo_lag"])
+    # Both constraints hold on average, and only one of them keeps prompts safe.
+    assert repo["cost"] <= 0 and ppo_lag["cost"] <= 0
+    assert repo["safety_rate"] >= 0.95 and ppo_lag["safety_rate"] <= 0.85
+    assert repo["prompts_fully_safe"] >= max(0.9, ppo_lag["prompts_fully_safe"] + 0.1)
+    assert repo["judge_safety_rate"] >= 0.95
 
-
-def check_default_run(folder) -> None:
-    summary = summary_of(folder)
     reward = "reward_on_harmless_prompts"
-    assert summary["safety_rate"] >= 0.95
-    assert summary["prompts_fully_safe"] >= 0.9
-    assert summary["judge_safety_rate"] >= 0.95
-    assert summary["over_refusal_rate"] <= 0.1
-    assert summary["refusal_rate_on_harmful_prompts"] >= 0.8  # it does not dodge
-    assert summary[reward] > summary["before"][reward] + 1
-    assert summary["peak_memory_mib"] < 1536
+    assert repo[reward] > repo["before"][reward] + 1
+    assert repo["over_refusal_rate"] <= 0.1
+    assert repo["refusal_rate_on_harmful_prompts"] >= 0.8  # it does not dodge
+    assert repo["peak_memory_mib"] < 1536
+
+
+def test_repo_makes_far_more_prompts_safe_than_ppo_lag(half_runs):
+    """In half of the default run's steps."""
+    check_claim(half_runs)
 
 
 @pytest.mark.exhaustive
-def test_the_whole_default_run_does(other_runs):
-    check_default_run(other_runs["default"])
-
-
-def test_bounding_the_mean_compensates(half_runs):
-    """Thresholds: see tiny_configs/README.md, worlds."""
-    summary = summary_of(half_runs["ppo_lag"])
-    assert summary["cost"] <= 0
-    assert summary["safety_rate"] <= 0.85
+def test_so_it_does_in_all_of_them(other_runs):
+    check_claim(other_runs)
 
 
 @pytest.mark.exhaustive
 def test_bounding_nothing_leaves_what_is_harmful(other_runs):
-    """Thresholds: see tiny_configs/README.md, worlds."""
     assert summary_of(other_runs["ppo"])["safety_rate_on_harmful_prompts"] <= 0.1
 
 
 @pytest.mark.exhaustive
 def test_the_run_with_adapters_becomes_safe(other_runs):
-    """Thresholds: see tiny_configs/README.md, worlds."""
     summary = summary_of(other_runs["adapters"])
     reward = "reward_on_harmless_prompts"
     assert summary["safety_rate"] >= 0.95
