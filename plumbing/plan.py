@@ -96,7 +96,7 @@ def load_shapes(config) -> tuple[Models, list[str], list]:
     prompts, _ = split_prompts(config, tokenizer)
     pairs = load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []
     if config.judge:
-        load_function(config.judge, "--judge", config.scorer_timeout)
+        load_function(config.judge, "--judge")
     return Models(policy, tokenizer, on_meta), prompts, pairs
 
 

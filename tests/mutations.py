@@ -379,7 +379,7 @@ BUGS = [
     Bug("plumbing/checkpoints.py", "input", "resume: with other prompts",
         'require(saved["data"] == state.data,', "require(True,"),
     Bug("plumbing/checkpoints.py", "run", "resume: with another kl_coeff",
-        '"scorer_timeout", "max_bad_steps",', '"scorer_timeout", "max_bad_steps", "kl_coeff",'),
+        '"max_bad_steps", "confidence",', '"max_bad_steps", "kl_coeff", "confidence",'),
     Bug("plumbing/checkpoints.py", "run faults", "manifest: its hashes are not compared",
         "if found[name] != expected[name]:", "if False:"),
     Bug("plumbing/checkpoints.py", "run faults", "manifest: the hashes of another file",
