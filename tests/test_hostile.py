@@ -14,6 +14,7 @@ from test_run import FEW
 
 import repo
 from companions import compare
+from companions.shared import command
 from plumbing.checkpoints import damage_of
 
 # ---- pickles
@@ -241,7 +242,7 @@ def test_what_steers_a_terminal_is_spelled_out(run, tmp_path, capsys):
     config = tmp_path / "a" / "config.json"  # the table shows settings in which two runs differ
     config.write_text(json.dumps(json.loads(config.read_text()) | {"judge": HOSTILE}))
     words = [tmp_path / "a", tmp_path / "b", "--out", tmp_path / "seen"]
-    assert compare.main([*map(str, words)]) == 0
+    assert command.main(compare.CompareSettings, compare.run, [*map(str, words)]) == 0
     seen = capsys.readouterr().out
     assert "\\x1b" in seen
     assert not set(seen) & STEERING

@@ -75,7 +75,7 @@ def test_any_answer_will_do(online, monkeypatch):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("script", ["repo.py", "companions/supervised.py"])
+@pytest.mark.parametrize("script", ["repo.py", "-m companions.supervised"])
 def test_it_is_told_within_15_seconds(silent, tmp_path, script):
     flags = NAMES if script == "repo.py" else (
         "--model", "nobody/nothing", "--data", "nobody/pairs", "--out", tmp_path / "out")
@@ -83,8 +83,8 @@ def test_it_is_told_within_15_seconds(silent, tmp_path, script):
                    if not name.lower().endswith("_proxy")}
     environment |= {"HF_ENDPOINT": silent, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, script, *map(str, flags)], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
+    command = [sys.executable, *script.split(), *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
     assert done.stderr.count("\n") == 1
     assert time.monotonic() - begin < 15
