@@ -232,7 +232,7 @@ def test_it_trains_what_is_missing_of_other_settings(tmp_path, family, capsys):
 
 
 def test_a_change_of_settings_is_another_run(tmp_path, family):
-    """Not the folder of --threshold 3; and a run in the right folder with other settings is none."""
+    """Not the folder of --threshold 3. A run of other settings in the right folder does not count."""
     changed, = compare.commands_of(["repo"], [[*FEW, "--threshold", "-3"]], 1, tmp_path)
     assert changed == tmp_path / f"repo-{NAMED_AFTER_FEW}-threshold--3-0"
     (folder, words), = compare.commands_of(["repo"], [FEW], 1, tmp_path).items()
