@@ -170,6 +170,15 @@ def test_gradients_accumulate_and_a_kept_graph_gives_them_again(device, backend)
     assert torch.allclose(weight.grad, 2.3 * weight_once + 1, rtol=1e-4)
 
 
+def test_the_upstream_gradient_is_not_rounded_to_bf16(device):
+    hidden, weight, targets = head(CHUNK, 65, dtype=torch.bfloat16, device=device)
+    hidden.requires_grad_()
+    loss = loss_of(hidden, weight, targets, "triton")
+    whole, = torch.autograd.grad(loss, hidden, retain_graph=True)
+    part, = torch.autograd.grad(0.3 * loss, hidden)
+    assert torch.equal(part, (0.3 * whole.float()).bfloat16())
+
+
 def test_same_inputs_same_bits(device, backend):
     inputs = head(2 * CHUNK + 3, 1000, dtype=torch.bfloat16, device=device)
     per_token = token_data(2 * CHUNK + 3, device)
