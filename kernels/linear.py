@@ -55,7 +55,7 @@ def chunks(hidden, weight, weight_learns):
 
 
 def add_product(total, a, b, is_first):
-    """total += a @ b, in fp32 and in one pass over total. The first product replaces the content."""
+    """total += a @ b, in fp32, in one pass over total. The first product overwrites total."""
     beta = 0.0 if is_first else 1.0
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
