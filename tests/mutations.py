@@ -183,9 +183,9 @@ BUGS = [
         "if not bad:", "if True:"),
 
     # ---- rollout: log-probs, masks, sampling, minibatches
-    Bug("kernels/reference.py", "kernels", "gather: the temperature is dropped",
+    Bug("kernels/reference.py", "log_prob", "gather: the temperature is dropped",
         "scaled = at_least_fp32(logits) / temperature", "scaled = at_least_fp32(logits)"),
-    Bug("kernels/reference.py", "log_prob kernels", "gather: in bf16 if that comes in",
+    Bug("kernels/reference.py", "log_prob", "gather: in bf16 if that comes in",
         "return tensor.to(torch.promote_types(tensor.dtype, torch.float32))", "return tensor"),
     Bug("repo.py", "rollout", "gather: the target is one too early",
         "return row, column - 1, self.input_ids[row, column]",
@@ -195,7 +195,7 @@ BUGS = [
     Bug("repo.py", "models", "gather: whole logits from one position too late",
         "first_kept = batch.input_ids.shape[1] - kept",
         "first_kept = batch.input_ids.shape[1] - kept + 1"),
-    Bug("kernels/reference.py", "kernels", "entropy: a mean over the vocabulary",
+    Bug("kernels/reference.py", "log_prob", "entropy: a mean over the vocabulary",
         "entr(probs).sum(-1)", "entr(probs).mean(-1)"),
     Bug("repo.py", "rollout", "old log-probs: at temperature 1",
         "response_log_probs, state.policy, rollout, config, config.temperature,",
@@ -313,7 +313,7 @@ BUGS = [
         "SCALE = tl.constexpr(2.0 ** 12)", "SCALE = tl.constexpr(1.0)", is_covered=False),
     Bug("kernels/reference.py", "linear", "reference linear: all logits in one chunk",
         "rows = rows_per_chunk_on_cpu(*weight.shape)", "rows = max(len(hidden), 1)"),
-    Bug("kernels/reference.py", "linear kernels", "reference linear: chunks take others' targets",
+    Bug("kernels/reference.py", "linear", "reference linear: chunks take others' targets",
         "target_ids.split(rows))", "target_ids.roll(1).split(rows))"),
 
     # ---- prompts and pairs
