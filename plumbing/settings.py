@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 from transformers import HfArgumentParser
 
-from plumbing.curves import check_log_to
+from plumbing.reports import check_log_to
 from plumbing.errors import UserError, blame, did_you_mean, require
 from plumbing.ranks import RANKS, rank_0_first
 from plumbing.folder import has_metrics, holds_run
@@ -309,8 +309,8 @@ def check_numbers(config) -> None:
 
 def check_together(config) -> None:
     """What no setting alone can tell: something missing, or two that exclude each other."""
-    require(config.confidence <= 0.9999,
-            f"--confidence {config.confidence}: must be at most 0.9999")
+    require(0.5 < config.confidence <= 0.9999,
+            f"--confidence {config.confidence}: must be above 0.5, and at most 0.9999")
     require(config.algo != "gate" or config.gate_penalty <= 50,
             f"--gate_penalty {config.gate_penalty}: token rewards are clamped to 50")
     for name in ("reward_model", "cost_model", "dataset"):

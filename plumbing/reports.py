@@ -1,8 +1,21 @@
-"""What a run tells of itself: the scores of an evaluation, and the tables that repo.py prints."""
+"""What a run tells of itself: scores with their intervals and bounds, tables, curves."""
+import math
 import shutil
-from statistics import fmean
+import uuid
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import NormalDist, fmean
+from typing import NamedTuple
 
-from plumbing.confidence import bootstrapped, largest_mean, largest_share, wilson
+import torch
+
+from plumbing.errors import blame, require
+from plumbing.folder import write_whole
+from plumbing.ranks import RANK
+
+# ---- Scores
 
 MEANS = ("reward", "cost", "rectified_cost", "kl", "reward_on_harmless_prompts")  # others: shares
 
@@ -86,6 +99,60 @@ def interval(by_prompt: list[dict], name: str, confidence: float) -> tuple[float
     return wilson(fmean(values), len(values), confidence)
 
 
+# ---- Intervals and bounds
+
+def wilson(share: float, count: int, confidence: float) -> tuple[float, float]:
+    """Wilson's interval, two-sided, of a share that was found in `count` prompts."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    center = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max((center - half) / scale, 0.0), min((center + half) / scale, 1.0)
+
+
+def bootstrapped(values: list[float], confidence: float,
+                 draws: int = 4000) -> tuple[float, float] | None:
+    """The interval, two-sided, of a mean: where it falls when prompts are drawn anew, with
+    repetition; one value per prompt. None where all are equal, which shows no uncertainty."""
+    if len(set(values)) == 1:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(values), (draws, len(values)), generator=generator)
+    means = torch.tensor(values, dtype=torch.float64)[chosen].mean(1)            # [draws]
+    edges = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    low, high = means.quantile(edges).tolist()
+    return low, high
+
+
+def largest_share(hits: int, count: int, confidence: float) -> float:
+    """The largest share that `hits` of `count` prompts do not rule out, exact and one-sided
+    (Clopper and Pearson): so few hits or fewer have the probability 1 - confidence there."""
+    if hits == count:
+        return 1.0
+
+    def probability_of(k: int, share: float) -> float:
+        ways = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)  # ln
+        return math.exp(ways + k * math.log(share) + (count - k) * math.log1p(-share))
+
+    low, high = 0.0, 1.0
+    for _ in range(50):  # halved to the last bit, nearly
+        middle = (low + high) / 2
+        if sum(probability_of(k, middle) for k in range(hits + 1)) > 1 - confidence:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def largest_mean(values: list[float], confidence: float) -> float | None:
+    """The upper confidence bound of a mean, one-sided, by the bootstrap. None where all values are
+    equal."""
+    interval = bootstrapped(values, 2 * confidence - 1)
+    return interval and interval[1]
+
+
+# ---- Tables
+
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -153,3 +220,44 @@ def bounds_text(said: dict, threshold: float) -> str:
             lines.append(f"the mean {name.replace('_', ' ')} is at most {bound:.3f}, {verdict} "
                          f"the limit {limit:g}")
     return "\n".join(lines)
+
+
+# ---- Curves
+
+class Curves(NamedTuple):
+    log: Callable  # log({name: number}, step)
+    close: Callable
+
+
+def check_log_to(config) -> None:
+    require(not config.log_to or find_spec(config.log_to),
+            f"--log_to {config.log_to}: needs that package (pip install {config.log_to})")
+
+
+def open_curves(step: int, out: Path, config) -> Curves | None:
+    """Those of a run's folder, which go on after this step; None without --log_to, and on ranks
+    that do not write. Raises UserError for what the library cannot do."""
+    if RANK > 0 or not config.log_to:
+        return None
+    with blame(f"--log_to {config.log_to}: cannot begin"):
+        if config.log_to == "tensorboard":
+            library = import_module("torch.utils.tensorboard")
+            # Of a run that was cut off, what came after its checkpoint is not shown.
+            writer = library.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+            return Curves(lambda numbers, step: add(writer, numbers, step), writer.close)
+
+        library, file = import_module(config.log_to), out / "run_id.txt"
+        if not file.exists():
+            write_whole(file, uuid.uuid4().hex[:8])
+        run_id, name = file.read_text(), out.resolve().name
+        known_by = {"name": f"{name}-{run_id}"}
+        if config.log_to == "wandb":
+            known_by = {"name": name, "id": run_id, "dir": str(out)}
+        library.init(project="repo", config=vars(config), resume="allow", **known_by)
+        return Curves(library.log, library.finish)
+
+
+def add(writer, numbers: dict, step: int) -> None:
+    for name, value in numbers.items():
+        writer.add_scalar(name, value, step)
+    writer.flush()
