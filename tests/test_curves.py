@@ -109,7 +109,7 @@ def test_a_library_is_called_as_it_documents_and_a_resume_names_the_same_run(run
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
 def test_without_the_package_it_is_a_sentence_before_any_weight_is_loaded(run, monkeypatch, name):
     monkeypatch.setattr(reports, "find_spec", lambda package: None)
-    monkeypatch.setattr("plumbing.runs.load_policy", lambda config: pytest.fail("loaded the policy"))
+    monkeypatch.setattr("plumbing.runs.load_policy", lambda config: pytest.fail("loaded it"))
     code, out, printed = run(*FLAGS, "--log_to", name)
     assert code == 2 and not out.exists()
     assert printed == f"error: --log_to {name}: needs that package (pip install {name})\n"
