@@ -325,10 +325,16 @@ def test_what_is_trained_of_a_model_that_sees(loaded, rank):
 
 
 @pytest.mark.parametrize("rank", [exhaustive(0), 4])
-def test_a_run_with_pictures_is_saved_resumed_and_evaluated(run, rank):
+def test_a_run_with_pictures_is_saved_resumed_and_evaluated(run, seeing, tmp_path, rank):
+    few = {}
+    for name in ("dataset", "ptx_dataset"):  # to read all rows takes longer than the run
+        with open(seeing[name]) as file:
+            few[name] = tmp_path / f"{name}.jsonl"
+            few[name].write_text("".join(itertools.islice(file, 40)))
     flags = ["--model", "tiny-pictures", "--device", "cpu", "--steps", "2", "--batch_size", "4",
              "--minibatch_size", "2", "--max_eval_prompts", "4", "--eval_samples", "1",
-             "--save_every", "1", "--lora_rank", rank, "--ptx_coeff", "1"]
+             "--save_every", "1", "--lora_rank", rank, "--ptx_coeff", "1",
+             "--dataset", few["dataset"], "--ptx_dataset", few["ptx_dataset"]]
     code, out, printed = run(*flags)
     assert code == 0, printed
     tensors, _ = read_checkpoint(out / "checkpoints" / "step-1")
@@ -337,14 +343,12 @@ def test_a_run_with_pictures_is_saved_resumed_and_evaluated(run, rank):
     assert not any("vision_tower" in name for name in trained)
     assert any("projector" in name for name in trained) == (rank == 0)
 
-    before = AutoModelForImageTextToText.from_pretrained(pictures.build()["policy"]).state_dict()
+    before = AutoModelForImageTextToText.from_pretrained(seeing["policy"]).state_dict()
     after = AutoModelForImageTextToText.from_pretrained(out / "final" / "actor").state_dict()
     assert before.keys() == after.keys()
-    for name, weight in after.items():
-        is_frozen = "vision_tower" in name or ("projector" in name and rank)
-        assert torch.equal(weight, before[name]) or not is_frozen, name
-    assert any(not torch.equal(after[name], before[name]) for name in after
-               if ".language_model." in name)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert any(".language_model." in name for name in changed)
+    assert not any("vision_tower" in name or ("projector" in name and rank) for name in changed)
     rows = read_jsonl(out / "eval.jsonl")
     assert all(row["image"] for row in rows)
 
