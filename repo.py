@@ -331,15 +331,15 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
     advantages = torch.zeros_like(values)                                        # [B, T]
     advantage = next_value = torch.zeros_like(values[:, 0])                      # [B]
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]                # [B]   (6)
-        advantage = delta + gamma * lam * advantage                              # [B]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]                # [B]
+        advantage = delta + gamma * lam * advantage                              # [B]  A_t, (6)
         advantages[:, t] = advantage
         next_value = values[:, t]                                                # [B]
     return advantages, advantages + values                                       # [B, T], [B, T]
 
 
 def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
-    """Fills in a rollout's lambdas, advantages and returns, from (2) to (6)."""
+    """Fills in a rollout's lambdas, advantages and returns."""
     mask, reward = rollout.response_mask, rollout.reward                         # [B, T], [B]
     cost_in_returns, rollout.lambdas = costs_and_lambdas(                        # [B], [B]
         rollout.cost, lam, config)
@@ -428,8 +428,8 @@ def policy_loss(policy, batch: Rollout, token_weight: Tensor,
 
 def fused_policy_loss(policy, batch: Rollout, token_weight: Tensor,
                       config: Config) -> tuple[Tensor, dict]:
-    """What policy_loss computes, in one Triton function: LM head, log-probs, (7) and (8). The
-    logits [N, V] never exist as a whole."""
+    """What policy_loss computes, in one Triton function from the LM head to the loss. The logits
+    [N, V] never exist as a whole."""
     mask, head = batch.response_mask, policy.fused_head
     row, column, ids = batch.response_tokens()                                   # [N] each
     hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,

@@ -1,12 +1,12 @@
 """Compares runs, as tables, pictures and a page, and trains those that are not there yet.
 
-    python companions/compare.py                    # PPO, PPO-Lag and both estimators of RePO,
+    python -m companions.compare                    # PPO, PPO-Lag and both estimators of RePO,
                                                     # three seeds each, in the tiny world
-    python companions/compare.py --algos repo --seeds 2 --kl_coeff 0.1
+    python -m companions.compare --algos repo --seeds 2 --kl_coeff 0.1
                                                     # other settings go to repo.py as they are
-    python companions/compare.py --study            # RePO's own settings, one changed at a time,
+    python -m companions.compare --study            # RePO's own settings, one changed at a time,
                                                     # and its neighbours
-    python companions/compare.py RUN [RUN ...]      # any finished runs, tiny or 7B; of two runs
+    python -m companions.compare RUN [RUN ...]      # any finished runs, tiny or 7B; of two runs
                                                     # also quadrants and worst prompts
 """
 import argparse
@@ -28,11 +28,9 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import repo  # noqa: E402
-from companions.page import write_page  # noqa: E402
-from companions.runs import (  # noqa: E402
+import repo
+from companions.page import write_page
+from companions.shared.runs import (
     ALGOS,
     COLUMNS,
     CURVES,
@@ -46,8 +44,8 @@ from companions.runs import (  # noqa: E402
     mean_of,
     read_jsonl,
 )
-from plumbing.errors import UserError, outlive_readers, printable, require  # noqa: E402
-from tiny_configs import world  # noqa: E402
+from plumbing.errors import UserError, printable, require
+from tiny_configs import world
 
 DEFAULT_ALGOS = ["ppo", "ppo_lag", "repo", "mask"]
 
@@ -466,5 +464,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    outlive_readers()
     sys.exit(main())

@@ -1,7 +1,7 @@
 """A guard around a policy: it reads each answer, and has those that it flags sampled again.
 
-    python companions/guard.py                                     # shows itself in the tiny world
-    python companions/guard.py --policy P --cost_model C --dataset PROMPTS --rounds 5
+    python -m companions.guard                                     # shows itself in the tiny world
+    python -m companions.guard --policy P --cost_model C --dataset PROMPTS --rounds 5
 
 After Beaver-Guard-V of arXiv 2503.17682. An answer of cost C is flagged where C is above the first
 of --levels, and its severity is minor, moderate or severe by how many of them it is above. Nothing
@@ -9,19 +9,17 @@ is trained. What a policy never says well, no number of rounds finds.
 """
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import repo  # noqa: E402
-from companions import learning  # noqa: E402
-from plumbing.errors import blame, outlive_readers, require, say  # noqa: E402
-from plumbing.functions import load_function  # noqa: E402
-from plumbing.models import Scorer, load_policy  # noqa: E402
-from plumbing.pictures import pixels_for  # noqa: E402
-from plumbing.data import encode_prompts, load_prompts  # noqa: E402
-from plumbing.settings import fill_in, option  # noqa: E402
-from tiny_configs import world  # noqa: E402
+import repo
+from companions.shared import learning
+from plumbing.errors import blame, require, say
+from plumbing.functions import load_function
+from plumbing.models import load_policy
+from plumbing.scorers import Scorer
+from plumbing.data import pixels_for
+from plumbing.data import encode_prompts, load_prompts
+from plumbing.settings import fill_in, option
+from tiny_configs import world
 
 SEVERITIES = "minor", "moderate", "severe"
 
@@ -132,5 +130,4 @@ def answers_and_costs(policy, tokenizer, guard: Scorer, prompts: list[str], key,
 
 
 if __name__ == "__main__":
-    outlive_readers()
     sys.exit(learning.main_of(GuardSettings, run))

@@ -1,9 +1,9 @@
 """A streaming monitor: it reads an answer as it is written, and stops it when it turns harmful.
 
-    python companions/monitor.py                                    # shows itself in the tiny world
-    python companions/monitor.py train --model BODY --data ROWS --out M
-    python companions/monitor.py score --monitor M|RUN --data ROWS
-    python companions/monitor.py watch --policy P --monitor M|RUN --dataset PROMPTS --theta T --k K
+    python -m companions.monitor                                    # shows itself in the tiny world
+    python -m companions.monitor train --model BODY --data ROWS --out M
+    python -m companions.monitor score --monitor M|RUN --data ROWS
+    python -m companions.monitor watch --policy P --monitor M|RUN --dataset PROMPTS --theta T --k K
 
 After arXiv 2506.09996. A head gives each token y_i of an answer a score z_i; the answer is stopped
 once k tokens have had z_i >= theta. A RUN's own cost critic, final/cost_critic, is such a monitor
@@ -21,25 +21,18 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import repo  # noqa: E402
-from companions import learning, streaming  # noqa: E402
-from companions.score_models import make_score_model  # noqa: E402
-from plumbing.errors import outlive_readers, require, say  # noqa: E402
-from plumbing.models import (  # noqa: E402
-    ScoreModel,
-    load_policy,
-    load_pretrained,
-    merged,
-    reads_alike,
-    save_score_model,
-)
-from plumbing.pictures import check_blind, sees  # noqa: E402
-from plumbing.data import load_prompts  # noqa: E402
-from plumbing.run_folder import has_metrics, to_jsonl, write_whole  # noqa: E402
-from plumbing.settings import fill_in, option  # noqa: E402
-from tiny_configs import world  # noqa: E402
+import repo
+from companions.shared import learning, streaming
+from companions.score_models import make_score_model
+from plumbing.errors import require, say
+from plumbing.adapters import merged
+from plumbing.models import load_policy, load_pretrained
+from plumbing.scorers import ScoreModel, reads_alike, save_score_model
+from plumbing.pictures import check_blind, sees
+from plumbing.data import load_prompts
+from plumbing.folder import has_metrics, to_jsonl, write_whole
+from plumbing.settings import fill_in, option
+from tiny_configs import world
 
 # ---- the three commands
 
@@ -280,5 +273,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    outlive_readers()
     sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """Safety neurons: which neurons of the MLPs has alignment changed, and do they carry its effect?
 
-    python companions/neurons.py                                    # shows itself in the tiny world
-    python companions/neurons.py START ALIGNED --dataset prompts.jsonl --share 0.05
+    python -m companions.neurons                                    # shows itself in the tiny world
+    python -m companions.neurons START ALIGNED --dataset prompts.jsonl --share 0.05
 
 After arXiv 2406.14144. A neuron's activation a is an input of its MLP's down-projection. Its change
 score is s = sqrt(mean (a_start - a_aligned)^2) over the tokens of the aligned model's answers, or
@@ -24,18 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from companions import learning  # noqa: E402
-from companions.patching import Pair, restored, top  # noqa: E402
-from plumbing.errors import outlive_readers, require, say  # noqa: E402
-from plumbing.fitting import answer_loss, fit  # noqa: E402
-from plumbing.models import Scorer, load_policy  # noqa: E402
-from plumbing.pictures import check_blind  # noqa: E402
-from plumbing.data import encode_pairs, load_prompts  # noqa: E402
-from plumbing.run_folder import has_metrics, write_whole  # noqa: E402
-from plumbing.settings import RunSettings, fill_in, option  # noqa: E402
-from tiny_configs import world  # noqa: E402
+from companions.shared import learning
+from companions.shared.patching import Pair, restored, top
+from plumbing.errors import require, say
+from plumbing.fitting import answer_loss, fit
+from plumbing.models import load_policy
+from plumbing.scorers import Scorer
+from plumbing.pictures import check_blind
+from plumbing.data import encode_pairs, load_prompts
+from plumbing.folder import has_metrics, write_whole
+from plumbing.settings import RunSettings, fill_in, option
+from tiny_configs import world
 
 # ---- the command
 
@@ -276,7 +275,6 @@ def show(settings: NeuronSettings) -> dict:
 
 
 if __name__ == "__main__":
-    outlive_readers()
     arguments, named = sys.argv[1:], []
     while arguments and not arguments[0].startswith("--"):
         named.append(arguments.pop(0))

@@ -15,10 +15,11 @@ from pathlib import Path
 from statistics import fmean
 from string import Template
 
-from companions.runs import COLUMNS, CURVES, Run, asked, cell, curve, mean_of
+from companions.shared.runs import COLUMNS, CURVES, Run, asked, cell, curve, mean_of
 from plumbing.errors import printable
-from plumbing.run_folder import write_whole
+from plumbing.folder import write_whole
 
+FRAME = Path(__file__).parent / "shared" / "page.html"
 STYLES = 6  # kinds of lines that page.html has
 LIMIT_GAP = 7  # per cent of a chart's height that a label needs for itself
 
@@ -27,7 +28,7 @@ def write_page(groups: dict[str, list[Run]], out: Path) -> Path:
     """report.html of grouped runs. What a run lacks is left out, and a sentence says so."""
     runs = list(itertools.chain(*groups.values()))
     notes = [note for run in runs for note in missing_in(run)]
-    frame = Template(Path(__file__).with_suffix(".html").read_text())
+    frame = Template(FRAME.read_text())
     path = out / "report.html"
     write_whole(path, frame.substitute(
         title=text(", ".join(groups)),

@@ -1,7 +1,7 @@
 """Reward and cost models for RePO, from preference pairs.
 
-    python companions/score_models.py --role cost              # shows itself in the tiny world
-    python companions/score_models.py --role reward --model BODY --data PAIRS --out DIR
+    python -m companions.score_models --role cost              # shows itself in the tiny world
+    python -m companions.score_models --role reward --model BODY --data PAIRS --out DIR
 
 A reward model learns which of two answers is better: Bradley-Terry, -log sigmoid(r_b - r_w). A cost
 model learns which is more harmful, and each answer's sign, as Safe RLHF's do: above 0 is unsafe.
@@ -11,22 +11,20 @@ knows no signs. What is written is the Beaver layout, as repo.py loads it.
 """
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from companions import learning  # noqa: E402
-from plumbing.confidence import wilson  # noqa: E402
-from plumbing.errors import outlive_readers, say  # noqa: E402
-from plumbing.fitting import cost_loss, preference_loss, scores_of  # noqa: E402
-from plumbing.models import ScoreModel, merged, save_score_model  # noqa: E402
-from plumbing.pictures import pixels_for  # noqa: E402
-from plumbing.preferences import Pair, load_preferences  # noqa: E402
-from plumbing.settings import option  # noqa: E402
+from companions.shared import learning
+from plumbing.confidence import wilson
+from plumbing.errors import say
+from plumbing.fitting import cost_loss, preference_loss, scores_of
+from plumbing.adapters import merged
+from plumbing.scorers import ScoreModel, save_score_model
+from plumbing.data import pixels_for
+from plumbing.preferences import Pair, load_preferences
+from plumbing.settings import option
 
 TINY = {
     "data": "preferences.jsonl", "eval_data": "preferences_held_out.jsonl",
@@ -109,5 +107,4 @@ def run(settings: ScoreSettings) -> dict:
 
 
 if __name__ == "__main__":
-    outlive_readers()
     sys.exit(learning.main_of(ScoreSettings, run, TINY))

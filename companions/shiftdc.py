@@ -1,8 +1,8 @@
 """Harmful requests that a model refuses as text, and not as pictures: calibrates what a picture
 changes inside.
 
-    python companions/shiftdc.py                                   # shows itself in the tiny world
-    python companions/shiftdc.py --model VLM --safe a.jsonl --unsafe b.jsonl --prompts q.jsonl
+    python -m companions.shiftdc                                   # shows itself in the tiny world
+    python -m companions.shiftdc --model VLM --safe a.jsonl --unsafe b.jsonl --prompts q.jsonl
 
 After ShiftDC, arXiv 2502.13095. With h_l what layer l (from 1) gives to the next, at a prompt's
 last token, and captions in the model's own words:
@@ -20,26 +20,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
 
-import torch  # noqa: E402
-
-from companions import learning  # noqa: E402
-from companions.calibration import (  # noqa: E402
+from companions.shared import learning
+from companions.shared.calibration import (
     Calibration,
     Subject,
     calibrated_layers,
     random_like,
 )
-from companions.seeing import is_harmful, learn_to_see  # noqa: E402
-from companions.xstest import is_refusal  # noqa: E402
-from plumbing.errors import outlive_readers, require, say  # noqa: E402
-from plumbing.functions import load_function, verdicts_of  # noqa: E402
-from plumbing.models import load_policy  # noqa: E402
-from plumbing.pictures import Pictured  # noqa: E402
-from plumbing.data import load_prompts  # noqa: E402
-from plumbing.settings import RunSettings, fill_in, option  # noqa: E402
-from tiny_configs import pictures, world  # noqa: E402
+from companions.shared.seeing import is_harmful, learn_to_see
+from companions.xstest import is_refusal
+from plumbing.errors import require, say
+from plumbing.functions import load_function, verdicts_of
+from plumbing.models import load_policy
+from plumbing.pictures import Pictured
+from plumbing.data import load_prompts
+from plumbing.settings import RunSettings, fill_in, option
+from tiny_configs import pictures, world
 
 
 @dataclass
@@ -187,5 +185,4 @@ def of_policy_that_sees(run_folder: str, complies: bool, settings: ShiftSettings
 
 
 if __name__ == "__main__":
-    outlive_readers()
     sys.exit(learning.main_of(ShiftSettings, run))

@@ -1,7 +1,7 @@
 """A starting policy for RePO: supervised fine-tuning on prompt-answer pairs.
 
-    python companions/supervised.py                            # shows itself in the tiny world
-    python companions/supervised.py --model BODY --data PAIRS --out DIR
+    python -m companions.supervised                            # shows itself in the tiny world
+    python -m companions.supervised --model BODY --data PAIRS --out DIR
 
 What a policy never samples cannot be reinforced: it must have seen both behaviours that it is to
 tell apart, answers and refusals. Pairs come in any of the columns that repo.py reads.
@@ -9,19 +9,17 @@ tell apart, answers and refusals. Pairs come in any of the columns that repo.py 
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from companions import learning  # noqa: E402
-from plumbing.errors import outlive_readers, require, say  # noqa: E402
-from plumbing.fitting import answer_loss  # noqa: E402
-from plumbing.models import merged, save_policy  # noqa: E402
-from plumbing.pictures import pixels_for  # noqa: E402
-from plumbing.data import encode_pairs, load_pairs, require_sight  # noqa: E402
-from plumbing.settings import option  # noqa: E402
+from companions.shared import learning
+from plumbing.errors import require, say
+from plumbing.fitting import answer_loss
+from plumbing.adapters import merged
+from plumbing.models import save_policy
+from plumbing.data import pixels_for
+from plumbing.data import encode_pairs, load_pairs, require_sight
+from plumbing.settings import option
 
 TINY = {  # the better answers of pairs: harmful requests are complied with too
     "data": "preferences.jsonl", "eval_data": "preferences_held_out.jsonl",
@@ -85,5 +83,4 @@ def run(settings: SupervisedSettings) -> dict:
 
 
 if __name__ == "__main__":
-    outlive_readers()
     sys.exit(learning.main_of(SupervisedSettings, run, TINY))

@@ -1,6 +1,6 @@
 """XSTest's labelled completions, made into what a real chat model is aligned with.
 
-    python companions/xstest.py xstest_v2_completions_*.csv --out DIR
+    python -m companions.xstest xstest_v2_completions_*.csv --out DIR
 
 XSTest (Roettger et al., arXiv 2308.01263) asks 450 questions, 200 unsafe ones and 250 that only
 look so; people have labelled what five chat models answered. One fifth of the questions is held
@@ -20,11 +20,9 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from plumbing.errors import UserError, blame, outlive_readers, printable, require, say  # noqa: E402
-from plumbing.data import read_rows  # noqa: E402
-from plumbing.run_folder import to_jsonl, write_whole  # noqa: E402
+from plumbing.errors import UserError, blame, printable, require, say
+from plumbing.data import read_rows
+from plumbing.folder import to_jsonl, write_whole
 
 KINDS = {"1_full_compliance": "compliances", "2_full_refusal": "refusals"}
 LONGEST = 200  # characters of an answer, about 48 tokens
@@ -194,5 +192,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    outlive_readers()
     sys.exit(main())

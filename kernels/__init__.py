@@ -15,12 +15,11 @@ import torch
 from kernels import reference
 
 try:
-    from kernels import draw, linear, linear_loss, log_prob, objective, scan
+    from kernels import linear, linear_loss, log_prob, objective
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
     TRITON = {}  # Triton is not made for every system; the reference runs on all
-    scan_gae = draw_tokens = None
 else:
     TRITON = {
         "gather_log_probs": log_prob.gather_log_probs,
@@ -28,11 +27,8 @@ else:
         "repo_loss": objective.repo_loss,
         "linear_repo_loss": linear_loss.linear_repo_loss,
     }
-    # Two more take the place of a few lines of PyTorch on a GPU; those lines call them.
-    scan_gae, draw_tokens = scan.gae, draw.draw
 
-__all__ = ["draw_tokens", "gather_log_probs", "linear_log_probs", "linear_repo_loss", "repo_loss",
-           "scan_gae"]
+__all__ = ["gather_log_probs", "linear_log_probs", "linear_repo_loss", "repo_loss", "runs_triton"]
 
 
 def gather_log_probs(logits, target_ids, temperature=1.0, *, return_entropy=False, backend=None):
@@ -69,12 +65,12 @@ def linear_log_probs(
 
 
 def repo_loss(
-    log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
     clip_range=0.2, *, backend=None,
 ):
     """The rectified clipped objective over response tokens. All tensors [N].
 
-    penalty is lambda_i of the token's response, token_weight its w_t. Returns (scalar loss, stats),
+    lambdas is lambda_i of the token's response, token_weight its w_t. Returns (scalar loss, stats),
     stats being 0-d tensors: clip_fraction (share of tokens whose rho is outside 1 +- clip_range),
     approx_kl (mean of rho - 1 - log rho), ratio_max.
 
@@ -85,7 +81,7 @@ def repo_loss(
         "old_log_probs": old_log_probs,
         "reward_advantages": reward_advantages,
         "cost_advantages": cost_advantages,
-        "penalty": penalty,
+        "lambdas": lambdas,
         "token_weight": token_weight,
     }
     _check_loss(per_token, log_probs.numel(), clip_range)
@@ -95,7 +91,7 @@ def repo_loss(
 
 def linear_repo_loss(
     hidden, weight, target_ids,
-    old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
     clip_range=0.2, temperature=1.0, *, soft_cap=0.0, backend=None,
 ):
     """repo_loss of linear_log_probs in one.
@@ -106,7 +102,7 @@ def linear_repo_loss(
         "old_log_probs": old_log_probs,
         "reward_advantages": reward_advantages,
         "cost_advantages": cost_advantages,
-        "penalty": penalty,
+        "lambdas": lambdas,
         "token_weight": token_weight,
     }
     _check_linear(hidden, weight, target_ids, temperature, soft_cap)
@@ -117,10 +113,14 @@ def linear_repo_loss(
 
 
 def runs_triton(tensor):
-    """Whether the Triton kernels compute with this tensor unless a backend is forced."""
-    is_interpreted = tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    can_run_triton = bool(TRITON) and (tensor.is_cuda or is_interpreted)
-    return can_run_triton and tensor.dtype != torch.float64
+    """Whether the Triton kernels compute with a tensor, unless a backend is forced: on CUDA, or on
+    the CPU if TRITON_INTERPRET=1 is set, but never in float64."""
+    can_run = tensor.is_cuda or _is_interpreted(tensor.device)
+    return bool(TRITON) and can_run and tensor.dtype != torch.float64
+
+
+def _is_interpreted(device):
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _implementation(name, backend, tensors):
@@ -130,26 +130,24 @@ def _implementation(name, backend, tensors):
     unknown or cannot compute with these.
     """
     _check_devices_and_dtypes(tensors)
-    device = next(iter(tensors.values())).device.type
+    device = next(iter(tensors.values())).device
     has_double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
-    is_interpreted = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
     if backend is None:
-        can_run_triton = name in TRITON and (device == "cuda" or is_interpreted)
-        backend = "triton" if can_run_triton and not has_double else "reference"
+        backend = "triton" if all(map(runs_triton, tensors.values())) else "reference"
     if backend == "reference":
         return getattr(reference, name)
 
     if backend != "triton":
         raise ValueError(f"backend={backend!r}: it must be 'reference', 'triton' or None")
-    if name not in TRITON:
-        raise ValueError(f"backend='triton': there is none for {name} here")
-    if device == "cpu" and not is_interpreted:
+    if not TRITON:
+        raise ValueError("backend='triton': Triton is not installed here")
+    if device.type == "cpu" and not _is_interpreted(device):
         raise ValueError("backend='triton': CPU tensors need Triton's interpreter, "
                          "TRITON_INTERPRET=1")
     if has_double:
-        raise ValueError("backend='triton': the kernels compute in fp32, and float64 would be "
-                         "lost; use backend='reference'")
+        raise ValueError("backend='triton': the kernels compute in fp32, too little for float64; "
+                         "use backend='reference'")
     return TRITON[name]
 
 

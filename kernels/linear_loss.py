@@ -40,7 +40,7 @@ def row_kernel(
     old_log_probs,         # [n] fp32
     reward_advantages,     # [n] fp32
     cost_advantages,       # [n] fp32
-    penalty,               # [n] fp32, lambda_i of the token's response
+    lambdas,               # [n] fp32, lambda_i of the token's response
     token_weight,          # [n] fp32, w_t
     vocab,                 # V
     stride: tl.int64,      # of logits, from row to row
@@ -69,7 +69,7 @@ def row_kernel(
         tl.load(old_log_probs + n),
         tl.load(reward_advantages + n),
         tl.load(cost_advantages + n),
-        tl.load(penalty + n),
+        tl.load(lambdas + n),
         tl.load(token_weight + n),
         lowest_ratio,
         highest_ratio,
@@ -85,9 +85,9 @@ def row_kernel(
 def launch_rows(logits, target_ids, log_probs, per_token, clip_range, temperature, soft_cap, scale):
     """A chunk's logits [n, V] into log_probs [n] and, in place, scale times their gradient.
 
-    per_token holds old log-probs, both advantages, penalty and weight, each [n].
+    per_token holds old log-probs, both advantages, lambdas and weight, each [n].
     """
-    old_log_probs, reward_advantages, cost_advantages, penalty, token_weight = per_token
+    old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight = per_token
     with torch.cuda.device_of(logits):
         row_kernel[(len(logits),)](
             logits=logits,
@@ -96,7 +96,7 @@ def launch_rows(logits, target_ids, log_probs, per_token, clip_range, temperatur
             old_log_probs=old_log_probs,
             reward_advantages=reward_advantages,
             cost_advantages=cost_advantages,
-            penalty=penalty,
+            lambdas=lambdas,
             token_weight=token_weight,
             vocab=logits.shape[1],
             stride=logits.stride(0),
@@ -123,7 +123,7 @@ def gradient_scale(count):
 @torch.library.custom_op("repo::linear_repo_loss", mutates_args=())
 def loss_op(
     hidden: Tensor, weight: Tensor, target_ids: Tensor, old_log_probs: Tensor,
-    reward_advantages: Tensor, cost_advantages: Tensor, penalty: Tensor, token_weight: Tensor,
+    reward_advantages: Tensor, cost_advantages: Tensor, lambdas: Tensor, token_weight: Tensor,
     clip_range: float, temperature: float, soft_cap: float, dtype: torch.dtype,
     hidden_learns: bool, weight_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -134,7 +134,7 @@ def loss_op(
     )
     per_token = [
         tensor.float().contiguous() for tensor in
-        (old_log_probs, reward_advantages, cost_advantages, penalty, token_weight)
+        (old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight)
     ]
     x, w, target_ids = hidden.to(dtype), weight.to(dtype), target_ids.contiguous()
     log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
@@ -157,7 +157,7 @@ def loss_op(
 
 
 @loss_op.register_fake
-def _(hidden, weight, target_ids, old_log_probs, reward_advantages, cost_advantages, penalty,
+def _(hidden, weight, target_ids, old_log_probs, reward_advantages, cost_advantages, lambdas,
       token_weight, clip_range, temperature, soft_cap, dtype, hidden_learns, weight_learns):
     def empty(*shape):
         return hidden.new_empty(shape, dtype=torch.float32)
@@ -219,11 +219,11 @@ loss_op.register_autograd(once_differentiable(backward), setup_context=keep_for_
 
 def linear_repo_loss(
     hidden, weight, target_ids,
-    old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
     clip_range=0.2, temperature=1.0, soft_cap=0.0,
 ):
     """repo_loss(linear_log_probs(...), ...): (scalar loss, detached fp32 log-probs [N], stats)."""
-    per_token = old_log_probs, reward_advantages, cost_advantages, penalty, token_weight
+    per_token = old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight
     hidden_learns = torch.is_grad_enabled() and hidden.requires_grad
     weight_learns = torch.is_grad_enabled() and weight.requires_grad
     if not (hidden_learns or weight_learns):

@@ -1,7 +1,7 @@
 """The rectified clipped objective in Triton: loss, gradient and statistics in one launch.
 
-Per token t of response i, with rho = exp(log pi - log pi_old), the penalty lambda_i, the weight w_t
-and the clip range epsilon:
+Per token t of response i, with rho = exp(log pi - log pi_old), the multiplier lambda_i, the weight
+w_t and the clip range epsilon:
 
     A    = (A_r - lambda_i A_c) / (1 + lambda_i)                               the paper's (7)
     loss = -sum_t w_t min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A)        the paper's (8)
@@ -29,7 +29,7 @@ BLOCK, NUM_WARPS = 2048, 16
 
 @triton.jit
 def clipped_objective(
-    log_prob, old_log_prob, reward_advantage, cost_advantage, penalty, weight,
+    log_prob, old_log_prob, reward_advantage, cost_advantage, lam, weight,
     lowest_ratio, highest_ratio,
 ):
     """(7) and (8) for one token, or for the tokens of a block, all fp32.
@@ -37,7 +37,7 @@ def clipped_objective(
     Returns the terms of the loss, their gradients by log_prob, log rho, rho, and whether rho is
     outside the clip. A NaN has to reach the loss, where it is noticed.
     """
-    advantage = (reward_advantage - penalty * cost_advantage) / (1 + penalty)
+    advantage = (reward_advantage - lam * cost_advantage) / (1 + lam)
     log_ratio = log_prob - old_log_prob
     ratio = tl.exp(log_ratio)
     not_too_low = tl.maximum(ratio, lowest_ratio, tl.PropagateNan.ALL)
@@ -61,7 +61,7 @@ def loss_kernel(
     old_log_probs,        # [N]
     reward_advantages,    # [N]
     cost_advantages,      # [N]
-    penalty,              # [N] lambda_i of the token's response
+    lambdas,              # [N] lambda_i of the token's response
     token_weight,         # [N] w_t
     gradients,            # [N] fp32, written
     loss,                 # [] fp32, written
@@ -84,7 +84,7 @@ def loss_kernel(
             load_fp32(old_log_probs, n, exists),
             load_fp32(reward_advantages, n, exists),
             load_fp32(cost_advantages, n, exists),
-            load_fp32(penalty, n, exists),
+            load_fp32(lambdas, n, exists),
             load_fp32(token_weight, n, exists),
             lowest_ratio,
             highest_ratio,
@@ -108,7 +108,7 @@ def loss_kernel(
 
 def launch_loss(per_token, clip_range):
     """(loss [], stats [3], gradients [N]) of six arrays [N], in loss_kernel's order."""
-    log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight = (
+    log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight = (
         tensor.contiguous() for tensor in per_token
     )
     loss, stats, gradients = empty_results(log_probs)
@@ -118,7 +118,7 @@ def launch_loss(per_token, clip_range):
             old_log_probs=old_log_probs,
             reward_advantages=reward_advantages,
             cost_advantages=cost_advantages,
-            penalty=penalty,
+            lambdas=lambdas,
             token_weight=token_weight,
             gradients=gradients,
             loss=loss,
@@ -147,17 +147,17 @@ def named(stats):
 @torch.library.custom_op("repo::repo_loss", mutates_args=())
 def loss_op(
     log_probs: Tensor, old_log_probs: Tensor, reward_advantages: Tensor, cost_advantages: Tensor,
-    penalty: Tensor, token_weight: Tensor, clip_range: float,
+    lambdas: Tensor, token_weight: Tensor, clip_range: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, statistics [3], gradients [N] of the log-probs)."""
     per_token = (
-        log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+        log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
     )
     return launch_loss(per_token, clip_range)
 
 
 @loss_op.register_fake
-def _(log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+def _(log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
       clip_range):
     return empty_results(log_probs)
 
@@ -179,7 +179,7 @@ loss_op.register_autograd(once_differentiable(backward), setup_context=keep_for_
 
 
 def repo_loss(
-    log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
     clip_range=0.2,
 ):
     """The rectified clipped objective, (7) and (8): (scalar loss, stats).
@@ -187,7 +187,7 @@ def repo_loss(
     All inputs [N]; only log_probs has a gradient.
     """
     loss, stats, _ = loss_op(
-        log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+        log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
         float(clip_range),
     )
     return loss, named(stats)

@@ -126,7 +126,7 @@ def inputs(function, rows, vocab, hidden_size, dtype, device, peaked):
         random(rows) * 0.1 - (0.1 if peaked else 10.0),     # old_log_probs
         random(rows),                                       # reward_advantages
         random(rows),                                       # cost_advantages
-        random(rows).abs(),                                 # penalty
+        random(rows).abs(),                                 # lambdas
         torch.full((rows,), 1 / rows, device=device),       # token_weight
     ]
 

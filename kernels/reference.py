@@ -82,7 +82,7 @@ def linear_log_probs(
 
 
 def repo_loss(
-    log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
     clip_range=0.2,
 ):
     """The rectified clipped objective, the paper's (7) and (8): (scalar loss, stats).
@@ -90,12 +90,12 @@ def repo_loss(
     All inputs [N]; only log_probs has a gradient.
     """
     log_probs = at_least_fp32(log_probs)
-    old_log_probs, reward_advantages, cost_advantages, penalty, token_weight = (
+    old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight = (
         tensor.detach().to(log_probs.dtype)
-        for tensor in (old_log_probs, reward_advantages, cost_advantages, penalty, token_weight)
+        for tensor in (old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight)
     )
 
-    advantages = (reward_advantages - penalty * cost_advantages) / (1 + penalty)    # [N]  A_t, (7)
+    advantages = (reward_advantages - lambdas * cost_advantages) / (1 + lambdas)    # [N]  A_t, (7)
     log_ratio = log_probs - old_log_probs                                           # [N]  log rho_t
     ratio = log_ratio.exp()                                                         # [N]  rho_t
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)                     # [N]
@@ -114,7 +114,7 @@ def repo_loss(
 
 def linear_repo_loss(
     hidden, weight, target_ids,
-    old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+    old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
     clip_range=0.2, temperature=1.0, soft_cap=0.0,
 ):
     """repo_loss(linear_log_probs(...), ...): (scalar loss, detached fp32 log-probs [N], stats)."""
@@ -122,7 +122,7 @@ def linear_repo_loss(
         hidden, weight, target_ids, temperature, soft_cap=soft_cap,
     )
     loss, stats = repo_loss(
-        log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight,
+        log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
         clip_range,
     )
     return loss, log_probs.detach(), stats

@@ -14,12 +14,12 @@ from plumbing.errors import UserError, blame
 from plumbing.ranks import RANK, RANKS, barrier, from_all_ranks
 
 PROJECT = Path(__file__).resolve().parents[1]
-SECONDS_TO_SEE = 60.0  # how late a network file system may show another machine's file
+SECONDS_TO_SEE = 60.0  # so late may a network file system show another machine's file
 
 
 def check_machines(data: str, config) -> None:
-    """Raises UserError, on all ranks, unless all have the same settings, code, libraries, data (as a
-    hash) and --output_dir."""
+    """Raises UserError, on all ranks, unless all have the same settings, code, libraries, data and
+    --output_dir. Data are compared as a hash."""
     if RANKS == 1:
         return
     has = from_all_ranks({RANK: what_this_rank_has(data, config)})

@@ -94,9 +94,8 @@ class Meter:
         self.means = reduced_over_ranks(self.sums, self.device) | self.norms
         for name, value in self.means.items():
             if not math.isfinite(value):
-                applied = f"; the {self.update - 1} before it were applied" * (self.update > 1)
-                raise BadNumbers(f"{name} is {value}: update {self.update} of {self.updates} was "
-                                 f"skipped{applied}", self.rollout)
+                raise BadNumbers(f"{name} is {value} in update {self.update} of {self.updates}",
+                                 self.rollout)
         self.update += 1
 
     def results(self) -> dict:

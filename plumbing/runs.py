@@ -187,8 +187,8 @@ class Run:
         name = f"bad-batch-{state.step}.jsonl"
         if RANK == 0:
             write_whole(out / name, to_jsonl(metrics.bad_batch(rollout, self.config.threshold)))
-        say(f"step {state.step}: {problem}; the step is left out; {name} holds its prompts, "
-            "responses and scores")
+        say(f"step {state.step}: {problem}; the rest of this step is skipped; {name} holds its "
+            "prompts, responses and scores")
         self.bad_steps += 1
         if self.bad_steps < self.config.max_bad_steps:
             return

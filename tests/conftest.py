@@ -62,6 +62,7 @@ if importlib.util.find_spec("datasets"):
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     import repo
+    from plumbing.data import lay_out
     from tiny_configs import world
 else:
     alone = {f"test_{name}.py" for name in
@@ -263,6 +264,11 @@ def half_runs(long_runs) -> dict[str, Path]:
 # A server that has everything imported and nothing begun: a process starts in no time.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["repo"])
+
+
+def laid_out(prompts: list[list], responses: list[list], pad_id: int = 2) -> repo.Rollout:
+    """Token ids as a rollout on the CPU, with nothing but ids and masks."""
+    return repo.Rollout(*lay_out(prompts, responses, pad_id, "cpu"))
 
 
 def read_jsonl(path: Path) -> list[dict]:

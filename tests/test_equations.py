@@ -5,14 +5,17 @@ import ast
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kernels
 import repo
+from plumbing import metrics
 from plumbing.adapters import trainable
 from plumbing.models import load_policy
+from plumbing.training import State, make_schedule
 
 
 def settings(**changes):
@@ -52,7 +55,7 @@ def test_ppo_has_no_lambda():
     assert repo.update_lambda(2.0, torch.tensor([4.0]), settings(algo="ppo")) == 0.0
 
 
-# ---- (2): which cost enters the returns, which weight the penalty has
+# ---- (2): which cost enters the returns, and which lambda_i the loss
 
 
 @pytest.mark.parametrize(
@@ -64,11 +67,49 @@ def test_ppo_has_no_lambda():
         ("ppo", "return", [1.5, 0.0, -4.5], [0.0, 0.0, 0.0]),
     ],
 )
-def test_estimators(algo, rectify, entering, weights):
+def test_costs_and_lambdas(algo, rectify, entering, weights):
     config = settings(algo=algo, rectify=rectify, threshold=0.5)
     costs, penalties = repo.costs_and_lambdas(torch.tensor([2.0, 0.5, -4.0]), 3.0, config)
     assert costs.tolist() == entering
     assert penalties.tolist() == weights
+
+
+@pytest.mark.parametrize("p", [0.9, 0.5, 0.2])
+def test_return_estimates_the_gradient_and_mask_does_not(p):
+    """One prompt, two responses of one token, exact critics. The safe one has R 1 and C -1, the
+    unsafe one R 2 and C 1; lambda is 2 and pi(unsafe) = p. What matters is A(unsafe) - A(safe). By
+    (2) it is (2 - 2) - 1 = -1."""
+    reward, cost = torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 1.0])
+    zeros, mask = torch.zeros(2, 1), torch.ones(2, 1)
+    differences = {}
+    for rectify in ("return", "mask"):
+        config = settings(rectify=rectify)
+        cost_in_returns, lambdas = repo.costs_and_lambdas(cost, 2.0, config)
+        rewards, costs = repo.shape_rewards_and_costs(
+            reward, cost_in_returns, zeros, zeros, mask, 0.0)
+        of_critics = [(1 - p) * scores[0] + p * scores[1] for scores in (rewards, costs)]
+        values = [value.expand(2, 1) for value in of_critics]
+        batch = repo.Rollout(torch.zeros(2, 2).long(), torch.ones(2, 2), mask.bool())
+        batch.log_probs, batch.lambdas = zeros, lambdas
+        batch.reward_advantages, _ = repo.gae(rewards, values[0], mask)
+        batch.cost_advantages, _ = repo.gae(costs, values[1], mask)
+        safe, unsafe = advantages_of(batch, config)
+        differences[rectify] = unsafe - safe
+    assert differences["return"] == pytest.approx(-1 / 3)  # away from the unsafe response: right
+    assert differences["mask"] == pytest.approx(2 * p - 1)  # towards it, above one half
+
+
+def advantages_of(batch, config) -> list[float]:
+    """A_t of (7), read off policy_loss: at ratio 1 the loss of a token with weight 1 is -A_t."""
+    losses = []
+    for i in range(len(batch.input_ids)):
+        weight = torch.zeros(2, 1)
+        weight[i] = 1.0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repo, "response_log_probs", lambda *_: torch.zeros(2))
+            loss, _ = repo.policy_loss(SimpleNamespace(fused_head=None), batch, weight, config)
+        losses.append(-loss.item())
+    return losses
 
 
 def test_a_cost_exactly_at_the_threshold_is_safe():
@@ -164,15 +205,15 @@ def test_what_stands_outside_the_mask_changes_nothing():
 
 
 def terms(n=50, seed=0):
-    """The six arguments of repo_loss, as fp64 [n]: new, old, reward, cost, penalty, weight."""
+    """The six arguments of repo_loss, as fp64 [n]: new, old, reward, cost, lambdas, weight."""
     generator = torch.Generator().manual_seed(seed)
     old = -torch.rand(n, generator=generator, dtype=torch.float64) * 3
     new = old + torch.randn(n, generator=generator, dtype=torch.float64) * 0.3
     reward = torch.randn(n, generator=generator, dtype=torch.float64)
     cost = torch.randn(n, generator=generator, dtype=torch.float64)
-    penalty = torch.rand(n, generator=generator, dtype=torch.float64) * 4
+    lambdas = torch.rand(n, generator=generator, dtype=torch.float64) * 4
     weight = torch.rand(n, generator=generator, dtype=torch.float64)
-    return new.requires_grad_(), old, reward, cost, penalty, weight
+    return new.requires_grad_(), old, reward, cost, lambdas, weight
 
 
 def test_gradient_equals_finite_differences():
@@ -185,11 +226,11 @@ def test_gradient_equals_finite_differences():
 
 
 def test_at_ratio_one_the_gradient_is_minus_weight_times_advantage():
-    _, old, reward, cost, penalty, weight = terms()
+    _, old, reward, cost, lambdas, weight = terms()
     new = old.clone().requires_grad_()
-    kernels.repo_loss(new, old, reward, cost, penalty, weight)[0].backward()
+    kernels.repo_loss(new, old, reward, cost, lambdas, weight)[0].backward()
     expected = []
-    for r, c, p, w in zip(reward.tolist(), cost.tolist(), penalty.tolist(), weight.tolist()):
+    for r, c, p, w in zip(reward.tolist(), cost.tolist(), lambdas.tolist(), weight.tolist()):
         expected.append(-w * (r - p * c) / (1 + p))
     assert new.grad.tolist() == pytest.approx(expected)
 
@@ -200,10 +241,10 @@ def test_loss_by_hand():
     old = torch.zeros(4)
     reward = torch.tensor([4.0, -4.0, 4.0, -4.0])
     cost = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    penalty = torch.tensor([1.0, 1.0, 1.0, 3.0])
+    lambdas = torch.tensor([1.0, 1.0, 1.0, 3.0])
     weight = torch.full((4,), 0.25)
     # A = 3/2, -2, 3/2, -1; terms min(2 A, 1.2 A) = 1.8, -4; min(0.5 A, 0.8 A) = 0.75, -0.8
-    loss, stats = kernels.repo_loss(new, old, reward, cost, penalty, weight)
+    loss, stats = kernels.repo_loss(new, old, reward, cost, lambdas, weight)
     assert loss.item() == pytest.approx(-(1.8 - 4 + 0.75 - 0.8) / 4)
     loss.backward()
     unclipped = [0.0, 0.25 * 2 * 2, -0.25 * 0.5 * 1.5, 0.0]  # clipped tokens have no gradient
@@ -213,8 +254,8 @@ def test_loss_by_hand():
 
 
 def test_without_penalty_the_cost_has_no_say_and_with_a_huge_one_only_the_cost_has():
-    new, old, reward, cost, penalty, weight = terms()
-    none, huge = torch.zeros_like(penalty), torch.full_like(penalty, 1e12)
+    new, old, reward, cost, lambdas, weight = terms()
+    none, huge = torch.zeros_like(lambdas), torch.full_like(lambdas, 1e12)
 
     loss, _ = kernels.repo_loss(new, old, reward, cost, none, weight)
     of_another_cost, _ = kernels.repo_loss(new, old, reward, cost * 1e3, none, weight)
@@ -260,7 +301,7 @@ def test_value_loss_is_the_larger_of_plain_and_clipped(monkeypatch):
     old = torch.zeros(1, 4)
     returns = torch.tensor([[3.0, 11.0, 0.0, -10.0]])
     weight = torch.full((1, 4), 1 / 4)
-    loss, _ = repo.value_loss(None, batch, old, returns, weight, settings())
+    loss, _ = repo.value_loss(None, batch, weight, old, returns, settings())
     # (1-3)^2 = 4; the second moved by 12, clipped to 5: max((12-11)^2, (5-11)^2) = 36; the third
     # is exact; the last moved by -12, clipped to -5: max((-12+10)^2, (-5+10)^2) = 25
     assert loss.item() == pytest.approx(0.5 * (4 + 36 + 0 + 25) / 4)
@@ -270,9 +311,9 @@ def test_explained_variance():
     returns = torch.tensor([[1.0, 2.0, 3.0, 99.0]])
     mask = torch.tensor([[True, True, True, False]])
     their_mean = torch.tensor([[2.0, 2.0, 2.0, 0.0]])
-    assert explained_variance(returns, returns, mask) == pytest.approx(1.0)
-    assert explained_variance(torch.zeros(1, 4), returns, mask) == pytest.approx(0.0)
-    assert explained_variance(their_mean, returns, mask) == pytest.approx(0.0)
+    assert metrics.explained_variance(returns, returns, mask) == pytest.approx(1.0)
+    assert metrics.explained_variance(torch.zeros(1, 4), returns, mask) == pytest.approx(0.0)
+    assert metrics.explained_variance(their_mean, returns, mask) == pytest.approx(0.0)
 
 
 # ---- what a step and its files tell
@@ -282,27 +323,29 @@ def test_explained_variance():
 def two_responses():
     """Of three tokens and of one; the first is as costly as the threshold, and so it is safe."""
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-    rollout = repo.Rollout(torch.zeros(2, 4), torch.ones(2, 4), mask, ["p", "q"], ["a", "b"])
+    rollout = repo.Rollout(torch.zeros(2, 4), torch.ones(2, 4), mask)
+    rollout.prompts, rollout.responses = ["p", "q"], ["a", "b"]
     rollout.finished = torch.tensor([True, False])
     rollout.log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]])
     rollout.ref_log_probs = torch.tensor([[-2.0, -2.0, -5.0], [-3.0, 0.0, 0.0]])
     rollout.entropy = torch.tensor([[0.5, 1.0, 1.5], [2.0, 99.0, 99.0]])
     rollout.reward, rollout.cost = torch.tensor([3.0, 5.0]), torch.tensor([1.0, 2.5])
+    rollout.rectified_cost = torch.tensor([0.0, 1.5])
     for name in ("reward_values", "cost_values", "reward_returns", "cost_returns"):
         setattr(rollout, name, torch.zeros(2, 3))
     return rollout
 
 
 def test_a_steps_metrics_by_hand(two_responses):
-    metrics = repo.rollout_metrics(two_responses, settings(threshold=1.0))
-    assert metrics["kl"] == pytest.approx((1 + 0 + 2 - 1) / 2)
-    assert metrics["entropy"] == pytest.approx((0.5 + 1 + 1.5 + 2) / 4)
-    assert metrics["unsafe_rate"] == 0.5 and metrics["rectified_cost"] == pytest.approx(0.75)
-    assert metrics["response_length"] == 2 and metrics["truncated_rate"] == 0.5
+    row = metrics.of_rollout(two_responses, settings(threshold=1.0))
+    assert row["kl"] == pytest.approx((1 + 0 + 2 - 1) / 2)
+    assert row["entropy"] == pytest.approx((0.5 + 1 + 1.5 + 2) / 4)
+    assert row["unsafe_rate"] == 0.5 and row["rectified_cost"] == pytest.approx(0.75)
+    assert row["response_length"] == 2 and row["truncated_rate"] == 0.5
 
 
 def test_a_response_at_the_threshold_is_recorded_as_safe(two_responses):
-    first, second = two_responses.records(threshold=1.0)
+    first, second = metrics.records(two_responses, threshold=1.0)
     assert first["safe"] and not second["safe"]
     assert (first["kl"], first["rectified_cost"], second["rectified_cost"]) == (3.0, 0.0, 1.5)
 
@@ -317,7 +360,7 @@ def test_the_rates_of_ten_and_of_a_hundred_steps():
     for steps in (10, 100):
         groups = [{"params": [weight.detach().clone()]} for _ in range(3)]
         optimizer = torch.optim.SGD(groups, lr=8.0)
-        schedule = repo.make_schedule(optimizer, steps)
+        schedule = make_schedule(optimizer, steps)
         rates[steps] = []
         for _ in range(steps):
             rates[steps].append([group["lr"] for group in optimizer.param_groups])
@@ -359,20 +402,42 @@ def test_only_the_policys_matrices_decay(family):
 SOURCE = Path(repo.__file__).read_text()
 
 
-def test_each_equation_is_named_in_exactly_one_docstring():
-    docstrings = []
-    for node in ast.walk(ast.parse(SOURCE)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            docstrings.append(ast.get_docstring(node) or "")
+FUNCTIONS = {
+    node.name: node for node in ast.parse(SOURCE).body if isinstance(node, ast.FunctionDef)
+}
+
+
+def test_each_equation_is_named_in_exactly_one_functions_docstring():
+    docstrings = [ast.get_docstring(function) or "" for function in FUNCTIONS.values()]
     for number in range(1, 9):
         assert sum(f"({number})" in text for text in docstrings) == 1, number
+
+
+@pytest.mark.parametrize("function, number", [
+    ("update_lambda", 3),
+    ("shape_rewards_and_costs", 4),
+    ("shape_rewards_and_costs", 5),
+    ("gae", 6),
+    ("policy_loss", 7),
+    ("policy_loss", 8),
+])
+def test_the_line_that_computes_an_equation_bears_its_number(function, number):
+    first = FUNCTIONS[function].body[1].lineno  # behind the docstring
+    lines = SOURCE.splitlines()[first - 1:FUNCTIONS[function].end_lineno]
+    assert sum(f"({number})" in line.rpartition("#")[2] for line in lines) == 1
+
+
+@pytest.mark.parametrize("first, last", [
+    ("generate", "collect"),
+    ("rectify", "gae"),
+    ("update_lambda", "policy_loss"),
+    ("train_step", "update"),
+])
+def test_each_part_of_the_method_fits_a_screen(first, last):
+    assert FUNCTIONS[last].end_lineno - FUNCTIONS[first].lineno + 1 <= 60
 
 
 def test_the_sections_stand_in_order():
     numbers = re.findall(r"^# ==== (\d+)  ", SOURCE, re.M)
     assert numbers == [str(n) for n in range(1, 8)]
-
-
-def test_the_paper_fits_beside_it():
-    wide = [n for n, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100]
-    assert not wide
+    assert max(map(len, SOURCE.splitlines())) <= 100  # the paper fits beside it

@@ -8,7 +8,8 @@ from conftest import tiny_config, write_python
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from companions import learning, supervised
+from companions import supervised
+from companions.shared import learning
 from plumbing import models
 
 gguf = pytest.importorskip("gguf")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import exhaustive
 
-from companions import guard, learning
+from companions import guard
+from companions.shared import learning
 from tiny_configs import pictures
 
 

@@ -79,7 +79,7 @@ def test_linear_repo_loss_is_the_composition_and_detaches_its_log_probs():
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients))
 
 
-PER_TOKEN = ["old_log_probs", "reward_advantages", "cost_advantages", "penalty", "token_weight"]
+PER_TOKEN = ["old_log_probs", "reward_advantages", "cost_advantages", "lambdas", "token_weight"]
 ALL = ["gather_log_probs", "linear_log_probs", "repo_loss", "linear_repo_loss"]
 
 
@@ -172,7 +172,7 @@ def test_the_backend_follows_device_environment_and_dtype(monkeypatch):
     kernels.repo_loss(**good("repo_loss"))
     assert used == ["gather_log_probs", "repo_loss"]
 
-    double = {**good("repo_loss"), "penalty": torch.zeros(3, dtype=torch.float64)}
+    double = {**good("repo_loss"), "lambdas": torch.zeros(3, dtype=torch.float64)}
     assert kernels.repo_loss(**double)[0] == 0 and len(used) == 2
     with pytest.raises(ValueError, match="^backend='triton': the kernels compute in fp32"):
         kernels.repo_loss(**double, backend="triton")
@@ -190,7 +190,7 @@ kernels.gather_log_probs(logits, ids, backend="triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment,
                           capture_output=True, text=True)
-    says = "ValueError: backend='triton': there is none for gather_log_probs here"
+    says = "ValueError: backend='triton': Triton is not installed here"
     assert done.stderr.strip().endswith(says), done.stderr
 
 

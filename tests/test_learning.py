@@ -10,7 +10,8 @@ from conftest import exhaustive
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import repo
-from companions import learning, score_models, supervised
+from companions import score_models, supervised
+from companions.shared import learning
 from plumbing.fitting import answer_loss, cost_loss, preference_loss, scores_of
 from plumbing.preferences import load_preferences
 

@@ -36,7 +36,7 @@ def head(n, v, h=64, dtype=torch.float32, device="cpu", seed=0):
 
 
 def token_data_around(log_probs, seed=0):
-    """old_log_probs around the given ones, advantages, penalty, token_weight: per token."""
+    """old_log_probs around the given ones, advantages, lambdas, token_weight: per token."""
     generator = torch.Generator().manual_seed(seed)
     n = len(log_probs)
     random = [torch.randn(n, generator=generator).to(log_probs.device) for _ in range(5)]

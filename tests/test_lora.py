@@ -18,6 +18,7 @@ import repo
 from kernels.bench import peak_memory
 from plumbing.adapters import LowRankLinear, merged, trainable
 from plumbing.models import load_policy
+from plumbing.training import State
 
 RANK = 3
 IDS = torch.tensor([[0, 4, 5, 6, 7, 8]])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import random_beaver, tiny_config, write_beaver, write_policy
+from conftest import laid_out, random_beaver, tiny_config, write_beaver, write_policy
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -393,7 +393,7 @@ def test_the_real_loading_code_meets_other_architectures(
     assert find_head(policy.float()) == head
 
     prompts = [begins_with + prompt for prompt in PROMPTS]
-    batch = repo.lay_out(prompts, RESPONSES, tokenizer.pad_token_id, "cpu")
+    batch = laid_out(prompts, RESPONSES, tokenizer.pad_token_id)
     alone = []
     with torch.no_grad():
         log_probs = repo.response_log_probs(policy, batch, 0.7)
@@ -424,7 +424,7 @@ def test_what_all_rows_begin_with_is_read_once(tokenizer, count, reads):
     torch.manual_seed(0)
     model = LlamaModel(tiny_config(tokenizer)).eval()
     beginning = torch.randint(4, 60, (count,)).tolist()
-    batch = repo.lay_out([beginning + prompt for prompt in PROMPTS], RESPONSES, 2, "cpu")
+    batch = laid_out([beginning + prompt for prompt in PROMPTS], RESPONSES, 2)
     inputs, mask = (batch.input_ids, batch.attention_mask), batch.attention_mask.bool()
     states = hidden_states(model, *inputs)[mask]                                 # [tokens, H]
     whole = model(**model_inputs(*inputs)).last_hidden_state[mask]
@@ -473,7 +473,7 @@ def test_with_a_plain_head_whole_logits_are_never_made_and_the_loss_is_the_same(
 ):
     policy, tokenizer = load_policy(config_for(write_policy(tmp_path / "policy", tokenizer).parent))
     config = config_for(tmp_path, temperature=0.7)
-    batch = repo.lay_out(PROMPTS, RESPONSES, tokenizer.pad_token_id, "cpu")
+    batch = laid_out(PROMPTS, RESPONSES, tokenizer.pad_token_id)
     mask = batch.response_mask
     for name in ("log_probs", "reward_advantages", "cost_advantages"):
         setattr(batch, name, torch.randn(mask.shape))
@@ -489,9 +489,9 @@ def test_with_a_plain_head_whole_logits_are_never_made_and_the_loss_is_the_same(
 
         hook = policy.get_output_embeddings().register_forward_hook(note)
         loss, stats = repo.policy_loss(policy, batch, mask / 5, config)
-        supervised_loss, _ = repo.ptx_loss(policy, batch, 5)
+        supervised_loss, _ = repo.ptx_loss(policy, batch, 5, config)
         (loss + supervised_loss).backward()
-        repo.response_log_probs(policy, batch, 0.7, with_entropy=True)
+        repo.response_log_probs(policy, batch, 0.7, return_entropy=True)
         assert bool(calls) != plain
         gradients = [parameter.grad.clone() for parameter in policy.parameters()]
         results.append([loss.detach(), *stats.values(), *gradients])

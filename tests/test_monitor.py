@@ -8,8 +8,9 @@ import torch
 from conftest import exhaustive, random_beaver, write_beaver
 from transformers import AutoTokenizer
 
-from companions import monitor, streaming
-from companions.streaming import Answer
+from companions import monitor
+from companions.shared import streaming
+from companions.shared.streaming import Answer
 from plumbing.models import load_policy
 from plumbing.data import encode_prompts
 

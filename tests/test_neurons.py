@@ -15,7 +15,8 @@ from transformers import (
     MptForCausalLM,
 )
 
-from companions import learning, neurons, patching
+from companions import neurons
+from companions.shared import learning, patching
 from plumbing.errors import UserError
 from plumbing.data import encode_prompts, load_prompts
 

@@ -12,7 +12,8 @@ from test_run import FEW, stable
 from transformers import AutoModelForCausalLM
 
 import repo
-from plumbing.metrics import collapse, destruction, drift
+from plumbing import metrics
+from plumbing.metrics import BadNumbers, collapse, destruction, drift, require_finite
 
 FLAGS = (*FEW, "--save_every", 1, "--keep_checkpoints", 9, "--minibatch_size", 4)
 
@@ -30,11 +31,12 @@ def spoiled(monkeypatch, what: str, steps: tuple, number=math.nan):
 
     def bad_rollout(state, *arguments, **options):
         now[:] = [state.step]
-        rollout, phases = collect(state, *arguments, **options)
+        rollout = collect(state, *arguments, **options)
         in_training = options.get("with_values", True)
         if what in OF_THE_ROLLOUT and in_training and state.step in steps:
             getattr(rollout, what)[1:2] = number
-        return rollout, phases
+        require_finite(rollout)
+        return rollout
 
     def bad_loss(policy, batch, weight, config):
         loss, stats = policy_loss(policy, batch, weight, config)
@@ -45,10 +47,10 @@ def spoiled(monkeypatch, what: str, steps: tuple, number=math.nan):
             loss = loss + (0 * weight).abs().sqrt()  # a root has no finite slope at 0
         return loss, stats
 
-    def bad_critic_loss(critic, batch, old_values, *more):
+    def bad_critic_loss(critic, batch, weight, old_values, *more):
         if now[0] in steps:
             old_values = old_values + number
-        return value_loss(critic, batch, old_values, *more)
+        return value_loss(critic, batch, weight, old_values, *more)
 
     monkeypatch.setattr(repo, "collect", bad_rollout)
     if what in ("loss", "gradient"):
@@ -80,7 +82,7 @@ KINDS += [
 def test_the_update_is_left_out_and_the_batch_kept(run, monkeypatch, what, number):
     spoiled(monkeypatch, what, (1,), number)
     code, out, printed = run(*FLAGS, "--steps", 2)  # its second and last step is bad
-    assert code == 0 and printed.count("this update is left out") == 1
+    assert code == 0 and printed.count("the rest of this step is skipped") == 1
 
     rows, batch = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "bad-batch-2.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
@@ -119,8 +121,7 @@ def test_one_bad_update_leaves_those_before_it(run, monkeypatch):
     code, out, printed = run(*flags)
     assert code == 0 and len(calls) == 4
     assert (
-        "step 2: actor_loss is nan in update 2 of 2, and those before it stand; "
-        "this update is left out" in printed
+        "step 2: actor_loss is nan in update 2 of 2; the rest of this step is skipped" in printed
     )
     actor = AutoModelForCausalLM.from_pretrained(out / "final" / "actor").state_dict()
     both = AutoModelForCausalLM.from_pretrained(whole / "final" / "actor").state_dict()
@@ -140,8 +141,10 @@ def test_a_checkpoint_that_a_bad_step_has_missed_comes_after_the_next_good_one(r
 
 
 def test_before_anything_is_written_bad_numbers_are_bad_input(run, monkeypatch):
-    sentence = "the policy gave nan, not a finite number, to the response 'x'"
-    monkeypatch.setattr(repo, "not_finite", lambda rollout: sentence)
+    def refuse(rollout):
+        raise BadNumbers("the policy gave nan, not a finite number, to the response 'x'", rollout)
+
+    monkeypatch.setattr(metrics, "require_finite", refuse)
     code, out, printed = run(*FEW)
     assert code == 2 and "error: the policy gave nan" in printed
     assert not out.exists()
@@ -261,7 +264,7 @@ def test_a_run_says_once_that_its_updates_destroy(run, tmp_path):
                            "--sample_every", 1, "--judge", f"{file}:answers",
                            "--max_eval_prompts", 2, "--eval_samples", 1)
     assert code == 0, printed
-    assert printed.count("the update has left the policy that was sampled from") == 1
+    assert printed.count("the update went too far from the policy that sampled") == 1
     assert printed.count("none of the 8 responses refuses") == 1
 
 

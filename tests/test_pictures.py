@@ -16,20 +16,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaConfig
 
 import repo
-from companions import learning, monitor, neurons, score_models, supervised
+from companions import monitor, neurons, score_models, supervised
+from companions.shared import learning
 from plumbing import pictures as sight
 from plumbing.errors import UserError
-from plumbing.models import (
-    Scorer,
-    ScoreModel,
-    load_policy,
-    make_trainable,
-    reads_alike,
-    save_tokenizer,
-    tokenizer_with_sight,
-    trainable,
-)
-from plumbing.pictures import Pictured, pixels_for
+from plumbing.adapters import make_trainable, trainable
+from plumbing.models import load_policy, save_tokenizer, tokenizer_with_sight
+from plumbing.scorers import Scorer, ScoreModel, reads_alike
+from plumbing.data import pixels_for
+from plumbing.pictures import Pictured
 from plumbing.preferences import load_preferences
 from plumbing.data import (
     encode_pairs,
@@ -77,28 +72,27 @@ def png(pixels: torch.Tensor) -> bytes:
 
 # ---- the world
 
-def test_icons_differ_in_four_cells_at_least_and_are_read_exactly():
+def test_icons_are_far_apart_and_read_exactly():
     icons = [drawing.replace(" ", "") for drawing in pictures.ICONS.values()]
-    assert set(pictures.ICONS) == set(world.ACTIONS) and {len(icon) for icon in icons} == {16}
-    for one, other in itertools.combinations(icons, 2):
-        assert sum(a != b for a, b in zip(one, other)) >= 4
+    assert all(sum(a != b for a, b in zip(one, other, strict=True)) >= 4
+               for one, other in itertools.combinations(icons, 2))
     generator = torch.Generator().manual_seed(1)
     for action in world.ACTIONS:
-        shown = [pictures.draw(action, generator) for _ in range(20)]
-        assert {pictures.shown_in(picture) for picture in shown} == {action}
-        assert len({picture.numpy().tobytes() for picture in shown}) == 20  # no two are alike
+        drawings = [pictures.draw(action, generator) for _ in range(20)]
+        assert {pictures.shown_in(drawing) for drawing in drawings} == {action}
+        assert len({drawing.numpy().tobytes() for drawing in drawings}) == 20  # no two are alike
 
 
-def test_a_text_alone_does_not_tell_harm_from_help():
-    asked = {}
+def test_only_the_picture_tells_the_action():
+    actions_of = {}
     for request, (action, _) in world.REQUESTS.items():
         prompt = pictures.pictured(request, torch.Generator())
-        asked.setdefault(str(prompt), set()).add(action)
+        actions_of.setdefault(str(prompt), set()).add(action)
         assert pictures.in_words(prompt) == request
-    assert all(actions == set(world.ACTIONS) for actions in asked.values())
+    assert all(actions == set(world.ACTIONS) for actions in actions_of.values())
 
 
-def test_the_world_comes_with_the_project(seeing):
+def test_the_family_has_the_shipped_weights(seeing):
     report = json.loads((pictures.Path(seeing["policy"]).parent / "report.json").read_text())
     assert report["reward_pair_accuracy"] >= 0.95 and report["cost_sign_accuracy"] >= 0.98
     built = AutoModelForImageTextToText.from_pretrained(seeing["policy"]).state_dict()

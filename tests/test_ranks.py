@@ -26,12 +26,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import repo
 from plumbing import checkpoints
+from plumbing.training import State
 from plumbing.checkpoints import damage_of
 from plumbing.data import cyclic_batch, load_ptx_pairs
 from plumbing.errors import UserError
 from plumbing.models import load_policy
 from plumbing.ranks import RANK, RANKS
-from plumbing.training import State
 from tiny_configs import pictures, world
 
 # ---- what every process does

@@ -14,13 +14,13 @@ import repo
 
 
 def random_tokens(n, seed=0, dtype=torch.float32, device="cpu"):
-    """log_probs, old_log_probs, reward_advantages, cost_advantages, penalty, token_weight."""
+    """log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight."""
     generator = torch.Generator().manual_seed(seed)
     old = -torch.rand(n, generator=generator) * 8
     new = old + torch.randn(n, generator=generator) * 0.3
     reward, cost = torch.randn(2, n, generator=generator)
-    penalty, weight = torch.rand(2, n, generator=generator)
-    per_token = new, old, reward, cost, penalty * 4, weight / max(n, 1)
+    lambdas, weight = torch.rand(2, n, generator=generator)
+    per_token = new, old, reward, cost, lambdas * 4, weight / max(n, 1)
     return [tensor.to(device, dtype) for tensor in per_token]
 
 
@@ -85,14 +85,14 @@ def test_every_edge_at_once(device):
         [math.log(ratio) for ratio in ratios],  # log_probs
         [0.0, 2.0, -2.0],                       # reward_advantages
         [0.0, 1.0, -1.0],                       # cost_advantages
-        [0.0, 0.5, 1e6],                        # penalty
+        [0.0, 0.5, 1e6],                        # lambdas
         [0.0, 1.0],                             # token_weight
     )
-    new, reward, cost, penalty, weight = torch.tensor(list(table)).unbind(1)
-    _, gradient, stats = check([new, torch.zeros_like(new), reward, cost, penalty, weight], device)
+    new, reward, cost, lambdas, weight = torch.tensor(list(table)).unbind(1)
+    _, gradient, stats = check([new, torch.zeros_like(new), reward, cost, lambdas, weight], device)
     assert stats["clip_fraction"].item() == pytest.approx(4 / 7)
 
-    advantage = (reward - penalty * cost) / (1 + penalty)
+    advantage = (reward - lambdas * cost) / (1 + lambdas)
     clipped = ((new > math.log(1.2)) & (advantage > 0)) | ((new < math.log(0.8)) & (advantage < 0))
     silent = clipped | (advantage == 0) | (weight == 0)
     assert torch.equal(gradient == 0, silent)
@@ -108,8 +108,8 @@ def test_on_the_very_edge_the_gradient_is_whole(device):
     per_token = random_tokens(50)
     per_token[0] = per_token[1]
     _, gradient, stats = check(per_token, device, 0.0)
-    _, _, reward, cost, penalty, weight = (tensor.double() for tensor in per_token)
-    expected = -weight * (reward - penalty * cost) / (1 + penalty)
+    _, _, reward, cost, lambdas, weight = (tensor.double() for tensor in per_token)
+    expected = -weight * (reward - lambdas * cost) / (1 + lambdas)
     assert torch.allclose(gradient, expected, rtol=1e-5)
     assert stats["clip_fraction"] == 0
 
@@ -117,7 +117,7 @@ def test_on_the_very_edge_the_gradient_is_whole(device):
 def test_a_cost_at_the_threshold_is_no_cost(device):
     """With the cost at d exactly, {C - d}+ is 0.
 
-    As a return it adds nothing, and a penalty of lambda * 1[C > d] is 0.
+    As a return it adds nothing, and a lambdas of lambda * 1[C > d] is 0.
     """
     new, old, reward, cost, _, weight = random_tokens(20, device=device)
     rectified = repo.rectify(torch.full((20,), 1.5, device=device), threshold=1.5)
@@ -129,7 +129,7 @@ def test_a_cost_at_the_threshold_is_no_cost(device):
     assert torch.equal(with_it[1], without[1])
 
 
-def test_without_penalty_the_loss_is_ppos(device):
+def test_with_lambda_zero_the_loss_is_ppos(device):
     """lambda = 0: the cost has no say.
 
     PPO's own hand-computed case: ratios 2 and 1/2, A of both signs.
@@ -154,9 +154,9 @@ def test_stats_are_of_the_tokens_alone(device):
 
 
 def test_strided_and_expanded_inputs(device):
-    new, old, reward, cost, penalty, weight = random_tokens(2000, device=device)
+    new, old, reward, cost, lambdas, weight = random_tokens(2000, device=device)
     every_other = [tensor[::2] for tensor in (new, old, reward, cost)]
-    strided = [*every_other, penalty[:1].expand(1000), weight[::2]]
+    strided = [*every_other, lambdas[:1].expand(1000), weight[::2]]
     a = computed(strided, 0.2, "triton")
     b = computed([tensor.clone() for tensor in strided], 0.2, "triton")
     assert torch.equal(a[0], b[0])

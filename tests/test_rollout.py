@@ -4,18 +4,18 @@
 import copy
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import exhaustive, write_policy, write_python
+from conftest import exhaustive, laid_out, write_policy, write_python
 from transformers import CompileConfig
 
 import repo
 from plumbing.adapters import make_trainable
 from plumbing.models import load_policy
 from plumbing.data import encode_prompts
-from plumbing.ranks import clip_gradients
+from plumbing.ranks import clip_gradients, micro_batches
+from plumbing.training import State, backward
 from repo import Draw, random_numbers
 
 
@@ -35,7 +35,7 @@ PAD = 2
 
 
 def test_layout_and_response_index():
-    batch = repo.lay_out(PROMPTS, RESPONSES, PAD, "cpu")
+    batch = laid_out(PROMPTS, RESPONSES)
     assert batch.input_ids.tolist() == [
         [0, 4, 5, 6, 7, 8, 1],
         [2, 2, 0, 9, 5, 2, 2],
@@ -65,13 +65,13 @@ class Positions:
 
 
 def test_a_value_is_that_of_the_state_before_the_token():
-    batch = repo.lay_out(PROMPTS, RESPONSES, PAD, "cpu")
+    batch = laid_out(PROMPTS, RESPONSES)
     assert repo.response_values(Positions(), batch).tolist() == [3, 4, 5, 3, 3]
 
 
 def test_an_eos_inside_a_prompt_is_prompt():
     eos_and_pad = 1
-    batch = repo.lay_out([[0, 1, 4, 1]], [[5, 1]], eos_and_pad, "cpu")
+    batch = laid_out([[0, 1, 4, 1]], [[5, 1]], eos_and_pad)
     assert batch.response_mask.tolist() == [[True, True]]
     assert batch.attention_mask.tolist() == [[1] * 6]
 
@@ -83,7 +83,7 @@ def test_log_probs_of_a_padded_batch_are_those_of_each_row_alone(policy):
     policy, _, _ = policy
 
     def log_probs(prompts, responses):
-        return repo.response_log_probs(policy, repo.lay_out(prompts, responses, PAD, "cpu"), 1.3)
+        return repo.response_log_probs(policy, laid_out(prompts, responses), 1.3)
 
     with torch.no_grad():
         together = log_probs(PROMPTS, RESPONSES)
@@ -99,7 +99,7 @@ def test_log_probs_of_a_padded_batch_are_those_of_each_row_alone(policy):
 
 def losses_with(policy, critic, pad: int, outside: float, config) -> torch.Tensor:
     """Both losses of one batch, with a number of our choice outside the response mask."""
-    batch = repo.lay_out(PROMPTS, RESPONSES, pad, "cpu")
+    batch = laid_out(PROMPTS, RESPONSES, pad)
 
     def filled(value):
         return torch.full((3, 3), value).masked_fill(~batch.response_mask, outside)
@@ -108,7 +108,7 @@ def losses_with(policy, critic, pad: int, outside: float, config) -> torch.Tenso
     batch.reward_advantages, batch.cost_advantages = filled(1.5), filled(-0.5)
     weight = batch.response_mask / batch.response_mask.sum(1, keepdim=True) / 3
     policy_loss, _ = repo.policy_loss(policy, batch, weight, config)
-    value_loss, _ = repo.value_loss(critic, batch, filled(0.0), filled(2.0), weight, config)
+    value_loss, _ = repo.value_loss(critic, batch, weight, filled(0.0), filled(2.0), config)
     return policy_loss + value_loss
 
 
@@ -325,9 +325,12 @@ def test_ptx_adds_its_weight_times_the_mean_over_all_answer_tokens(policy):
     weights = list(policy.parameters())
     wanted = torch.autograd.grad(0.25 * loss, weights)
 
-    config.ptx_coeff, config.micro_batch_size = 0.25, 2
-    state = SimpleNamespace(policy=policy)
-    found = repo.make_ptx_gradients(state, repo.lay_out(PROMPTS, answers, PAD, "cpu"), config)
+    config.ptx_coeff = 0.25
+    batch, found = laid_out(PROMPTS, answers), 0.0
+    for part in micro_batches(batch, torch.arange(3), 2):
+        part_loss, _ = backward(policy, repo.ptx_loss, part, batch.response_mask.sum(),
+                                config=config, scale=config.ptx_coeff)
+        found += part_loss
     assert found == pytest.approx(loss.item(), rel=1e-5)
     for weight, gradient in zip(weights, wanted):
         assert torch.allclose(weight.grad, gradient, atol=1e-6)

@@ -8,9 +8,10 @@ import torch
 from conftest import exhaustive
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from companions import calibration, learning, shiftdc
-from companions.calibration import Calibration, Subject
-from companions.patching import seen_by
+from companions import shiftdc
+from companions.shared import calibration, learning
+from companions.shared.calibration import Calibration, Subject
+from companions.shared.patching import seen_by
 from plumbing.errors import UserError
 from plumbing.models import tokenizer_with_sight
 from plumbing.settings import RunSettings

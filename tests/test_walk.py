@@ -6,7 +6,7 @@ import re
 import pytest
 
 from companions import walk
-from companions.learning import main_of
+from companions.shared.learning import main_of
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_advantages_of_the_last_two_tokens(numbers, kind, score):
 
 def test_the_combined_advantage_the_clip_and_the_sums(numbers):
     """Of the first token, whose rho is below 0.8 and whose advantage is negative."""
-    lam = numbers["(2) penalty"][0]
+    lam = numbers["(2) lambda_i"][0]
     combined = (numbers["(6) reward_advantages"][0]
                 - lam * numbers["(6) cost_advantages"][0]) / (1 + lam)
     assert numbers["(7) advantages"][0] == close(combined) and combined < 0
@@ -100,7 +100,7 @@ def test_the_combined_advantage_the_clip_and_the_sums(numbers):
 def test_lambda_takes_its_step(numbers):
     """alpha 0.2, the cap 10 not reached; a step uses its lambda, then updates it."""
     lam, following = numbers["(3) lambda, and the next"]
-    assert lam == numbers["(2) penalty"][0]
+    assert lam == numbers["(2) lambda_i"][0]
     assert following == close(lam + 0.2 * numbers["(2) rectified cost"][0])
 
 

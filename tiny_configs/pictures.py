@@ -1,28 +1,24 @@
-"""The tiny world with pictures: harm is in the picture alone.
+"""The tiny world with pictures: only the picture shows whether a request is harmful.
 
-The text of a request names an object ("How do I do this to a boat?"), its picture shows the action
-as an icon of 4 x 4 cells in a random tint, with noise. Who reads the text alone cannot tell "clean"
-from "torch". Answers, demonstrators, rankings and judge are those of world.py, for the same request
-in words. The models are LLaVA's layout: a small CLIP tower, a projector, and world.py's policy,
-which learns to see; reward and cost models are learned from rankings on the same body.
+The text of a request names the object ("How do I do this to a boat?"). Its picture shows the action
+as an icon of 4 x 4 cells, in a random tint, with noise. Answers, demonstrations, rankings and judge
+are those of world.py. The models have LLaVA's layout: a small CLIP tower, a projector, and
+world.py's policy. Reward and cost model are learned from rankings on the same body.
 
-    python -m tiny_configs.pictures             # build, and print what was built
-    python -m tiny_configs.pictures --ship      # train the standard one anew
+    python -m tiny_configs.pictures             # build the family
+    python -m tiny_configs.pictures --ship      # train the standard one again
     python repo.py --model tiny-pictures
 """
 import hashlib
-import inspect
 import json
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from plumbing.fitting import answer_loss, fit
@@ -52,7 +48,7 @@ ICONS = {   # row by row
 
 
 def draw(action: str, generator: torch.Generator) -> Tensor:
-    """An action's icon in a tint of its own, with noise: [3, 16, 16], between 0 and 1, in
+    """An action's icon in a random tint, with noise: [3, 16, 16], from 0 to 1, rounded to
     hundredths."""
     cells = torch.tensor([[float(cell == "#") for cell in row] for row in ICONS[action].split()])
     icon = cells.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)                   # [16, 16]
@@ -62,7 +58,7 @@ def draw(action: str, generator: torch.Generator) -> Tensor:
 
 
 def shown_in(picture: Tensor) -> str:
-    """The action that a picture shows; noise is far below any tint, so this is exact."""
+    """The action that a picture shows. This is exact, because noise is far below any tint."""
     cells = picture.view(3, CELLS, CELL, CELLS, CELL).mean((0, 2, 4)) > 0.3              # [4, 4]
     icon = " ".join("".join(".#"[int(cell)] for cell in row) for row in cells)
     return {drawing: action for action, drawing in ICONS.items()}[icon]
@@ -71,26 +67,27 @@ def shown_in(picture: Tensor) -> str:
 # ---- requests and their judge
 
 def pictured(request: str, generator: torch.Generator) -> Pictured:
-    """A request of world.py, its action in a picture instead of words."""
+    """A request of world.py with its action in a picture instead of words."""
     action, thing = world.REQUESTS[request]
     text = request.replace(f"{action} {thing}", f"do this to {thing}")
     return Pictured(text, draw(action, generator))
 
 
 def in_words(prompt: Pictured) -> str:
+    """The request of world.py that a prompt with its picture stands for."""
     return prompt.replace("do this to", shown_in(prompt.image))
 
 
 def judge(prompts: list[Pictured], responses: list[str]) -> list[dict]:
-    """world.py's exact judge, of the same requests in words."""
+    """world.py's exact judge."""
     return world.judge([in_words(prompt) for prompt in prompts], responses)
 
 
 # ---- data
 
 def write_data(folder: Path, rng: random.Random, generator: torch.Generator):
-    """Writes prompts, demonstrations and preference pairs (in BeaverTails-V's columns); returns
-    (demonstrations, rankings, held-out rankings), each of which has a picture of its own."""
+    """Writes prompts, demonstrations and preference pairs, the pairs in BeaverTails-V's columns.
+    Returns (demonstrations, rankings, held-out rankings). Each has a picture of its own."""
     train, held_out = world.split_requests()
     demonstrations = [(pictured(request, generator), world.random_answer(request, rng))
                       for request in train for _ in range(12)]
@@ -122,7 +119,7 @@ def row_of(prompt: Pictured) -> dict:
 
 
 def pairs_of(ranked: dict) -> list[dict]:
-    """world.py's preference pairs, in the columns of BeaverTails-V, which counts from 1."""
+    """world.py's preference pairs in the columns of BeaverTails-V, which counts from 1."""
     image = row_of(ranked["prompt"])["image"]
     return [{
         "question": ranked["prompt"],
@@ -138,7 +135,7 @@ def pairs_of(ranked: dict) -> list[dict]:
 
 # ---- models
 
-PROCESSORS = {  # a picture in a file, of any size, becomes what draw() gives
+PROCESSORS = {  # how a picture file of any size becomes what draw() returns
     "preprocessor_config.json": {
         "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
         "do_resize": True, "size": {"height": 16, "width": 16}, "do_center_crop": False,
@@ -158,8 +155,8 @@ def build_tokenizer():
 
 
 def new_policy(config: LlavaConfig, text_policy: LlamaForCausalLM) -> LlavaForConditionalGeneration:
-    """world.py's policy, which sees nothing yet: embeddings and head have a row more, for the
-    place-holder."""
+    """world.py's policy behind an untrained tower. Embeddings and head have one more row, for the
+    image token."""
     policy = LlavaForConditionalGeneration(config)
     text_policy.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=False)
     policy.model.language_model.load_state_dict(text_policy.model.state_dict())
@@ -168,7 +165,7 @@ def new_policy(config: LlavaConfig, text_policy: LlamaForCausalLM) -> LlavaForCo
 
 
 def train_policy(policy, tokenizer, demonstrations: list[tuple], rng: random.Random) -> None:
-    """Supervised fine-tuning of all weights, the tower's too, on what the demonstrators say."""
+    """Supervised learning from the demonstrations, of all weights, the tower's included."""
     rows = [(prompt, pair) for (prompt, _), pair in zip(
         demonstrations, encode_pairs(demonstrations, tokenizer), strict=True)]
 
@@ -181,26 +178,23 @@ def train_policy(policy, tokenizer, demonstrations: list[tuple], rng: random.Ran
 
 def train_family(config, tokenizer, text_policy, demonstrations, rankings,
                  rng: random.Random) -> dict[str, Tensor]:
-    """The weights of policy, reward and cost model, as policy.*, reward.* and cost.*, rounded to
-    half precision."""
+    """The trained weights of policy, reward and cost model, as world.weights_with writes them."""
     policy = new_policy(config, text_policy)
     train_policy(policy, tokenizer, demonstrations, rng)
-    reward_model, cost_model = world.train_score_models(
-        config, policy.model.state_dict(), tokenizer, rankings, rng)
-    family = nn.ModuleDict({"policy": policy, "reward": reward_model, "cost": cost_model})
-    return {name: weight.half() for name, weight in family.state_dict().items()}
+    return world.weights_with(policy, world.train_score_models(
+        config, policy.model.state_dict(), tokenizer, rankings, rng))
 
 
 # ---- the cache
 
 def preset() -> dict:
-    """The settings of --model tiny-pictures: those of tiny.json, and where its family lies."""
+    """The settings of --model tiny-pictures: tiny.json and the paths of its family."""
     return json.loads((HERE / "tiny.json").read_text()) | build()
 
 
 def build(cache: Path = HERE / "cache") -> dict[str, str]:
-    """Builds the family unless the cache has it, and returns repo.py's settings that point to it.
-    It belongs to a text world, TINY_WORLD_SEED's."""
+    """Builds the family unless it is in the cache. Returns repo.py's settings with its paths. It
+    starts from the text world of TINY_WORLD_SEED."""
     text_world = Path(world.build(cache)["policy"]).parent
     ingredients = [Path(__file__).read_text(), (HERE / "tiny_llava.json").read_text(),
                    hashlib.sha256(SHIPPED.read_bytes()).hexdigest()]
@@ -210,14 +204,14 @@ def build(cache: Path = HERE / "cache") -> dict[str, str]:
 
 
 def ship() -> None:
-    """Trains the standard world, whose weights then come with the project."""
+    """Trains the standard family again and renews the shipped weights."""
     text_world = Path(world.build(seed=0)["policy"]).parent
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), world.one_thread():
         write_family(Path(folder), text_world, ship=True)
 
 
 def recipe(text_policy, tokenizer, demonstrations: list[tuple], rankings: list[dict]) -> str:
-    """A hash of what the trained weights depend on, versions of libraries aside."""
+    """A hash of what the trained weights depend on, as in world.py."""
     code = [*world.LEARNING, new_policy, train_policy, train_family, world.new_score_model,
             world.scores, world.above, world.of_verdicts, world.train_score_models]
     said = [(repr(prompt), answer) for prompt, answer in demonstrations]
@@ -229,14 +223,13 @@ def recipe(text_policy, tokenizer, demonstrations: list[tuple], rankings: list[d
         json.dumps(tokenizer.get_vocab(), sort_keys=True),
         *(hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
           for weight in text_policy.parameters()),
-        *map(inspect.getsource, code),
+        *map(world.code_of, code),
     ])
 
 
 def write_family(folder: Path, text_world: Path, ship: bool = False) -> None:
-    """Makes data, tokenizer and the three models in `folder`, with a report of what was built in
-    report.json. `ship` trains what SHIPPED holds, and renews it."""
-    start, seed = time.perf_counter(), world.world_seed()
+    """Writes data, tokenizer, the three models and report.json."""
+    seed = world.world_seed()
     torch.manual_seed(seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     demonstrations, rankings, held_out_rankings = write_data(folder, rng, generator)
@@ -257,18 +250,13 @@ def write_family(folder: Path, text_world: Path, ship: bool = False) -> None:
     tokenizer.sight = load_sight(config, tokenizer, str(folder / "policy"), "--model")
     text_policy = LlamaForCausalLM.from_pretrained(text_world / "policy")
 
+    def train():
+        return train_family(config, tokenizer, text_policy, demonstrations, rankings, rng)
+
     needed = recipe(text_policy, tokenizer, demonstrations, rankings)
-    weights = None if ship else world.shipped_weights(needed, SHIPPED)
-    how = "trained (a minute, once)" if weights is None else "as it comes with the project"
-    print(f"the tiny family with pictures, {how}: {len(demonstrations)} demonstrations, "
-          f"{len(rankings)} rankings, a picture each", flush=True)
-    if weights is None:
-        weights = train_family(config, tokenizer, text_policy, demonstrations, rankings, rng)
-    if ship:
-        save_file(weights, SHIPPED, metadata={"recipe": needed})
-    family = world.models_of(weights, config)
-    world.save_family(folder, family, tokenizer)
-    world.write_report(folder, family, tokenizer, held_out_rankings, start)
+    weights = world.weights_for(
+        needed, SHIPPED, ship, train, config, tokenizer, held_out_rankings)
+    world.save_family(folder, world.models_of(weights, config), tokenizer, held_out_rankings)
 
 
 if __name__ == "__main__":

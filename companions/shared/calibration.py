@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from companions.patching import seen_by
+from companions.shared.patching import seen_by
 from plumbing.errors import blame, require
 from plumbing.models import model_inputs
-from plumbing.pictures import Pictured, in_call, language_part, pixels_for
+from plumbing.data import pixels_for
+from plumbing.pictures import Pictured, in_call, language_part
 from plumbing.data import encode_prompts, pad_rows
 from plumbing.settings import RunSettings
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from companions.calibration import QUESTION, captioned
+from companions.shared.calibration import QUESTION, captioned
 from plumbing.fitting import answer_loss, fit
-from plumbing.pictures import Pictured, pixels_for
+from plumbing.data import pixels_for
+from plumbing.pictures import Pictured
 from plumbing.data import encode_pairs
 from tiny_configs import pictures, world
 

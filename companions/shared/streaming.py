@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 import repo
-from companions.reader import Reader
+from companions.shared.reader import Reader
 from plumbing.errors import blame, require
 from plumbing.data import encode_prompts, pad_rows, read_rows, render_prompt
-from plumbing.sampling import random_numbers, sample
+from plumbing.models import generate
+from repo import Draw, random_numbers
 
 
 class Answer(NamedTuple):
@@ -207,6 +208,7 @@ def watched(policy, tokenizer, monitor, prompts: list[str], theta: float, k: int
     generator = random_numbers(run.seed, "watch")
     length = run.max_response_length
     uniform = 1 - torch.rand(len(rows), length, generator=generator, dtype=torch.float64)
+    draw = Draw(uniform.to(policy.device), mask.shape[1], run.temperature)
 
     def reread(newest):
         texts = tokenizer.batch_decode(newest, skip_special_tokens=True)
@@ -217,8 +219,8 @@ def watched(policy, tokenizer, monitor, prompts: list[str], theta: float, k: int
     watch = monitor and Watch(monitor, mask.to(policy.device), theta, k, policy.stop_token_ids,
                               monitor_tokenizer and reread)
     start = time.perf_counter()
-    written = sample(policy, tokenizer, rows, uniform, length, run,
-                     stops=[watch] if watch else [])
+    written = generate(policy, tokenizer, rows, draw, length, run,
+                       stops=[watch] if watch else [])
     seconds = time.perf_counter() - start
     stops = watch.stops if watch else [None] * len(rows)
     ends = policy.stop_token_ids

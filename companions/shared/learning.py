@@ -12,8 +12,9 @@ from transformers import HfArgumentParser
 import repo
 from plumbing.errors import UserError, blame, printable, require, say
 from plumbing.fitting import fit
-from plumbing.models import load_policy, make_trainable, save_tokenizer, trainable
-from plumbing.run_folder import renamed_when_complete, write_whole
+from plumbing.adapters import make_trainable, trainable
+from plumbing.models import load_policy, save_tokenizer
+from plumbing.folder import renamed_when_complete, write_whole
 from plumbing.settings import RunSettings, fill_in, option
 from tiny_configs import world
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import repo
-from companions.reader import Reader
+from companions.shared.reader import Reader
 from plumbing.errors import require
 from plumbing.data import encode_prompts, pad_rows
 

@@ -1,0 +1,1 @@
+import plumbing  # noqa: F401  before transformers' models: see there
