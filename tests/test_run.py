@@ -375,7 +375,7 @@ def test_a_folder_belongs_to_one_run_and_a_second_run_moves_the_first_aside(run,
 
         def score(prompts, responses):
             try:
-                fcntl.flock(os.open({str(out)!r}, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(os.open({str(out)!r}, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:  # while another process has it
                 return [0.0] * len(responses)
     """)
@@ -386,7 +386,7 @@ def test_a_folder_belongs_to_one_run_and_a_second_run_moves_the_first_aside(run,
         assert json.loads((tmp_path / name / "config.json").read_text())["seed"] == seed
 
     descriptor = os.open(out, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is free again
+    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # it is free again
     for more in ((), ("--resume",), ("--eval_only",)):
         code, _, printed = run(*flags, *more)
         assert code == 2 and "another run is writing there" in printed
