@@ -85,7 +85,7 @@ def run(settings: GuardSettings) -> dict:
     policy, guard = policy.to(as_run.device), Scorer("cost", tokenizer, as_run)
     if not guard.function:
         guard.model.to(as_run.device)
-    judge = settings.judge and load_function(settings.judge, "--judge", as_run.scorer_timeout)
+    judge = settings.judge and load_function(settings.judge, "--judge")
     prompts = load_prompts(settings.dataset, tokenizer=tokenizer,
                            max_length=as_run.max_prompt_length)[:settings.max_prompts]
     prompts = [prompt for prompt in prompts for _ in range(settings.samples or 1)]

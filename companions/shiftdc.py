@@ -135,7 +135,7 @@ def run(settings: ShiftSettings) -> dict:
     model, tokenizer = load_policy(as_run)
     require(tokenizer.sight, f"--model {settings.model}: sees no pictures")
     layers = calibrated_layers(model, settings.layers, f"--model {settings.model}")
-    judge = settings.judge and load_function(settings.judge, "--judge", as_run.scorer_timeout)
+    judge = settings.judge and load_function(settings.judge, "--judge")
     rows = []
     for name in ("safe", "unsafe", "prompts"):
         source = getattr(settings, name)

@@ -174,7 +174,7 @@ def damage_of(checkpoint: Path) -> str | None:
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32",
     "save_every", "keep_checkpoints", "sample_every", "eval_only", "micro_batch_size",
-    "scorer_timeout", "max_bad_steps", "confidence", "log_to",
+    "max_bad_steps", "confidence", "log_to",
 }
 
 

@@ -1,7 +1,6 @@
-"""How the project speaks to its user: one sentence for what is wrong, plain lines for the rest."""
+"""What the project tells its user: one sentence for an error, plain lines for the rest."""
 import difflib
 import os
-import re
 import signal
 import sys
 import traceback
@@ -14,17 +13,12 @@ from plumbing.ranks import RANK, RANKS, from_all_ranks, has_lost_a_rank
 
 
 class UserError(Exception):
-    """Something in the user's input that one sentence can mend: main() prints the sentence and
-    returns the code."""
+    """A mistake in the user's input. main() prints the sentence and returns the code."""
 
     def __init__(self, sentence: str, code: int = 2, on_all_ranks: bool = False):
         super().__init__(sentence)
         self.code = code
-        self.on_all_ranks = on_all_ranks  # raised by all in the same place
-
-
-class TimeUp(BaseException):
-    """No Exception, so that a function which catches those cannot go on hanging."""
+        self.on_all_ranks = on_all_ranks  # all ranks raise it in the same place
 
 
 def require(condition, sentence: str) -> None:
@@ -35,13 +29,14 @@ def require(condition, sentence: str) -> None:
 
 @contextmanager
 def blame(what: str, file: str = ""):
-    """Turns whatever a library or a user's code raises inside into one sentence, with the line of
-    the user's file where there is one. That another rank is lost stays what it is."""
+    """Turns whatever a library or a user's code raises inside into one sentence, with the line
+    number in the user's file if the error came from there. The loss of another rank stays what it
+    is."""
     try:
         yield
-    except (UserError, KeyboardInterrupt, TimeUp):
+    except (UserError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # a user's sys.exit() too, and a panic in Rust
+    except BaseException as error:  # also a user's sys.exit(), and a panic in Rust
         first = first_failure(error)
         if has_lost_a_rank(first):
             raise first from None
@@ -50,7 +45,7 @@ def blame(what: str, file: str = ""):
 
 @contextmanager
 def failing_together():
-    """Where all ranks come: a UserError that some raise inside is raised by all, who can then still
+    """All ranks run the body. If some raise a UserError there, all raise it, so that they can still
     save together."""
     failed = {}
     try:
@@ -66,7 +61,7 @@ def failing_together():
 
 
 def first_failure(error: BaseException) -> BaseException:
-    """What is behind an exception that says no more than on which rank."""
+    """The error behind an exception that only says on which rank it occurred."""
     if isinstance(error, CheckpointException):
         error, _ = next(iter(error.failures.values()))
     return error
@@ -83,74 +78,35 @@ def reason(error: BaseException, file: str) -> str:
 
 
 def say(text: str) -> None:
-    """Prints on rank 0, above a progress bar if there is one."""
+    """Prints on rank 0, above a progress bar if there is one. A closed pipe ends no run."""
     if RANK == 0:
-        tqdm.write(printable(text), file=sys.stdout)
-
-
-class LastingStream:
-    """Standard output or error that outlives its reader: what comes after `| head` has seen enough
-    goes nowhere, for a run is there for its files."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except BrokenPipeError:
-            self.go_nowhere()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except BrokenPipeError:
-            self.go_nowhere()
-
-    def go_nowhere(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())  # what is still in a buffer, too
-        os.close(nowhere)
-
-
-def outlive_readers() -> None:
-    """For a script's first line: a closed pipe ends nothing and says nothing."""
-    sys.stdout, sys.stderr = LastingStream(sys.stdout), LastingStream(sys.stderr)
+        with suppress(BrokenPipeError):
+            tqdm.write(printable(text), file=sys.stdout)
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: what would steer it, escape codes or a reversed reading order, is
-    spelled out. Lines stay lines, and joined emoji whole."""
+    """Text for a terminal. Characters that would steer it, such as escape codes or a reversed
+    reading order, are spelled out. Line breaks and joined emoji stay."""
     return "".join(
         character if character.isprintable() or character in "\n\u200d" else ascii(character)[1:-1]
         for character in text
     )
 
 
-def did_you_mean(words, known) -> str:
-    """" (did you mean --steps?)" for words that resemble known settings, else ""."""
-    names = [re.match("[^=/:]*", word.lstrip("-"))[0] for word in words]
-    near = []
-    for name in names:
-        match = difflib.get_close_matches(name, known, 1)
-        if name not in known and match and match[0] not in near:
-            near += match
-    return f" (did you mean {', '.join(f'--{name}' for name in near)}?)" if near else ""
+def did_you_mean(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean --{near[0]}?)" if near else ""
 
 
 @contextmanager
 def ctrl_c_waits():
-    """Inside it a first Ctrl-C is noted in the list that it gives, for whoever looks there after a
-    whole step; a second one ends the process at once."""
+    """Inside it a first Ctrl-C only adds to the list that it yields, so that the step can finish. A
+    second Ctrl-C ends the process at once."""
     pressed = []
 
     def note(*_):
         pressed.append(True)
-        with suppress(OSError):  # whoever read it may be gone
+        with suppress(OSError):  # a closed pipe
             if RANK == 0:
                 os.write(2, b"\nCtrl-C: this step will be finished and saved; a second Ctrl-C ends "
                             b"at once, with nothing saved\n")
@@ -158,5 +114,5 @@ def ctrl_c_waits():
 
     signal.signal(signal.SIGINT, note)
     yield pressed
-    # After an error it stays as it is, so that nobody breaks off the checkpoint that follows.
+    # After an error the handler stays, so that Ctrl-C cannot break off the checkpoint that follows.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -129,7 +129,7 @@ class Scorer:
         self.config = config
         self.function, self.same_tokens = None, False
         if is_function(self.source):
-            self.function = load_function(self.source, self.flag, config.scorer_timeout)
+            self.function = load_function(self.source, self.flag)
             return
 
         self.model = load_pretrained(

@@ -5,9 +5,11 @@ field's help is its documentation, and its default stands nowhere else.
 """
 import json
 import re
+import shutil
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import distributed
@@ -15,7 +17,7 @@ from transformers import HfArgumentParser
 
 from plumbing.curves import check_log_to
 from plumbing.errors import UserError, blame, did_you_mean, require
-from plumbing.ranks import PATIENCE, RANKS, rank_0_first
+from plumbing.ranks import RANKS, rank_0_first
 from plumbing.folder import has_metrics, holds_run
 
 
@@ -46,8 +48,6 @@ class RunSettings:
     ptx_dataset: str | None = option(None, "supervised prompt-answer pairs for the PTX loss")
     judge: str | None = option(None, "FILE.py:function(prompts, responses) -> dicts of bools: "
                                      "safe, refused, harmful_prompt")
-    scorer_timeout: float = option(600.0, "seconds that a call of a score function or judge may "
-                                          "take")
     trust_remote_code: bool = option(False, "let checkpoints bring their own Python code; for the "
                                             "command line only, no --config turns it on")
     max_prompt_length: int = option(384, "tokens; longer prompts are left out, and counted aloud")
@@ -164,24 +164,75 @@ def resolve(config_class, argv: list[str], worlds: dict):
     return config
 
 
-def make_parser(config_class):
-    parser = HfArgumentParser(
-        config_class, allow_abbrev=False,
-        description="Most defaults are those of Safe RLHF's published run; a preset overrides "
-                    "them (tiny: tiny_configs/tiny.json).",
-    )
-    parser.add_argument("--config", help="a json file of settings; a run's own config.json will do")
+GROUPS = {  # of --help: title -> its first setting; the others follow in the order of the fields
+    "models and data": "model",
+    "method": "algo",
+    "computing": "seed",
+    "evaluation and planning": "eval_samples",
+    "run folder": "output_dir",
+}
 
-    def refuse(message: str) -> None:
-        near = did_you_mean(re.findall("--[^ ]+", message), names_of(config_class))
-        raise UserError(f"{message}{near}; python repo.py --help lists the settings")
 
-    parser.error = refuse
+class Parser(HfArgumentParser):
+    """Settings as flags, with a --help in groups. A mistake raises UserError."""
+
+    def __init__(self, config_class, command: str, description: str, groups: dict):
+        super().__init__(config_class, allow_abbrev=False, description=description)
+        self.command, self.groups = command, groups
+        self.names = list(config_class.__dataclass_fields__)
+
+    def error(self, message: str) -> NoReturn:
+        _, is_unknown, word = message.partition("unrecognized arguments: --")
+        near = did_you_mean(re.split("[ =]", word)[0], self.names) if is_unknown else ""
+        raise UserError(f"{message}{near}; {self.command} --help lists the settings")
+
+    def format_help(self) -> str:
+        width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+        usage = f"usage: {self.command} [--FLAG VALUE ...]"
+        lines = [usage, "", *textwrap.wrap(self.description, width)]
+        help_of = {action.dest: action for action in self._actions}
+        starts = {first: title for title, first in self.groups.items()}
+        sections, title = {title: [] for title in self.groups}, ""
+        for name in self.names:
+            title = starts.get(name, title)
+            sections.setdefault(title, []).extend(described(help_of[name], width))
+        for title, described_settings in sections.items():
+            lines += ["", *([f"{title}:"] if title else []), *described_settings]
+        return "\n".join(lines) + "\n"
+
+
+def described(action, width: int) -> list[str]:
+    """The lines of a setting in --help."""
+    text = (action.help or "") % {"default": action.default}
+    if action.default is not None and action.default is not False and "default" not in text:
+        text += f" [{action.default}]"
+    lines = textwrap.wrap(text, width - 30)
+    flag = f"  --{action.dest} {value_of(action)}"
+    if len(flag) > 29:
+        lines.insert(0, "")
+    return [f"{flag:30}{lines[0]}".rstrip(), *(" " * 30 + line for line in lines[1:])]
+
+
+def value_of(action) -> str:
+    """What stands behind a flag in --help."""
+    if action.choices:
+        return "|".join(map(str, action.choices))
+    if action.const is True:
+        return ""
+    names = {int: "N", float: "X", str: "NAME", None: "NAME"}
+    name = names.get(action.type, "true|false")
+    return f"[{name}]" if action.const else name
+
+
+def make_parser(config_class) -> Parser:
+    parser = Parser(
+        config_class, "python repo.py",
+        "Most defaults are those of Safe RLHF's published run. A preset overrides them: "
+        "tiny_configs/tiny.json does so for --model tiny.", GROUPS)
+    parser.add_argument("--config", help="a json file of settings, such as a run's config.json")
+    parser.names.insert(parser.names.index("model"), "config")
+    parser.groups = GROUPS | {"models and data": "config"}
     return parser
-
-
-def names_of(config_class) -> list[str]:
-    return [*config_class.__dataclass_fields__, "config"]
 
 
 def given_in(parser, words: list[str]) -> dict:
@@ -197,10 +248,9 @@ def given_in_file(parser, path: str) -> dict:
     """The settings of a json file, checked as the same words on a command line would be."""
     with blame(f"--config {path}: not a file with a json object of settings"):
         settings = {**json.loads(Path(path).read_text())}
-    known = names_of(parser.dataclass_types[0])
-    unknown = sorted(settings.keys() - {*known, "environment"})
-    require(not unknown, f"--config {path}: there is no setting {', '.join(unknown)}"
-                         f"{did_you_mean(unknown, known)}; python repo.py --help lists them")
+    for name in settings.keys() - {*parser.names, "environment"}:
+        raise UserError(f"--config {path}: there is no setting {name}"
+                        f"{did_you_mean(name, parser.names)}; python repo.py --help lists them")
     return given_in(parser, as_words(without(settings, *NOT_FROM_A_FILE)))
 
 
@@ -303,9 +353,6 @@ def is_empty(folder: Path) -> bool:
 
 
 def check_machine(config) -> None:
-    require(RANKS == 1 or config.scorer_timeout < PATIENCE,
-            f"--scorer_timeout {config.scorer_timeout:g}: with several ranks it must be below "
-            f"{PATIENCE}, for so many seconds the others wait")
     check_log_to(config)
     require(RANKS == 1 or config.dry_run or distributed.is_initialized(),
             "WORLD_SIZE is set, so there should be several ranks; start them with torchrun")

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import repo
+from plumbing import runs
 from plumbing.errors import printable
 from plumbing.data import render_prompt
 
@@ -100,13 +101,6 @@ FUNCTIONS = """
     def one(p, r):
         return 3.0
 
-    def hangs(p, r):
-        import time
-        while True:
-            try:
-                time.sleep(60)
-            except Exception:
-                pass
 
     def exits(p, r):
         raise SystemExit(0)
@@ -383,9 +377,6 @@ CASES = [
      "imports.py:score: cannot be loaded "
      "(ModuleNotFoundError: No module named 'no_such_package', line 1)"),
     ("--reward_model {}/missing.py:score", "missing.py:score: cannot be loaded (FileNotFoundError"),
-    ("--cost_model {}/f.py:hangs --scorer_timeout 0.2",
-     "f.py:hangs: no answer within --scorer_timeout 0.2 seconds"),
-    ("--judge {}/f.py:hangs --scorer_timeout 0.2", "no answer within --scorer_timeout 0.2 seconds"),
     ("--judge {}/f.py:absent", "f.py has no function absent"),
     ("--judge {}/f.py:nan", "must return dicts with the bools safe, refused and harmful_prompt"),
     ("--judge {}/f.py", "f.py: should be FILE.py:function"),
@@ -417,7 +408,7 @@ def test_bad_input_is_one_sentence_and_code_2_and_nothing_is_written(
 def test_an_error_is_found_before_models_are_loaded(run, made, monkeypatch):
     """Of a run whose policy takes minutes to load, a bad file, function or folder is told in its
     first seconds."""
-    monkeypatch.setattr(repo, "load_policy", lambda config: pytest.fail("loaded the policy"))
+    monkeypatch.setattr(runs, "load_policy", lambda config: pytest.fail("loaded the policy"))
     for flags in (
         "--dataset {}/broken.jsonl",
         "--judge {}/broken.py:score",

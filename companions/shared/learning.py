@@ -7,7 +7,6 @@ from pathlib import Path
 
 import datasets
 import transformers
-from transformers import HfArgumentParser
 
 import repo
 from plumbing.errors import UserError, blame, printable, require, say
@@ -15,7 +14,7 @@ from plumbing.fitting import fit
 from plumbing.adapters import make_trainable, trainable
 from plumbing.models import load_policy, save_tokenizer
 from plumbing.folder import renamed_when_complete, write_whole
-from plumbing.settings import RunSettings, fill_in, option
+from plumbing.settings import Parser, RunSettings, fill_in, option
 from tiny_configs import world
 
 
@@ -147,13 +146,8 @@ def picture(file: Path, inches: tuple[float, float], draw) -> None:
 def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | None = None) -> int:
     """Settings from the command line, run(settings) -> figures, --json. `tiny`: the settings of
     --model tiny, where that is a model. Returns 0, 2 after a UserError, 130 after Ctrl-C."""
-    parser = HfArgumentParser(settings_class, allow_abbrev=False,
-                              description=settings_class.__doc__)
-
-    def refuse(message: str) -> None:
-        raise UserError(f"{message}; --help lists the settings")
-
-    parser.error = refuse
+    name = Path(sys.argv[0]).stem
+    parser = Parser(settings_class, f"python -m companions.{name}", settings_class.__doc__, {})
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:

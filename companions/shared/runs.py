@@ -40,7 +40,7 @@ CURVES = {  # metric -> its panel's title
 
 OF_ONE_RUN = {  # no part of a method: runs that differ in these alone may be averaged
     "seed", "output_dir", "resume", "environment", "sample_every", "save_every",
-    "keep_checkpoints", "dry_run", "gpu_memory", "scorer_timeout", "max_bad_steps",
+    "keep_checkpoints", "dry_run", "gpu_memory", "max_bad_steps",
 }
 
 
