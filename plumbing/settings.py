@@ -188,7 +188,8 @@ class Parser(HfArgumentParser):
 
     def format_help(self) -> str:
         width = min(shutil.get_terminal_size((100, 24)).columns, 100)
-        lines = [f"usage: {self.command} [--FLAG VALUE ...]", "", *textwrap.wrap(self.description, width)]
+        usage = f"usage: {self.command} [--FLAG VALUE ...]"
+        lines = [usage, "", *textwrap.wrap(self.description, width)]
         help_of = {action.dest: action for action in self._actions}
         starts = {first: title for title, first in self.groups.items()}
         sections, title = {title: [] for title in self.groups}, ""
