@@ -81,9 +81,7 @@ def test_the_update_is_left_out_and_the_batch_kept(run, monkeypatch, what, numbe
     assert code == 0 and printed.count("the rest of this step is skipped") == 1
 
     rows, batch = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "bad-batch-2.jsonl")
-    assert [row["step"] for row in rows] == [1, 2]
-    assert rows[1]["bad"] and "loss" not in rows[1]
-    assert bad_steps(out) == [False, True]
+    assert [row["step"] for row in rows] == [1, 2] and bad_steps(out) == [False, True]
     assert len(batch) == 8
     assert all(set(row) >= {"prompt", "response", "reward", "cost"} for row in batch)
     if what in ("reward", "cost"):
