@@ -181,7 +181,7 @@ def test_a_machine_with_other_settings_is_refused(hosts, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("file, says", [
-    ("{ROOT}/plumbing/tables.py", "rank 1 has plumbing/tables.py "),
+    ("{ROOT}/plumbing/reports.py", "rank 1 has plumbing/reports.py "),
     ("{FAMILY}/train.jsonl", "rank 1 has prompts and PTX pairs "),
 ])
 def test_a_machine_with_other_code_or_data_is_refused(hosts, family, tmp_path, file, says):

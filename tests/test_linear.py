@@ -13,7 +13,7 @@ from torch._library.custom_ops import OPDEFS
 import kernels
 from kernels import linear, reference
 from kernels.bench import peak_memory
-from plumbing.alive import Alive
+from alive import Alive
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 CHUNK = 4

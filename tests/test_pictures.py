@@ -209,7 +209,7 @@ def test_turns_before_a_picture_and_no_turn_for_it(loaded):
                     prompt.image)
     assert render_prompt(chat, tokenizer).startswith(
         "BEGINNING OF CONVERSATION: USER: be nice\n\n<image>\none ASSISTANT:two")
-    with pytest.raises(UserError, match="has a picture, and nothing of a user's to put it to"):
+    with pytest.raises(UserError, match="has a picture, but no message of the user"):
         render_prompt(Pictured("\n\nSystem: be nice", prompt.image), tokenizer)
 
 
@@ -499,7 +499,7 @@ def test_pictures_that_do_not_fit_are_refused_in_a_sentence(loaded, tmp_path, mo
             pixels_for(tokenizer, load_prompts(str(file), tokenizer=tokenizer))
 
     says([good, {"prompt": "p", "image": None}], "1 of its 2 rows have no image")
-    says([good], "the model sees none", text_tokenizer)
+    says([good], "the model reads none", text_tokenizer)
     says([{"prompt": "p", "image": "none.png"}], "there is no picture 'none.png'")
     says([{"prompt": "p", "image": [[[0.5]]]}], r"has the shape \[1, 1, 1\]")
     says([{"prompt": "p", "image": [[[0.5], [0.5, 0.5]]], "other": None}], "is no picture")
@@ -524,7 +524,7 @@ def test_who_cannot_see_is_not_trained_blindly(seeing, family, tmp_path, capsys,
             "preferences": lambda: load_preferences(
                 str(folder / "preferences.jsonl"), "--data", "cost", tokenizer, 512),
         }[what]
-        with pytest.raises(UserError, match="its prompts have pictures, and the model sees none"):
+        with pytest.raises(UserError, match="its prompts have pictures, and the model reads none"):
             call()
         return
     if what == "monitor":

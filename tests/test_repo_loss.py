@@ -9,8 +9,12 @@ import math
 import pytest
 import torch
 
+from conftest import laid_out, tiny_config
+from transformers import LlamaForCausalLM
+
 import kernels
 import repo
+from plumbing.models import Head
 
 
 def random_tokens(n, seed=0, dtype=torch.float32, device="cpu"):
@@ -195,3 +199,41 @@ def test_only_log_probs_have_a_gradient(device):
         loss.backward()
         assert log_probs.grad is not None
         assert all(tensor.grad is None for tensor in data)
+
+
+# ---- the script's own lines of (7) and (8), and the fused function in their place
+
+
+@pytest.mark.parametrize("scale, soft_cap", [(1.0, 0.0), (0.5, 0.0), (1.0, 3.0)])
+def test_script_and_kernel_give_the_same_loss_gradients_and_statistics(
+    device, monkeypatch, tokenizer, scale, soft_cap
+):
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(tiny_config(tokenizer)).to(device)
+    policy.fused_head = Head(scale, soft_cap)
+    batch = laid_out([[0, 4, 5], [0, 9]], [[7, 8, 1], [5, 1]])
+    for name, value in list(vars(batch).items()):
+        setattr(batch, name, value.to(device) if torch.is_tensor(value) else value)
+    mask = batch.response_mask
+    config = repo.Config(clip_range=0.2, temperature=0.7)
+    with torch.no_grad():
+        now = repo.response_log_probs(policy, batch, config.temperature)
+    moved = now + torch.tensor([0.5, -0.5, 0.1, -0.1, 0.0], device=device)  # clipped, and not
+    batch.log_probs = torch.zeros(2, 3, device=device).masked_scatter(mask, moved)
+    batch.reward_advantages, batch.cost_advantages = torch.randn(2, 2, 3, device=device)
+    batch.lambdas = torch.tensor([0.5, 3.0], device=device)
+    weight = mask / mask.sum(1, keepdim=True) / 2
+
+    results, used = [], []
+    fused = repo.fused_policy_loss
+    monkeypatch.setattr(repo, "fused_policy_loss", lambda *given: used.append(1) or fused(*given))
+    for by_triton in (True, False):
+        monkeypatch.setattr(repo, "runs_triton", lambda tensor, by_triton=by_triton: by_triton)
+        policy.zero_grad()
+        loss, statistics = repo.policy_loss(policy, batch, weight, config)
+        loss.backward()
+        results.append([loss.detach(), *(statistics[name] for name in sorted(statistics)),
+                        *(parameter.grad.clone() for parameter in policy.parameters())])
+    assert used == [1]
+    for by_kernel, by_script in zip(*results):
+        assert torch.allclose(by_kernel, by_script, rtol=1e-4, atol=1e-6)
