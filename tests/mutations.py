@@ -168,8 +168,6 @@ BUGS = [
     Bug("repo.py", "repo_loss", "fused: lambda of another response",
         "batch.cost_advantages[mask], batch.lambdas[row],",
         "batch.cost_advantages[mask], batch.lambdas[0 * row],"),
-    Bug("plumbing/runs.py", "numbers", "bad numbers: their gradients stay",
-        "        state.optimizer.zero_grad()", "        pass"),
     Bug("plumbing/training.py", "groups run", "critics: of a cost that has no weight",
         'if config.algo in ("gate", "ppo"):', "if False:"),
     Bug("repo.py", "rollout ranks", "w_t: per batch, not per response",
