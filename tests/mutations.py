@@ -258,7 +258,7 @@ BUGS = [
     Bug("repo.py", "rollout", "sampling: the temperature is dropped",
         "(scores / self.temperature).double()", "scores.double()"),
     Bug("repo.py", "rollout ranks", "sampling: numbers go by length, not by row",
-        "draw = Draw(uniform[rows].to", "draw = Draw(uniform[:len(rows)].to"),
+        "draw = Draw(uniform[rows].to", "draw=Draw(uniform[:len(rows)].to"),
     Bug("repo.py", "run ranks", "sampling: every step draws the same numbers",
         "collect(state, repeated, config, key=state.step)", "collect(state, repeated, config)"),
     Bug("repo.py", "run", "evaluation: other numbers before and after",
