@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from companions.shared import learning
-from plumbing.confidence import wilson
+from plumbing.reports import wilson
 from plumbing.errors import say
 from plumbing.fitting import cost_loss, preference_loss, scores_of
 from plumbing.adapters import merged

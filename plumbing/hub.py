@@ -1,4 +1,5 @@
-"""Whether the Hugging Face hub answers: asked once, before its libraries ask again and again."""
+"""Whether the Hugging Face hub answers. This is asked once, because its libraries retry for
+minutes. """
 from contextlib import suppress
 from functools import cache
 from threading import Thread
@@ -6,20 +7,20 @@ from threading import Thread
 import datasets
 from huggingface_hub import constants, get_session
 
-SECONDS = 5  # within which it has to give any answer
+SECONDS = 5  # until a hub without any answer counts as offline
 
 
 @cache
 def check_hub() -> None:
-    """Lets the hub's libraries look into their cache alone if the hub gives no answer: they would
-    try for minutes, name by name, before they do."""
+    """If the hub does not answer, sets its libraries to offline, so that they use only their cache.
+    Otherwise they would retry for minutes, for every name."""
     answers = []
 
     def ask():
-        with suppress(Exception):  # whatever it is: no answer
+        with suppress(Exception):  # any error means no answer
             answers.append(get_session().head(constants.ENDPOINT, timeout=SECONDS))
 
-    # In a thread, for the search of an address knows no timeout.
+    # In a thread, because looking up an address has no timeout.
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(SECONDS)

@@ -177,16 +177,18 @@ def memory_terms(models, config, longest: Longest, checkpointing: bool) -> dict:
         copies = size == 2 and not config.lora_rank
         learning = 2 * max(map(numel, trained)) if copies else 0
     parameters = sum(map(numel, trained))
+    kept, one_layer = max(
+        activations(model.config.get_text_config(), rows * longest.row, checkpointing, config)
+        for _, model in models.trained_models())
     return {
         "weights": whole / RANKS,
         "optimiser": 2 * 4 * parameters / RANKS,  # AdamW's two moments, in fp32
         "gradients": 4 * parameters / RANKS,
         "weights in use, learning": learning,
         "weights in use, sampling": sampling,
-        "activations": max(activations(model.config.get_text_config(), rows * longest.row,
-                                       checkpointing, config)
-                           for _, model in models.trained_models()),
-        "loss chunk": loss_chunk(policy, rows * (longest.row - longest.prompt), config),
+        "activations kept": kept,
+        "of one layer, or the loss": max(
+            one_layer, loss_chunk(policy, rows * (longest.row - longest.prompt), config)),
         "KV cache": 2 * policy.num_hidden_layers * kv_width(policy) * responses * longest.row
         * size,
         "logits of sampling": 4 * 4 * responses * policy.vocab_size,  # four copies, in fp32
@@ -195,32 +197,35 @@ def memory_terms(models, config, longest: Longest, checkpointing: bool) -> dict:
 
 
 def total(terms: dict) -> float:
-    """Weights and optimiser are always there. Rollout and learning come one after the other, and so
-    do a policy's loss and its backward."""
-    learning = (terms["gradients"] + terms["weights in use, learning"]
-                + max(terms["activations"], terms["loss chunk"]))
-    rollout = (terms["weights in use, sampling"] + terms["KV cache"]
-               + terms["logits of sampling"])
+    """Weights and optimiser are always there. Rollout and learning come one after the other."""
+    learning = sum(terms[name] for name in (
+        "gradients", "weights in use, learning", "activations kept", "of one layer, or the loss"))
+    rollout = sum(terms[name] for name in (
+        "weights in use, sampling", "KV cache", "logits of sampling"))
     return terms["weights"] + terms["optimiser"] + terms["reserve"] + max(learning, rollout)
 
 
-def activations(model_config, tokens: int, checkpointing: bool, config) -> float:
-    """Bytes of a micro-batch's forward and backward through one model's layers. In numbers per
-    token, for hidden size H, width K of the keys, MLP width I and L layers:
+def activations(model_config, tokens: int, checkpointing: bool, config) -> tuple[float, float]:
+    """Bytes of a micro-batch's activations in one model: (kept from forward to backward, of the
+    layer that is in its backward). In numbers per token, for hidden size H, width K of the keys,
+    MLP width I and L layers:
 
-        L (10 H + 2 K + 4 I)               a layer keeps the inputs of its products and norms
-        L H + 12 H + 2 K + 6 I             with checkpointing: each layer's input, and one layer
+        kept   L (10 H + 2 K + 4 I)    the inputs of products and norms
+               L H                     with checkpointing: each layer's input
+        layer  8 H                     the gradients on their way
+               12 H + 2 K + 6 I        with checkpointing: what is made again, and its gradients
 
     Attention keeps its inputs and its output, as flash attention does. The factors were fitted to
-    traced forwards of Llamas: within 7 % with bf16, up to 20 % above fp32's.
+    traced forwards of Llamas: the sum is within 7 % in bf16, and up to 20 % above it in fp32.
     """
     h, k, layers = model_config.hidden_size, kv_width(model_config), model_config.num_hidden_layers
     i = getattr(model_config, "intermediate_size", None) or 4 * h
-    per_token = layers * (10 * h + 2 * k + 4 * i)
+    kept, one_layer = layers * (10 * h + 2 * k + 4 * i), 8 * h
     if checkpointing:
-        per_token = layers * h + 12 * h + 2 * k + 6 * i
-    one_gradient = 0 if config.lora_rank else h * i  # of the largest weight, before it is summed
-    return (per_token * tokens + one_gradient) * bytes_per_number(config)
+        kept, one_layer = layers * h, 12 * h + 2 * k + 6 * i
+    size = bytes_per_number(config)
+    gradient = 0 if config.lora_rank else h * i  # of the largest weight, before it is summed
+    return kept * tokens * size, (one_layer * tokens + gradient) * size
 
 
 def loss_chunk(policy, tokens: int, config) -> float:

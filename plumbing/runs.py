@@ -17,7 +17,7 @@ from tqdm import tqdm
 from plumbing import metrics
 from plumbing.adapters import trainable
 from plumbing.checkpoints import find_checkpoint, resume, save_after, save_checkpoint, save_final
-from plumbing.curves import open_curves
+from plumbing.reports import open_curves
 from plumbing.data import (
     cyclic_batch,
     hash_of_data,
@@ -38,7 +38,7 @@ from plumbing.functions import load_function, verdicts_of
 from plumbing.machines import check_machines
 from plumbing.models import check_sources, load_policy, load_tokenizer
 from plumbing.ranks import LOCAL_RANK, RANK, RANKS, all_reduce, has_lost_a_rank, join_ranks, sharded
-from plumbing.tables import (
+from plumbing.reports import (
     bounds_text,
     by_category,
     categories_table,

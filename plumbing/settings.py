@@ -1,7 +1,7 @@
 """The command line: settings from defaults, presets, files and flags, checked before anything runs.
 
-The settings of the method are fields of repo.Config, which adds them to those of running here. A
-field's help is its documentation, and its default stands nowhere else.
+repo.Config adds the settings of the method to the settings of running, which are here. A field's
+help is its documentation. Its default stands nowhere else.
 """
 import json
 import re
@@ -15,20 +15,20 @@ import torch
 from torch import distributed
 from transformers import HfArgumentParser
 
-from plumbing.curves import check_log_to
+from plumbing.reports import check_log_to
 from plumbing.errors import UserError, blame, did_you_mean, require
 from plumbing.ranks import RANKS, rank_0_first
 from plumbing.folder import has_metrics, holds_run
 
 
 def option(default, help: str, **argument):
-    """A field with its help, and more arguments for argparse if it needs any."""
+    """A field with its help, and further arguments for argparse."""
     return field(default=default, metadata={"help": help, **argument})
 
 
 @dataclass
 class RunSettings:
-    """What a run reads, how it computes, what it writes."""
+    """Settings of what a run reads, how it computes and what it writes."""
 
     # ---- models and data
     model: str = option("tiny", "a preset (tiny, tiny-pictures, alpaca-7b, llama-3.2-3b), or the "
@@ -96,7 +96,7 @@ class RunSettings:
                                    "0 = never")
 
     def policy_flag(self) -> str:
-        """The flag that named the policy, for sentences about it."""
+        """The flag that named the policy."""
         if self.policy == self.model:
             return "--model"
         return "--eval_only" if self.policy == self.eval_only else "--policy"
@@ -106,7 +106,7 @@ class RunSettings:
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
-SAFE_RLHF = {  # of Safe RLHF's published PPO-Lag run, but for the last two
+SAFE_RLHF = {  # as in Safe RLHF's published PPO-Lag run, except for the last two
     "reward_model": "PKU-Alignment/beaver-7b-v1.0-reward",
     "cost_model": "PKU-Alignment/beaver-7b-v1.0-cost",
     "dataset": "PKU-Alignment/PKU-SafeRLHF:train",
@@ -129,11 +129,9 @@ MAY_BE_ZERO = ("lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff"
 
 
 def resolve(config_class, argv: list[str], worlds: dict):
-    """A config_class from defaults < preset of --model < --config < command line.
-
-    worlds[preset]() builds a tiny world and returns its settings. Raises UserError for anything
-    unknown, missing or out of range.
-    """
+    """A config_class from defaults, the preset of --model, --config and the command line; later
+    sources override earlier ones. worlds[preset]() builds a tiny world and returns its settings.
+    Raises UserError for a setting that is unknown, missing or out of range."""
     parser = make_parser(config_class)
     flags = given_in(parser, argv)
     file, evaluated = flags.pop("config", None), flags.get("eval_only")
@@ -152,7 +150,7 @@ def resolve(config_class, argv: list[str], worlds: dict):
     is_path = model.startswith((".", "/", "~"))
     require(not is_path or Path(model).expanduser().is_dir(), f"--model {model}: no such folder")
 
-    with rank_0_first():  # whatever the model: ranks may differ in it, and are told so later
+    with rank_0_first():  # for every model, because ranks may differ in it until they are compared
         preset = worlds[model]() if model in worlds else PRESETS.get(model, {})
     preset = given_in(parser, as_words(preset))
     config = config_class(**layered(preset, saved, flags))
@@ -236,7 +234,7 @@ def make_parser(config_class) -> Parser:
 
 
 def given_in(parser, words: list[str]) -> dict:
-    """The settings that some words of a command line name, and no others."""
+    """Only the settings that some words of a command line name."""
     parser.parse_args(words)  # --help shows the defaults, so it comes before they are taken away
     [config_class] = parser.dataclass_types
     parser.set_defaults(**dict.fromkeys(config_class.__dataclass_fields__))
@@ -245,7 +243,7 @@ def given_in(parser, words: list[str]) -> dict:
 
 
 def given_in_file(parser, path: str) -> dict:
-    """The settings of a json file, checked as the same words on a command line would be."""
+    """The settings of a json file, checked like flags."""
     with blame(f"--config {path}: not a file with a json object of settings"):
         settings = {**json.loads(Path(path).read_text())}
     for name in settings.keys() - {*parser.names, "environment"}:
@@ -263,7 +261,7 @@ def without(settings: dict, *names: str) -> dict:
 
 
 def layered(*layers: dict) -> dict:
-    """All layers' settings; a later one wins, and its data take away what belonged to others."""
+    """All layers' settings. A later layer wins, and its data remove settings for other data."""
     settings = {}
     for layer in layers:
         if "dataset" in layer:
@@ -280,7 +278,7 @@ def fill_in(config) -> None:
     config.policy = config.policy or config.model
     config.device = config.device or ("cuda" if has_gpu or config.dry_run else "cpu")
     if not config.dtype:
-        # --dry_run may plan here for a GPU that is elsewhere: one with bf16, then.
+        # --dry_run may plan for a GPU elsewhere, and assumes that it has bf16.
         gpu_has_bf16 = not has_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
         uses_bf16 = config.device == "cuda" and gpu_has_bf16
         config.dtype = "bfloat16" if uses_bf16 else "float32"
@@ -296,7 +294,7 @@ def fill_in(config) -> None:
 
 def check_numbers(config) -> None:
     for name, value in vars(config).items():
-        if type(value) not in (int, float):  # a bool is none
+        if type(value) not in (int, float):  # a bool is not a number here
             continue
         if name == "threshold":
             fits, wanted = True, "a finite number"
@@ -308,9 +306,9 @@ def check_numbers(config) -> None:
 
 
 def check_together(config) -> None:
-    """What no setting alone can tell: something missing, or two that exclude each other."""
-    require(config.confidence <= 0.9999,
-            f"--confidence {config.confidence}: must be at most 0.9999")
+    """Checks settings that depend on each other."""
+    require(0.5 < config.confidence <= 0.9999,
+            f"--confidence {config.confidence}: must be above 0.5, and at most 0.9999")
     require(config.algo != "gate" or config.gate_penalty <= 50,
             f"--gate_penalty {config.gate_penalty}: token rewards are clamped to 50")
     for name in ("reward_model", "cost_model", "dataset"):
@@ -339,7 +337,7 @@ def check_together(config) -> None:
 
 
 def check_folder(config) -> None:
-    """Raises UserError if --output_dir holds no run to resume, or something that is no run."""
+    """Raises UserError if --output_dir holds no run to resume, or holds something else."""
     out = Path(config.output_dir)
     require(config.resume != "newest" or out.is_dir(),
             f"--resume: there is no run in {out}; check --output_dir, or start without --resume")
@@ -348,7 +346,7 @@ def check_folder(config) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """But for what a process that was killed at once may have left there."""
+    """Whether a folder is empty, apart from temporary files of a killed process."""
     return folder.is_dir() and all(path.match(".*.json.tmp") for path in folder.iterdir())
 
 

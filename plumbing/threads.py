@@ -1,9 +1,9 @@
-"""How many CPU threads a process takes, and how they wait for each other.
+"""How many CPU threads a process uses, and how they wait for each other.
 
-The threads of small products spin while they wait. Where another process needs the core, whoever
-is waited for does not get it: beside two busy processes a run on two cores took six times as long.
-So they spin briefly, and there are as many of them as cores were free while torch was imported.
-What the user has set stays. To be imported before torch, which reads these variables once.
+Threads of small products spin while they wait. If another process needs the core, the spinning
+takes it away: beside two busy processes a run on two cores took six times as long. So threads spin
+only briefly, and there are as many as cores were free while torch was imported. Variables that the
+user has set stay. Import this before torch, which reads the variables once.
 """
 import os
 import time
@@ -11,12 +11,12 @@ from pathlib import Path
 
 
 def seconds_of_all_processes() -> float | None:
-    """How long the cores have worked since the machine began; None where Linux does not tell."""
+    """How long all cores have worked since the machine started. None if there is no /proc/stat."""
     try:
         times = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
     except OSError:
         return None
-    user, nice, system, _, _, *interrupts = map(int, times)  # the others: idle, waiting for disks
+    user, nice, system, _, _, *interrupts = map(int, times)  # without idle and disk wait
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 
 def busy_cores() -> float | None:
-    """How many cores other processes have kept busy since this module was imported."""
+    """How many cores other processes kept busy since this module was imported."""
     started, all_before, own_before = STARTED
     if all_before is None:
         return None
@@ -38,7 +38,7 @@ def busy_cores() -> float | None:
 
 
 def fit_threads() -> None:
-    """Gives torch as many threads as there are free cores, at least one."""
+    """Sets torch's threads to the number of free cores, at least one."""
     busy = busy_cores()
     if "OMP_NUM_THREADS" in os.environ or busy is None:
         return

@@ -12,7 +12,7 @@ from conftest import ROOT, exhaustive
 import repo
 from companions import compare
 from plumbing.errors import UserError
-from plumbing.tables import summarize
+from plumbing.reports import summarize
 from tiny_configs import world
 
 COMPENSATING = [[-8.0, -8.0], [-8.0, -6.0], [3.0, 3.0], [2.0, -1.0]]
