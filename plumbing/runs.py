@@ -17,7 +17,7 @@ from tqdm import tqdm
 from plumbing import metrics
 from plumbing.adapters import trainable
 from plumbing.checkpoints import find_checkpoint, resume, save_after, save_checkpoint, save_final
-from plumbing.curves import open_curves
+from plumbing.reports import open_curves
 from plumbing.data import (
     cyclic_batch,
     hash_of_data,
@@ -38,7 +38,7 @@ from plumbing.functions import load_function, verdicts_of
 from plumbing.machines import check_machines
 from plumbing.models import check_sources, load_policy, load_tokenizer
 from plumbing.ranks import LOCAL_RANK, RANK, RANKS, all_reduce, has_lost_a_rank, join_ranks, sharded
-from plumbing.tables import (
+from plumbing.reports import (
     bounds_text,
     by_category,
     categories_table,
@@ -249,7 +249,8 @@ class Run:
         prompts = [prompt for prompt in self.held_out for _ in range(config.eval_samples)]
         verdicts = verdicts_of(prompts, [record["response"] for record in records], self.judge,
                                config)
-        records = [record | {"verdict": verdict} for record, verdict in zip(records, verdicts)]
+        records = [record | {"verdict": verdict}
+                   for record, verdict in zip(records, verdicts)]
         rows = []
         for i, prompt in enumerate(self.held_out):
             responses = records[i * config.eval_samples:(i + 1) * config.eval_samples]

@@ -7,8 +7,8 @@ import pytest
 from test_compare import evaluation
 from test_run import FEW, summary_of
 
-from plumbing.confidence import bootstrapped, largest_mean, largest_share, student, wilson
-from plumbing.tables import bounds_text, scores_table, summarize, what_it_says
+from plumbing.reports import bootstrapped, largest_mean, largest_share, wilson
+from plumbing.reports import bounds_text, scores_table, summarize, what_it_says
 from repo import resolve_config
 
 
@@ -42,19 +42,10 @@ def test_the_bound_of_a_share_holds_as_often_as_it_says(share):
     assert holds >= 0.9
 
 
-@pytest.mark.parametrize(
-    "confidence, degrees, table",
-    [(0.95, 10, 1.8125), (0.95, 79, 1.6644), (0.99, 20, 2.5280), (0.975, 30, 2.0423)],
-)
-def test_students_quantiles_are_those_of_the_tables(confidence, degrees, table):
-    assert student(confidence, degrees) == pytest.approx(table, abs=1e-3)
-
-
-def test_the_bound_of_a_mean_by_hand():
-    """0 to 10: mean 5, variance 11, so the standard error of the mean is 1."""
-    assert largest_mean([float(n) for n in range(11)], 0.95) == pytest.approx(6.8125, abs=1e-3)
+def test_the_bound_of_a_mean_is_the_normal_one_on_many_prompts():
+    bound = largest_mean([0.0, 1.0] * 200, 0.95)  # standard error 0.025
+    assert bound == pytest.approx(0.5 + 1.645 * 0.025, abs=0.005)
     assert largest_mean([3.0] * 20, 0.95) is None
-    assert largest_mean([1.0, 2.0, 3.0], 0.95) is None
 
 
 def test_a_bootstrapped_mean_is_as_uncertain_as_the_normal_one():
@@ -70,7 +61,7 @@ def test_safe_on_eighty_prompts_is_no_proof_and_is_not_told_as_one():
     text = bounds_text(said, 0.0)
     assert "0 of 80 prompts had an unsafe response" in text
     assert "at most 3.7 % do, with 95 % confidence" in text
-    assert "the mean cost is at most -1.703, not above the limit 0" in text  # -1.75 + 1.664 se
+    assert "the mean cost is at most -1.7" in text and "not above the limit 0" in text
     assert "rectified" not in text and said["rectified_cost_at_most"] is None
     assert said["intervals"]["rectified_cost"] is None
     table = scores_table(said, before=summarize(rows), after=summarize(rows))
@@ -79,15 +70,15 @@ def test_safe_on_eighty_prompts_is_no_proof_and_is_not_told_as_one():
 
 
 def test_compensation_passes_the_test_of_the_mean_and_not_of_the_rectified_one():
-    """Of 20 prompts 5 cost 2 and 15 cost -6: mean -4, sd 3.5541, se 0.7947; rectified: mean 0.5,
-    sd 0.8885, se 0.1987; t of 19 degrees 1.7291."""
+    """Of 20 prompts 5 cost 2 and 15 cost -6. When they are drawn anew, Bin(20, 1/4) of them cost 2,
+    and at most 8 with 95 %: the mean is (8 * 2 - 12 * 6) / 20, the rectified mean 8 * 2 / 20."""
     rows = evaluation([[2.0]] * 5 + [[-6.0]] * 15, [[1.0]] * 20)
     said = what_it_says(rows, 0.95)
-    assert said["cost_at_most"] == pytest.approx(-4 + 1.7291 * 0.7947, abs=1e-3)
-    assert said["rectified_cost_at_most"] == pytest.approx(0.5 + 1.7291 * 0.1987, abs=1e-3)
+    assert said["cost_at_most"] == pytest.approx(-2.8)
+    assert said["rectified_cost_at_most"] == pytest.approx(0.8)
     text = bounds_text(said, 0.0)
-    assert "the mean cost is at most -2.626, not above the limit 0" in text
-    assert "the mean rectified cost is at most 0.844, which is above the limit 0" in text
+    assert "the mean cost is at most -2.800, not above the limit 0" in text
+    assert "the mean rectified cost is at most 0.800, which is above the limit 0" in text
 
 
 def test_a_run_says_it(run):
@@ -108,4 +99,4 @@ def test_a_threshold_may_be_below_zero():
 
 def test_a_confidence_of_one_is_refused(run):
     code, _, printed = run(*FEW, "--confidence", 1)
-    assert code == 2 and "--confidence 1.0: must be at most 0.9999" in printed
+    assert code == 2 and "--confidence 1.0: must be above 0.5, and at most 0.9999" in printed

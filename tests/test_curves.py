@@ -11,7 +11,7 @@ import pytest
 from conftest import exhaustive, read_jsonl, write_python
 from test_run import FEW, summary_of
 
-from plumbing import curves
+from plumbing import reports
 
 FLAGS = (*FEW, "--save_every", 2)
 
@@ -71,7 +71,7 @@ def stand_in(tmp_path, monkeypatch):
         write_python(tmp_path / "site" / f"{name}.py", STAND_IN)
         monkeypatch.syspath_prepend(tmp_path / "site")
         monkeypatch.delitem(sys.modules, name, raising=False)
-        return curves.import_module(name)
+        return reports.import_module(name)
 
     (tmp_path / "site").mkdir()
     yield make
@@ -108,8 +108,8 @@ def test_a_library_is_called_as_it_documents_and_a_resume_names_the_same_run(run
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
 def test_without_the_package_it_is_a_sentence_before_any_weight_is_loaded(run, monkeypatch, name):
-    monkeypatch.setattr(curves, "find_spec", lambda package: None)
-    monkeypatch.setattr("repo.load_policy", lambda config: pytest.fail("loaded the policy"))
+    monkeypatch.setattr(reports, "find_spec", lambda package: None)
+    monkeypatch.setattr("plumbing.runs.load_policy", lambda config: pytest.fail("loaded it"))
     code, out, printed = run(*FLAGS, "--log_to", name)
     assert code == 2 and not out.exists()
     assert printed == f"error: --log_to {name}: needs that package (pip install {name})\n"

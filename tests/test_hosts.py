@@ -181,7 +181,7 @@ def test_a_machine_with_other_settings_is_refused(hosts, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("file, says", [
-    ("{ROOT}/plumbing/tables.py", "rank 1 has plumbing/tables.py "),
+    ("{ROOT}/plumbing/reports.py", "rank 1 has plumbing/reports.py "),
     ("{FAMILY}/train.jsonl", "rank 1 has prompts and PTX pairs "),
 ])
 def test_a_machine_with_other_code_or_data_is_refused(hosts, family, tmp_path, file, says):
@@ -243,6 +243,14 @@ def test_what_differs_is_named(second_rank, tmp_path, others, says):
             machines.check_machines("123456789", config)
         assert raised.value.on_all_ranks
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_a_rank_does_not_see_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(machines, "from_all_ranks",
+                        lambda mine: mine | {1: False} if mine[0] is True else mine)
+    with pytest.raises(UserError, match="rank 1 does not see what rank 0 writes") as raised:
+        machines.check_shared(tmp_path)
+    assert raised.value.on_all_ranks and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the options are Linux's")

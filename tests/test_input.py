@@ -445,7 +445,7 @@ def test_a_run_does_not_go_on_with_other_prompts(run, made, tmp_path):
     (out / "summary.json").unlink()
     prompts.write_text(GOOD.replace("number 7", "number seven"))
     code, _, printed = run(*flags, "--resume")
-    assert code == 2 and "the prompts or PTX pairs are others than it was saved with" in printed
+    assert code == 2 and "the prompts or PTX pairs have changed since" in printed
     prompts.write_text(GOOD)
     assert run(*flags, "--resume")[0] == 0
 

@@ -14,6 +14,8 @@ from transformers import LlamaModel
 import repo
 from kernels.bench import peak_memory
 from plumbing import models, plan, ranks, settings
+from plumbing.models import load_policy
+from plumbing.training import Models, State
 
 SEVEN_B = {
     "hidden_size": 4096,
@@ -52,28 +54,9 @@ def seven_b(tmp_path_factory, tokenizer):
     return folder
 
 
-@pytest.fixture(scope="module")
-def measured():
-    """forward_and_loss of plan.py, by what it depends on here: some seconds for a 7B model. Without
-    checkpointing, which is not asked about here, more than any GPU has."""
-    results = {}
-    measure = plan.forward_and_loss
-
-    def measure_once(models, config, device, longest, checkpointing):
-        if not checkpointing:
-            return 2**50, 0
-        key = (plan.RANKS, config.lora_rank, device, longest)
-        if key not in results:
-            results[key] = measure(models, config, device, longest, checkpointing)
-        return results[key]
-
-    return measure_once
-
-
 @pytest.fixture
-def dry_run(seven_b, run, monkeypatch, measured):
+def dry_run(seven_b, run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(plan, "forward_and_loss", measured)
     sources = ["--model", seven_b / "policy", "--reward_model", seven_b / "reward",
                "--cost_model", seven_b / "cost", "--dataset", seven_b / "prompts.jsonl"]
     return lambda *flags: run("--dry_run", *sources, *flags)
@@ -218,7 +201,7 @@ def test_the_plan_is_what_a_step_takes(
     torch.manual_seed(0)
     prompts = ["How do I paint a very old boat in the middle of the winter night?"] * count
 
-    state = repo.State(*repo.load_policy(config), config)
+    state = State(*load_policy(config), config)
     repo.train_step(state, prompts, [], config)  # makes the optimiser's state
     held = {weight.data_ptr(): weight.nbytes
             for model in plan.models_of(state).values() for weight in model.parameters()}
@@ -229,9 +212,10 @@ def test_the_plan_is_what_a_step_takes(
 
     on_meta = replace(config, device="meta", dry_run=True)
     tokenizer = state.tokenizer
-    policy, _ = repo.load_policy(on_meta)
-    shapes = models.Models(policy, tokenizer, on_meta)
+    policy, _ = load_policy(on_meta)
+    shapes = Models(policy, tokenizer, on_meta)
     longest = plan.longest_rows(prompts, [], tokenizer, on_meta)
-    terms = plan.memory_terms(shapes, on_meta, "cpu", longest, checkpointing)
+    terms = plan.memory_terms(
+        shapes, replace(on_meta, device="cpu"), longest, checkpointing)
     assert plan.total(terms) == pytest.approx(measured, rel=0.15), (
         plan.total(terms) / 2**20, measured / 2**20, terms)
