@@ -76,7 +76,8 @@ def test_help_shows_own_settings_before_common_ones(capsys):
     assert re.match(r"usage: python -m \S+ \[WORD ...\] \[--flag", printed)
     assert "\n\nA few settings.\n" in printed
     assert re.findall(r"^  --(\w+)", printed, re.M) == [
-        "words", "prompt", "share", "rounds", "theta", "json", "device", "seed", "trust_remote_code"]
+        "words", "prompt", "share", "rounds", "theta",
+        "json", "device", "seed", "trust_remote_code"]
 
 
 @pytest.mark.parametrize("module, settings, usage", [
