@@ -24,7 +24,7 @@ BYTES_OF = {
     "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16,
 }
 
-SCALARS = "temperature", "soft_cap", "lowest_ratio", "highest_ratio", "gradient_scale"
+SCALARS = "temperature", "soft_cap", "lowest_ratio", "highest_ratio"
 
 GROUP = 8  # logits in 16 bytes: bf16
 ROW = {"LANES": rows.LANES, "GROUP": GROUP, "CAPPED": False}
