@@ -28,35 +28,21 @@ def settings(**changes):
 # ---- (3)
 
 
-def test_lambda_rises_by_the_mean_violation_and_never_falls():
-    costs = torch.tensor([2.0, -10.0, 1.0, -3.0])  # {C}+ is 2, 0, 1, 0: mean 0.75
-    assert repo.update_lambda(1.0, costs, settings()) == pytest.approx(1.075)
-    higher = settings(threshold=1.5)  # {C - 1.5}+ is 0.5, 0, 0, 0
-    assert repo.update_lambda(1.0, costs, higher) == pytest.approx(1.0125)
-    assert repo.update_lambda(4.95, costs, settings()) == 5.0
-    assert repo.update_lambda(1.0, torch.tensor([-50.0, -1.0]), settings()) == 1.0
-
-
-def test_lambda_of_ppo_lag_follows_the_mean_in_both_directions():
-    lag = settings(algo="ppo_lag")
-    rising = repo.update_lambda(2.0, torch.tensor([3.0, 1.0]), lag)
-    falling = repo.update_lambda(2.0, torch.tensor([-3.0, -1.0]), lag)
-    assert rising == pytest.approx(2.0 * math.exp(0.1 * 2.0 * 2.0))
-    assert falling == pytest.approx(2.0 * math.exp(-0.4))
-    above = repo.update_lambda(2.0, torch.tensor([3.0, 1.0]), settings(algo="ppo_lag", threshold=3))
-    assert above == pytest.approx(2.0 * math.exp(0.1 * 2.0 * -1.0))  # a mean of 2 is below d = 3
-
-
-def test_lambda_of_ppo_lag_falls_by_compensation_and_is_capped_without_overflow():
-    one_violation = torch.tensor([4.0, -6.0])
-    assert repo.update_lambda(2.0, one_violation, settings(algo="ppo_lag")) < 2.0
-    fast = settings(algo="ppo_lag", lambda_lr=100.0)
-    assert repo.update_lambda(4.0, torch.tensor([50.0]), fast) == 5.0
-
-
-@pytest.mark.parametrize("algo", ["ppo", "gate"])
-def test_ppo_and_gate_have_no_lambda(algo):
-    assert repo.update_lambda(2.0, torch.tensor([4.0]), settings(algo=algo)) == 0.0
+@pytest.mark.parametrize("changes, lam, costs, wanted", [
+    ({}, 1.0, [2.0, -10.0, 1.0, -3.0], 1.075),  # {C}+ is 2, 0, 1, 0: mean 0.75
+    ({"threshold": 1.5}, 1.0, [2.0, -10.0, 1.0, -3.0], 1.0125),  # {C - 1.5}+ is 0.5, 0, 0, 0
+    ({}, 4.95, [2.0, -10.0, 1.0, -3.0], 5.0),
+    ({}, 1.0, [-50.0, -1.0], 1.0),  # it never falls
+    ({"algo": "ppo_lag"}, 2.0, [3.0, 1.0], 2 * math.exp(0.1 * 2 * 2)),
+    ({"algo": "ppo_lag"}, 2.0, [4.0, -6.0], 2 * math.exp(0.1 * 2 * -1)),  # by compensation
+    ({"algo": "ppo_lag", "threshold": 3.0}, 2.0, [3.0, 1.0], 2 * math.exp(0.1 * 2 * -1)),
+    ({"algo": "ppo_lag", "lambda_lr": 100.0}, 4.0, [50.0], 5.0),  # without overflow
+    ({"algo": "ppo"}, 2.0, [4.0], 0.0),
+    ({"algo": "gate"}, 2.0, [4.0], 0.0),
+])
+def test_lambda_after_a_step(changes, lam, costs, wanted):
+    found = repo.update_lambda(lam, torch.tensor(costs), settings(**changes))
+    assert found == pytest.approx(wanted)
 
 
 # ---- (2): which cost enters the returns, and which lambda_i the loss
@@ -181,17 +167,14 @@ def test_gae_by_hand():
 
 def test_what_stands_outside_the_mask_changes_nothing():
     rewards, values, mask = random_batch(2)
-    before = repo.gae(rewards, values, mask)
-    rewards_beside = rewards.masked_fill(~mask, 1e6)
-    values_beside = values.masked_fill(~mask, float("nan"))
-    after = repo.gae(rewards_beside, values_beside, mask)
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    score = torch.ones(5, dtype=torch.float64)
 
-    log_probs, ref, score = rewards, values, torch.ones(5, dtype=torch.float64)
-    log_probs_beside = log_probs.masked_fill(~mask, float("inf"))
-    before = repo.shape_rewards_and_costs(score, score, log_probs, ref, mask, 0.1)
-    after = repo.shape_rewards_and_costs(score, score, log_probs_beside, ref, mask, 0.1)
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    def all_results(rewards, values):
+        shaped = repo.shape_rewards_and_costs(score, score, rewards, values, mask, 0.1)
+        return *repo.gae(rewards, values, mask), *shaped
+
+    beside = rewards.masked_fill(~mask, math.inf), values.masked_fill(~mask, math.nan)
+    assert all(map(torch.equal, all_results(rewards, values), all_results(*beside)))
 
 
 # ---- (7) (8)
