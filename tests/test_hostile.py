@@ -13,6 +13,7 @@ from test_run import FEW
 
 import repo
 from companions import compare
+from companions.shared import command
 from plumbing.checkpoints import damage_of, sha256
 from plumbing.errors import UserError
 from plumbing.models import check_sources, load_policy
@@ -229,7 +230,7 @@ def test_what_steers_a_terminal_is_spelled_out(run, tmp_path, capsys, monkeypatc
     config = tmp_path / "a" / "config.json"  # the table shows settings in which two runs differ
     config.write_text(json.dumps(json.loads(config.read_text()) | {"judge": HOSTILE}))
     words = [tmp_path / "a", tmp_path / "b", "--out", tmp_path / "seen"]
-    assert compare.main([*map(str, words)]) == 0
+    assert command.main(compare.CompareSettings, compare.run, [*map(str, words)]) == 0
     seen = capsys.readouterr().out
     assert "\\x1b" in seen and not set(seen) & STEERING
 
