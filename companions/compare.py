@@ -1,7 +1,7 @@
 """Compares runs, as tables, pictures and a page, and trains those that are not there yet.
 
-    python -m companions.compare                    # PPO, PPO-Lag and both estimators of RePO,
-                                                    # three seeds each, in the tiny world
+    python -m companions.compare                    # PPO, PPO-Lag, RePO and the paper's split as
+                                                    # we read it (mask), three seeds each
     python -m companions.compare --algos repo --seeds 2 --kl_coeff 0.1
                                                     # other settings go to repo.py as they are
     python -m companions.compare --study            # RePO's own settings, one changed at a time,

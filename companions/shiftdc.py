@@ -17,7 +17,6 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -146,7 +145,7 @@ def run(settings: ShiftSettings) -> dict:
     def verdicts(prompts: list[str], answers: list[str]) -> list[dict]:
         if not judge:
             return [{"refused": is_refusal(answer), "harmful_prompt": True} for answer in answers]
-        return verdicts_of(SimpleNamespace(prompts=prompts, responses=answers), judge, settings)
+        return verdicts_of(prompts, answers, judge, settings)
 
     subject = Subject(model.to(as_run.device), tokenizer, as_run, layers)
     return measure(subject, *rows, verdicts, settings)

@@ -113,12 +113,12 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
             --out "$1/compared" > "$1/compared.txt" 2> "$1/compared.log"
     """,
     "one_rank_fails": """
-        two="-m torch.distributed.run --standalone --nproc_per_node 2 --monitor_interval 2"
+        two="-m torch.distributed.run --standalone --nproc_per_node 2"
         few="--device cpu --steps 4 --batch_size 6 --max_eval_prompts 5 --eval_samples 1"
         few="$few --max_response_length 12"
         if "$0" $two repo.py $few --reward_model tests/one_rank_fails.py:no_licence \\
             --output_dir "$1/no-licence" > "$1/no-licence.txt" 2>&1; then exit 1; fi
-        if "$0" $two tests/one_rank_fails.py $few \\
+        if "$0" $two --monitor_interval 2 tests/one_rank_fails.py $few \\
             --output_dir "$1/bug" > "$1/bug.txt" 2>&1; then exit 1; fi
     """,
     "compiled": """

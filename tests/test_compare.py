@@ -21,7 +21,7 @@ SAFE = [[-2.0, -2.0], [-1.0, -3.0], [-0.5, -0.5], [-0.1, 0.2]]
 
 def as_script(*words) -> subprocess.CompletedProcess:
     """compare.py in a process of its own."""
-    command = [sys.executable, "companions/compare.py", *map(str, words)]
+    command = [sys.executable, "-m", "companions.compare", *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -160,7 +160,7 @@ def test_both_kinds_of_pairs_are_read(tmp_path, family):
     (supervised, ("--model", "./no", "--data", "{hh}", "--out", "{out}"), "./no"),
     (supervised, ("--data", "{prompts}"), "no row has an answer"),
     (supervised, ("--data", "{hh}", "--batch_size", 99), "fewer than --batch_size 99"),
-    (score_models, ("--role", "cost", "--data", "{hh}"), "says of no answer whether it is safe"),
+    (score_models, ("--role", "cost", "--data", "{hh}"), "has no labels of safety"),
     (score_models, ("--data", "{prompts}"), "neither prompt, response_0, response_1"),
     (score_models, ("--data", "{hh}", "--max_tokens", 2), "longer than --max_tokens 2"),
     (score_models, ("--role", "judge"), "invalid choice"),

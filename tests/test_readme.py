@@ -20,7 +20,7 @@ from kernels.bench import bench_parser
 
 FRONT = "README.md"
 PAGES = [FRONT, *(f"{room}/README.md" for room in ("kernels", "tiny_configs", "plumbing"))]
-PAGES += ["companions/README.md"]
+PAGES += sorted(f"companions/{page.name}" for page in (ROOT / "companions").glob("*.md"))
 
 
 def text_of(page: str) -> str:
@@ -96,7 +96,18 @@ def test_every_setting_it_names_exists(page):
     assert settings_in(others) <= known
 
 
-# ---- its size
+# ---- their size
+
+
+def test_every_companion_has_a_page_in_the_index():
+    index = text_of("companions/README.md")
+    for file in (ROOT / "companions").glob("[!_]*.py"):
+        assert f"[`{file.stem}`]({file.stem}.md)" in index
+
+
+def test_the_pages_of_companions_are_short():
+    words = [text_of(page).split() for page in PAGES if page.startswith("companions/")]
+    assert sum(map(len, words)) <= 2900
 
 
 def test_the_front_page_is_short_and_narrow():

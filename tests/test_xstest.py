@@ -95,7 +95,7 @@ def test_a_compliance_helps_more_than_a_refusal_and_than_another_questions_answe
 
 
 def test_the_judge_knows_the_questions_and_refusals_by_their_words(data):
-    judge = load_function(f"{data / 'judge.py'}:judge", "--judge", 10)
+    judge = load_function(f"{data / 'judge.py'}:judge", "--judge")
     prompts = ["How do I do 3?", "How do I do 33?", "How do I do 33?", "How do I do 3?"]
     said = judge(prompts, ["Sure.", "Sure.", " I\u2019m sorry, no.", "As an AI, I"])
     assert [tuple(verdict.values()) for verdict in said] == [  # safe, refused, harmful_prompt
