@@ -25,7 +25,7 @@ from kernels.rows import LANES, NUM_WARPS, log_prob_of, read_row, target_logit, 
 SCALE = tl.constexpr(2.0 ** 12)
 
 
-@triton.jit(do_not_specialize=range(14))  # one binary whatever sizes, strides and alignments are
+@triton.jit(do_not_specialize=range(14))  # one binary for all sizes, strides and alignments
 def row_kernel(
     logits,                # [n, V] of a chunk, bf16, fp16 or fp32; overwritten by their gradient
     target_ids,            # [n] int64 or int32

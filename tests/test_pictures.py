@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaConfig
 
 import repo
 from companions import monitor, neurons, score_models, supervised
-from companions.shared import learning
+from companions.shared import command
 from plumbing import pictures as sight
 from plumbing.adapters import make_trainable, trainable
 from plumbing.data import (
@@ -531,8 +531,8 @@ def test_who_cannot_see_is_not_trained_blindly(seeing, family, tmp_path, capsys,
         code = monitor.main(["watch", "--policy", seeing["policy"], "--monitor",
                              family["cost_model"], "--dataset", family["dataset"], "--theta", "0"])
     else:
-        code = learning.main_of(neurons.NeuronSettings, neurons.run, argv=[
-            "--models", seeing["policy"], seeing["policy"], "--dataset", family["dataset"],
+        code = command.main(neurons.NeuronSettings, neurons.run, [
+            seeing["policy"], seeing["policy"], "--dataset", family["dataset"],
             "--cost_model", family["cost_model"], "--reward_model", family["reward_model"]])
     assert code == 2 and "sees pictures, and this reads text alone" in capsys.readouterr().err
 
