@@ -53,8 +53,10 @@ TALK = [
 ]
 ANSWERED = [*TALK, {"role": "assistant", "content": "four"}]
 TRANSCRIPT = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three"
-HH = {"chosen": TRANSCRIPT + "\n\nAssistant: four", "rejected": "\n\nHuman: one\n\nAssistant: no"}
-HH_OF_ONE_TURN = {"chosen": "\n\nHuman: only\n\nAssistant: yes", "rejected": "x"}
+HH = [
+    {"chosen": TRANSCRIPT + "\n\nAssistant: four", "rejected": "\n\nHuman: one\n\nAssistant: no"},
+    {"chosen": "\n\nHuman: only\n\nAssistant: yes", "rejected": "x"},
+]
 PKU = {
     "prompt": "p", "response_0": "a", "response_1": "b",
     "is_response_0_safe": True, "is_response_1_safe": False,
@@ -71,7 +73,7 @@ HARMBENCH = [
 FORMATS = {  # rows of a file, and what is read from them
     "pku.jsonl.gz": ([PKU, PKU | {"prompt": "q", "better_response_id": 0}],
                      [("p", "b"), ("q", "a")]),
-    "hh.jsonl": ([HH, HH_OF_ONE_TURN], [(TRANSCRIPT, "four"), ("only", "yes")]),
+    "hh.jsonl": (HH, [(TRANSCRIPT, "four"), ("only", "yes")]),
     "alpaca.json": (ALPACA, [("do", "ok"), ("add\n1 2", "3")]),
     "list.json": ({"instructions": ["a", "b"]}, [("a", None), ("b", None)]),
     "tuned.json": ({"inputs": [], "tags": ["x", "y"], "instructions": ["a", "b"]},
