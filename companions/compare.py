@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import repo
 from companions.page import write_page
+from companions.shared.learning import exit_code, words_and_flags, write_json
 from companions.shared.runs import (
     ALGOS,
     COLUMNS,
@@ -39,6 +40,7 @@ from companions.shared.runs import (
     asked,
     cell,
     curve,
+    figures_of,
     grouped,
     load_runs,
     mean_of,
@@ -378,21 +380,25 @@ def evenly(items: list[str], count: int) -> list[str]:
 def read_command_line(words: list[str]) -> tuple[list[Path], argparse.Namespace, list[str]]:
     """(finished runs, own options, settings of repo.py). Raises UserError for what cannot work."""
     parser = argparse.ArgumentParser(
-        usage="compare.py [RUN ...] [--seeds N] [--algos ...] [--study] [--out DIR] "
-              "[settings of repo.py]",
+        usage="python -m companions.compare [RUN ...] [--seeds N] [--algos ...] [--study] "
+              "[--out DIR] [--json FILE] [settings of repo.py]",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        allow_abbrev=False, exit_on_error=False,
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="train the seeds 0 to N - 1")
     parser.add_argument("--algos", nargs="+", choices=ALGOS, default=DEFAULT_ALGOS)
     parser.add_argument("--study", action="store_true",
-                        help="RePO with the settings of STUDY instead")
-    parser.add_argument("--out", type=Path, help="where tables, pictures and page go; "
-                                                 "default: runs/compare, or here for RUNs")
+                        help="train RePO with one setting changed at a time")
+    parser.add_argument("--out", type=Path, help="folder for tables, pictures and page; default: "
+                                                 "runs/compare, or the current one for RUNs")
+    parser.add_argument("--json", help="also write the table's figures to this file")
 
-    before_flags = itertools.takewhile(lambda word: not word.startswith("-"), words)
-    runs = [Path(word) for word in before_flags]
-    options, settings = parser.parse_known_args(words[len(runs):])
+    folders, flags = words_and_flags(words)
+    runs = [Path(word) for word in folders]
+    try:
+        options, settings = parser.parse_known_args(flags)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; --help lists the settings") from error
     options.out = options.out or Path("." if runs else "runs/compare")
 
     require(not runs or not (settings or options.study),
@@ -437,6 +443,7 @@ def compare(words: list[str]) -> None:
 
     options.out.mkdir(parents=True, exist_ok=True)
     write_tables(groups, options.out, "study" if options.study else "table")
+    write_json(options.json, figures_of(groups))
     if not options.study:
         for picture in draw_pictures(groups, options.out):
             print(f"drawn: {picture}")
@@ -446,21 +453,11 @@ def compare(words: list[str]) -> None:
 def write_tables(groups: dict[str, list[Run]], out: Path, name: str) -> None:
     """NAME.md, the table as it is printed, and NAME.json, every run's summary by group."""
     (out / f"{name}.md").write_text(runs_table(groups) + "\n")
-    summaries = {}
-    for group, runs in groups.items():
-        summaries[group] = [run.summary | {"folder": str(run.folder)} for run in runs]
-    (out / f"{name}.json").write_text(json.dumps(summaries, indent=2))
+    write_json(out / f"{name}.json", figures_of(groups))
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        compare(sys.argv[1:] if argv is None else argv)
-    except (UserError, OSError) as error:  # of the second kind: a path that may not be written
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return getattr(error, "code", 2)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(lambda: compare(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -275,8 +275,4 @@ def show(settings: NeuronSettings) -> dict:
 
 
 if __name__ == "__main__":
-    arguments, named = sys.argv[1:], []
-    while arguments and not arguments[0].startswith("--"):
-        named.append(arguments.pop(0))
-    sys.exit(learning.main_of(NeuronSettings, run, argv=[
-        *(["--models", *named] if named else []), *arguments]))
+    sys.exit(learning.main_of(NeuronSettings, run, first="models"))

@@ -1,4 +1,6 @@
-"""A comparison as a page, report.html: one file that asks nothing of any other.
+"""Finished runs as a page, report.html: one file that needs no other and no network.
+
+    python -m companions.page RUN [RUN ...] [--out DIR]
 
 It holds the scores with their intervals, the training curves, the held-out costs sorted, and every
 held-out prompt with its responses before and after. page.html is its frame, with the script that
@@ -11,17 +13,57 @@ import html
 import itertools
 import json
 import math
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from string import Template
 
-from companions.shared.runs import COLUMNS, CURVES, Run, asked, cell, curve, mean_of
-from plumbing.errors import printable
+from companions.shared import learning
+from companions.shared.runs import (
+    COLUMNS,
+    CURVES,
+    Run,
+    asked,
+    cell,
+    curve,
+    figures_of,
+    grouped,
+    load_runs,
+    mean_of,
+)
+from plumbing.errors import printable, require, say
 from plumbing.folder import write_whole
+from plumbing.settings import option
 
 FRAME = Path(__file__).parent / "shared" / "page.html"
 STYLES = 6  # kinds of lines that page.html has
 LIMIT_GAP = 7  # per cent of a chart's height that a label needs for itself
+
+
+@dataclass
+class PageSettings:
+    """Finished runs as a page for the browser, report.html."""
+
+    runs: list[str] = field(default_factory=list, metadata={
+        "help": "finished runs; the words before the first flag"})
+    out: str = option(".", "the folder for report.html")
+    json: str | None = option(None, "also write the runs' figures to this file")
+
+    def check(self) -> None:
+        require(self.runs, "usage: python -m companions.page RUN [RUN ...] [--out DIR]")
+
+
+def run(settings: PageSettings) -> dict:
+    groups = grouped(load_runs([Path(folder) for folder in settings.runs]))
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"a page for the browser: {write_page(groups, out)}")
+    return figures_of(groups)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return learning.main_of(PageSettings, run, argv=argv, first="runs")
 
 
 def write_page(groups: dict[str, list[Run]], out: Path) -> Path:
@@ -236,3 +278,7 @@ def chart(title: str, lines: list[list[tuple[float, float]]], x_title: str,
 {paths}</svg></div>
 <div class='x'><span>{left:.0f}</span><span>{text(x_title)}</span><span>{right:.0f}</span></div>
 </figure>"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,16 +13,18 @@ out. DIR gets
     prompts[_held_out].jsonl       questions to train on, half of them unsafe, and held-out ones
     judge.py                       tells refusals by their words: for repo.py --judge
 """
-import argparse
 import json
 import random
 import re
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from plumbing.errors import UserError, blame, printable, require, say
+from companions.shared import learning
 from plumbing.data import read_rows
+from plumbing.errors import blame, require, say
 from plumbing.folder import to_jsonl, write_whole
+from plumbing.settings import option
 
 KINDS = {"1_full_compliance": "compliances", "2_full_refusal": "refusals"}
 LONGEST = 200  # characters of an answer, about 48 tokens
@@ -153,7 +155,28 @@ def as_prompts(questions: list[dict]) -> list[dict]:
              "category": "unsafe" if question["is_unsafe"] else "safe"} for question in questions]
 
 
-def prepare(sources: list[str], out: Path, seed: int) -> None:
+@dataclass
+class XSTestSettings:
+    """XSTest's labelled answers, made into the files that a run of RePO needs."""
+
+    files: list[str] = field(default_factory=list, metadata={
+        "help": "XSTest's completions, csv or jsonl; the words before the first flag"})
+    out: str | None = option(None, "the folder to fill")
+    seed: int = option(0, "seed of the split and of every draw")
+    json: str | None = option(None, "also write the figures to this file")
+
+    def check(self) -> None:
+        require(self.files and self.out, "usage: python -m companions.xstest FILE [FILE ...] "
+                                         "--out DIR")
+
+
+def run(settings: XSTestSettings) -> dict:
+    """Fills the folder; returns the number of rows of each file."""
+    with blame(f"--out {settings.out}: cannot be written"):
+        return prepare(settings.files, Path(settings.out), settings.seed)
+
+
+def prepare(sources: list[str], out: Path, seed: int) -> dict:
     draw = random.Random(seed)
     learn, held_out = split(read_questions(sources), draw)
     unsafe = [question for question in learn if question["is_unsafe"]]
@@ -173,22 +196,11 @@ def prepare(sources: list[str], out: Path, seed: int) -> None:
         say(f"{out / name}.jsonl: {len(rows):,} rows")
     write_whole(out / "judge.py", "from companions.xstest import judge_of\n\n"
                                   f"judge = judge_of({str(out.resolve())!r})\n")
+    return {name: len(rows) for name, rows in files.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="XSTest's completions as the steps to RePO read "
-                                                 "them")
-    parser.add_argument("files", nargs="+", help="XSTest's completions: csv or jsonl")
-    parser.add_argument("--out", required=True, help="the folder to fill")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of what is drawn")
-    options = parser.parse_args(argv)
-    try:
-        with blame(f"--out {options.out}: cannot be written"):
-            prepare(options.files, Path(options.out), options.seed)
-    except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    return learning.main_of(XSTestSettings, run, argv=argv, first="files")
 
 
 if __name__ == "__main__":

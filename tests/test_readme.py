@@ -12,10 +12,12 @@ from companions import monitor
 from companions.guard import GuardSettings
 from companions.monitor import ShowSettings, TrainSettings, WatchSettings
 from companions.neurons import NeuronSettings
+from companions.page import PageSettings
 from companions.score_models import ScoreSettings
 from companions.shiftdc import ShiftSettings
 from companions.supervised import SupervisedSettings
 from companions.walk import WalkSettings
+from companions.xstest import XSTestSettings
 from kernels.bench import bench_parser
 
 FRONT = "README.md"
@@ -80,7 +82,7 @@ def settings_of_companions() -> set[str]:
         names |= set(re.findall(r'add_argument\(\s*"--([a-z_0-9]+)"', file.read_text()))
     for settings in (SupervisedSettings, ScoreSettings, NeuronSettings, ShowSettings,
                      TrainSettings, monitor.ScoreSettings, WatchSettings, WalkSettings,
-                     GuardSettings, ShiftSettings):
+                     GuardSettings, ShiftSettings, PageSettings, XSTestSettings):
         names |= set(settings.__dataclass_fields__)
     return names
 

@@ -1,4 +1,5 @@
 """What the scripts that train from files share: settings, loading, the split, saving."""
+import itertools
 import json
 import random
 import sys
@@ -143,25 +144,52 @@ def picture(file: Path, inches: tuple[float, float], draw) -> None:
     figure.savefig(file, dpi=150)
 
 
-def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | None = None) -> int:
-    """Settings from the command line, run(settings) -> figures, --json. `tiny`: the settings of
-    --model tiny, where that is a model. Returns 0, 2 after a UserError, 130 after Ctrl-C."""
+def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | None = None,
+            first: str | None = None) -> int:
+    """Reads settings from the command line, calls run(settings) -> figures and writes --json.
+
+    `tiny` has the settings of --model tiny. `first` names the setting that the words before the
+    first flag belong to. Returns 0, 2 after a mistake, 130 after Ctrl-C.
+    """
     name = Path(sys.argv[0]).stem
     parser = Parser(settings_class, f"python -m companions.{name}", settings_class.__doc__, {})
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    try:
-        settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+
+    def command() -> None:
+        words, flags = words_and_flags(sys.argv[1:] if argv is None else argv)
+        if words and first:
+            flags = [f"--{first}", *words, *flags]
+        else:
+            flags = words + flags
+        settings, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
         require(not unknown, f"there is no {' '.join(unknown)}; --help lists the settings")
         settings.check()
         if tiny and settings.model == "tiny":
             settings = settings.in_tiny_world(**tiny)
-        figures = run(settings)
-        if settings.json:
-            write_whole(Path(settings.json), json.dumps(figures, indent=1) + "\n")
-    except (UserError, OSError) as error:
+        write_json(settings.json, run(settings))
+
+    return exit_code(command)
+
+
+def words_and_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(the words before the first flag, the rest)."""
+    words = [*itertools.takewhile(lambda word: not word.startswith("-"), arguments)]
+    return words, arguments[len(words):]
+
+
+def write_json(file: str | None, figures) -> None:
+    if file:
+        write_whole(Path(file), json.dumps(figures, indent=1) + "\n")
+
+
+def exit_code(command) -> int:
+    """Calls command(). A mistake becomes one sentence."""
+    try:
+        command()
+    except (UserError, OSError) as error:  # of the second kind: a path that cannot be written
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return getattr(error, "code", 2)
     except KeyboardInterrupt:
         return 130
     return 0

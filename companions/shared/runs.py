@@ -153,6 +153,12 @@ def cell(summaries: list[dict], key: str) -> str:
     return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
+def figures_of(groups: dict[str, list[Run]]) -> dict[str, list[dict]]:
+    """Every run's summary, by group."""
+    return {name: [run.summary | {"folder": str(run.folder)} for run in runs]
+            for name, runs in groups.items()}
+
+
 def asked(row: dict) -> tuple[str, ...]:
     """What tells a held-out prompt from the others: its text, and its picture where it has one."""
     return row["prompt"], *([row["image"]] if "image" in row else [])
