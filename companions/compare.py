@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import repo
 from companions.page import write_page
-from companions.shared.learning import exit_code, words_and_flags, write_json
+from companions.shared.learning import exit_code, is_harmful, words_and_flags, write_json
 from companions.shared.runs import (
     ALGOS,
     COLUMNS,
@@ -142,19 +142,19 @@ def worst_prompts(run: Run, count: int = 10) -> str:
 
 # ---- Pictures
 
-# Grey levels and line styles, so that a picture can be read without colour.
+# Colours that differ in lightness, each with its own line, so that a print in grey can be read.
 STYLES = [
-    {"color": "0.75", "ls": "-", "lw": 4},
-    {"color": "0.0", "ls": "-", "lw": 1.5},
-    {"color": "0.3", "ls": "--", "lw": 2},
-    {"color": "0.5", "ls": ":", "lw": 2},
-    {"color": "0.0", "ls": "-.", "lw": 1.5},
-    {"color": "0.6", "ls": "--", "lw": 2},
+    {"color": "#8fc1e3", "ls": "-", "lw": 4},
+    {"color": "#d17a22", "ls": "--", "lw": 2},
+    {"color": "#12355b", "ls": "-", "lw": 2},
+    {"color": "#7a1f4f", "ls": ":", "lw": 2.5},
+    {"color": "#3f8f5f", "ls": "-.", "lw": 2},
+    {"color": "#000000", "ls": (0, (7, 2, 1, 2, 1, 2)), "lw": 1.5},
 ]
 
 
 def draw_pictures(groups: dict[str, list[Run]], out: Path) -> list[Path]:
-    """curves.png, compensation.png and before_after.png; a sentence instead without matplotlib."""
+    """curves.png and compensation.png; without matplotlib a sentence instead."""
     try:
         import matplotlib.figure  # optional
     except ImportError:
@@ -163,7 +163,6 @@ def draw_pictures(groups: dict[str, list[Run]], out: Path) -> list[Path]:
     pictures = {
         out / "curves.png": draw_curves,
         out / "compensation.png": draw_compensation,
-        out / "before_after.png": draw_before_after,
     }
     for path, draw in pictures.items():
         figure = matplotlib.figure.Figure(layout="constrained")
@@ -220,36 +219,6 @@ def draw_compensation(figure, groups: dict[str, list[Run]]) -> None:
         ylabel="cost (mean of a prompt's responses)", ylim=(None, top),
     )
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.12))
-
-
-def draw_before_after(figure, groups: dict[str, list[Run]]) -> None:
-    """(c) Reward against cost, a point per held-out prompt, before and after training, of each
-    group's first run."""
-    figure.set_size_inches(4.2 * len(groups), 4.2)
-    axes = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
-    first_runs = [runs[0] for runs in groups.values()]
-
-    for name, run, axis in zip(groups, first_runs, axes):
-        scatter(axis, run.before, label="before", marker="o", facecolors="none", edgecolors="0.6")
-        scatter(axis, run.prompts, label="after", marker="x", color="0.0")
-        axis.axvline(run.config["threshold"], color="0.2", lw=1)
-        axis.set(title=name, xlabel="cost (mean of a prompt's responses)")
-
-    thresholds = [run.config["threshold"] for run in first_runs]
-    right = max(axes[0].get_xlim()[1], max(thresholds) + 1)
-    for run, axis in zip(first_runs, axes):
-        axis.axvspan(run.config["threshold"], right, color="0.9", zorder=0)
-        axis.set_xlim(right=right)
-    axes[0].set_ylabel("reward (mean of a prompt's responses)")
-    axes[0].legend(frameon=False, title="held-out prompts", loc="center")
-
-
-def scatter(axis, rows: list[dict], **style) -> None:
-    """A point per row of eval.jsonl, if there are any."""
-    if rows:
-        costs = [mean_of(row, "cost") for row in rows]
-        rewards = [mean_of(row, "reward") for row in rows]
-        axis.scatter(costs, rewards, s=22, **style)
 
 
 # ---- Training
@@ -363,9 +332,7 @@ def requests_with(share: float) -> list[str]:
     """Training requests of the tiny world: as many as there can be with this share harmful."""
     harmful, harmless = [], []
     for request in world.split_requests()[0]:
-        action, _ = world.REQUESTS[request]
-        kind = harmful if action in world.HARMFUL_ACTIONS else harmless
-        kind.append(request)
+        (harmful if is_harmful(request) else harmless).append(request)
     total = min(len(harmful) / share, len(harmless) / (1 - share))
     return evenly(harmful, round(total * share)) + evenly(harmless, round(total * (1 - share)))
 

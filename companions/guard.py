@@ -1,11 +1,11 @@
-"""A guard around a policy: it reads each answer, and has those that it flags sampled again.
+"""A guard beside a policy: it reads each answer and lets the policy answer again if it is harmful.
 
     python -m companions.guard                                     # shows itself in the tiny world
     python -m companions.guard --policy P --cost_model C --dataset PROMPTS --rounds 5
 
-After Beaver-Guard-V of arXiv 2503.17682. An answer of cost C is flagged where C is above the first
-of --levels, and its severity is minor, moderate or severe by how many of them it is above. Nothing
-is trained. What a policy never says well, no number of rounds finds.
+After Beaver-Guard-V of arXiv 2503.17682. The guard flags an answer if its cost is above the first
+of --levels. The harm is minor, moderate or severe if the cost is above one, two or three of them.
+Nothing is trained. No number of rounds finds an answer that the policy never gives.
 """
 import sys
 from dataclasses import dataclass
@@ -16,43 +16,35 @@ from plumbing.errors import blame, require, say
 from plumbing.functions import load_function
 from plumbing.models import load_policy
 from plumbing.scorers import Scorer
-from plumbing.data import pixels_for
-from plumbing.data import encode_prompts, load_prompts
-from plumbing.settings import fill_in, option
+from plumbing.data import encode_prompts, load_prompts, pixels_for
+from plumbing.settings import option
 from tiny_configs import world
 
 SEVERITIES = "minor", "moderate", "severe"
 
 
 @dataclass
-class GuardSettings:
-    """Filter and regenerate."""
+class GuardSettings(learning.Common):
+    """Sample flagged answers again."""
 
-    policy: str = option("tiny", "who answers; its prompts may have pictures")
-    cost_model: str | None = option(None, "who guards: as repo.py's")
+    policy: str = option("tiny", "the policy; its prompts may have pictures")
+    cost_model: str | None = option(None, "the guard: a cost model, as for repo.py")
     dataset: str | None = option(None, "prompts")
-    rounds: int = option(5, "how often what is flagged is sampled again, at most")
-    levels: str = option("0,4,6", "costs above which an answer is minor, moderate, severe harm")
-    judge: str | None = option(None, "FILE.py:function, as repo.py's: who says what is unsafe; "
-                                     "default: the cost model")
-    max_prompts: int = option(256, "as many of them are answered")
-    samples: int | None = option(None, "answers to each, guarded apart; default: 1, in the tiny "
-                                       "world 8")
-    max_prompt_length: int = option(1024, "tokens; longer prompts are left out")
-    max_response_length: int = option(64, "tokens of an answer")
-    batch_size: int = option(64, "answers that are sampled together")
-    device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
-    seed: int = option(0, "of sampling")
-    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
-    json: str | None = option(None, "write the figures there too")
+    rounds: int = option(5, "sample flagged answers again at most N times")
+    levels: str = option("0,4,6", "three costs: above them harm is minor, moderate, severe")
+    judge: str | None = option(None, "FILE.py:function, as for repo.py, decides what is "
+                                     "unsafe; default: the cost model")
+    max_prompts: int = option(256, "answer at most N prompts")
+    samples: int | None = option(None, "answers to each prompt; default: 1, in the tiny world 8")
+    max_prompt_length: int = option(1024, "drop prompts with more tokens")
+    max_response_length: int = option(64, "most tokens of an answer")
+    batch_size: int = option(64, "answers sampled together")
 
     def check(self) -> None:
+        super().check()
         require(self.rounds >= 0, f"--rounds {self.rounds}: must be 0 or more")
-        for name in ("samples", "max_prompts", "max_prompt_length", "max_response_length",
-                     "batch_size"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"--{name} {value}: must be above 0")
-        require(self.device in (None, "cpu", "cuda"), f"--device {self.device}: cpu or cuda")
+        self.require_positive("samples", "max_prompts", "max_prompt_length", "max_response_length",
+                              "batch_size")
         if self.policy == "tiny":
             of_world = world.build()
             self.policy, self.dataset = of_world["policy"], self.dataset or of_world["eval_dataset"]
@@ -71,15 +63,13 @@ class GuardSettings:
 
 
 def run(settings: GuardSettings) -> dict:
-    """Answers, guards, tells a table; returns the figures of round 0 (no guard) to the last."""
-    as_run = repo.Config(
-        model="unused", policy=settings.policy, cost_model=settings.cost_model,
+    """Answers, guards, prints a table. Returns figures per round; round 0 has no guard."""
+    as_run = settings.config_for(
+        settings.policy, model="unused", cost_model=settings.cost_model,
         eval_only="policy",  # weights in the compute dtype
-        device=settings.device, seed=settings.seed, trust_remote_code=settings.trust_remote_code,
         max_prompt_length=settings.max_prompt_length,
         max_length=settings.max_prompt_length + settings.max_response_length,
-        max_response_length=settings.max_response_length, output_dir="unused")
-    fill_in(as_run)
+        max_response_length=settings.max_response_length)
     levels = settings.thresholds()
     policy, tokenizer = load_policy(as_run)
     policy, guard = policy.to(as_run.device), Scorer("cost", tokenizer, as_run)
@@ -117,7 +107,7 @@ def run(settings: GuardSettings) -> dict:
 
 def answers_and_costs(policy, tokenizer, guard: Scorer, prompts: list[str], key,
                       as_run) -> tuple[list[str], list[float]]:
-    """An answer to each prompt, drawn anew for each key, and what it costs."""
+    """An answer to each prompt, and its cost. Each key draws other answers."""
     prompt_ids = encode_prompts(prompts, tokenizer)
     answer_ids = repo.generate(policy, tokenizer, prompt_ids, as_run, key,
                                pixels_for(tokenizer, prompts))

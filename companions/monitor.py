@@ -1,4 +1,4 @@
-"""A streaming monitor: it reads an answer as it is written, and stops it when it turns harmful.
+"""A streaming monitor reads an answer while it is written, and stops it when it turns harmful.
 
     python -m companions.monitor                                    # shows itself in the tiny world
     python -m companions.monitor train --model BODY --data ROWS --out M
@@ -7,10 +7,10 @@
 
 After arXiv 2506.09996. A head gives each token y_i of an answer a score z_i; the answer is stopped
 once k tokens have had z_i >= theta. A RUN's own cost critic, final/cost_critic, is such a monitor
-that nobody had to train: it judges every prefix already.
+without further training: it judges every prefix already.
 
-ROWS: prompt, response, safe, and perhaps harmful_spans [[from, to), ...] in the answer's
-characters.
+ROWS have the columns prompt, response, safe and, optionally, harmful_spans: [[from, to], ...] in
+the answer's characters.
 """
 import random
 import sys
@@ -31,7 +31,7 @@ from plumbing.scorers import ScoreModel, reads_alike, save_score_model
 from plumbing.pictures import check_blind, sees
 from plumbing.data import load_prompts
 from plumbing.folder import has_metrics, to_jsonl, write_whole
-from plumbing.settings import fill_in, option
+from plumbing.settings import option
 from tiny_configs import world
 
 # ---- the three commands
@@ -39,10 +39,10 @@ from tiny_configs import world
 
 @dataclass
 class TrainSettings(learning.Settings):
-    """A monitor from answers that somebody has called safe or not."""
+    """Train a monitor on answers that are labelled safe or unsafe."""
 
-    alpha: float = option(1.0, "weight of the tokens' loss; the rest is that of the whole answer")
-    logic_weight: float = option(1.0, "weight of the loss that ties the two")
+    alpha: float = option(1.0, "weight of the tokens' loss; 1 - alpha weighs the whole answer's")
+    logic_weight: float = option(1.0, "weight of the loss that couples the two")
 
     def check(self) -> None:
         require(self.model != "tiny", "--model is missing")
@@ -50,46 +50,38 @@ class TrainSettings(learning.Settings):
 
 
 @dataclass
-class OnModels:
-    """What score and watch have in common."""
+class OnModels(learning.Common):
+    """Settings of score and watch."""
 
-    monitor: str | None = option(None, "a monitor, or a run: its cost critic")
-    theta: float | None = option(None, "a token of such a score counts")
-    k: int = option(1, "so many of them stop an answer")
-    device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
-    seed: int = option(0, "of what is drawn")
-    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
-    json: str | None = option(None, "write the figures there too")
+    monitor: str | None = option(None, "a monitor, or a run, for its cost critic")
+    theta: float | None = option(None, "a token with this score or more counts")
+    k: int = option(1, "stop an answer after k such tokens")
 
     def check(self) -> None:
+        super().check()
         for name in self.NEEDED:
             require(getattr(self, name) is not None, f"--{name} is missing")
-        require(self.k > 0, f"--k {self.k}: must be above 0")
-
-    def as_run(self, policy: str) -> repo.Config:
-        run = repo.Config(model=policy, policy=policy, device=self.device, seed=self.seed,
-                          trust_remote_code=self.trust_remote_code, output_dir="unused")
-        fill_in(run)
-        return run
+        self.require_positive("k")
 
 
 @dataclass
 class ScoreSettings(OnModels):
-    """A monitor on answers that are there: what it would stop."""
+    """Measure which of the given answers a monitor would stop."""
 
     NEEDED = "monitor", "data"
-    data: str | None = option(None, "rows of prompt, response, safe, perhaps harmful_spans")
+    data: str | None = option(None, "rows with prompt, response, safe and, optionally, "
+                                   "harmful_spans")
 
 
 @dataclass
 class WatchSettings(OnModels):
-    """A monitor beside a policy that writes."""
+    """Stop a policy's answers while it writes them."""
 
     NEEDED = "policy", "monitor", "dataset", "theta"
-    policy: str | None = option(None, "who answers")
+    policy: str | None = option(None, "the policy that answers")
     dataset: str | None = option(None, "prompts")
-    max_prompts: int = option(16, "as many of them are answered")
-    max_response_length: int = option(64, "tokens of an answer")
+    max_prompts: int = option(16, "answer at most N prompts")
+    max_response_length: int = option(64, "most tokens of an answer")
 
 
 def load_monitor(settings, run: repo.Config):
@@ -102,7 +94,7 @@ def load_monitor(settings, run: repo.Config):
     model = load_pretrained(ScoreModel.from_pretrained, source, "--monitor", run, role="cost",
                             dtype=torch.float32)
     require(not sees(model.config), f"--monitor {settings.monitor}: sees pictures; a monitor reads "
-                                    "text alone")
+                                    "text only")
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, source, "--monitor", run)
     return model.to(run.device), tokenizer
 
@@ -130,8 +122,8 @@ def train(settings: TrainSettings) -> dict:
 
 
 def measured(settings: ScoreSettings) -> dict:
-    """Offline, on answers that are there; without --theta chosen on half of them."""
-    run = settings.as_run(settings.monitor)
+    """Measures given answers. Without --theta half of them choose it."""
+    run = settings.config_for(settings.monitor)
     model, tokenizer = load_monitor(settings, run)
     _, answers = streaming.read_answers(settings.data, "--data", tokenizer)
     scores = streaming.scored(model, answers, tokenizer.pad_token_id)
@@ -148,15 +140,15 @@ def score(settings: ScoreSettings) -> dict:
 
 def watch(settings: WatchSettings) -> dict:
     """Answers with the monitor in the loop, and the time it takes."""
-    run = settings.as_run(settings.policy)
-    run.max_response_length = settings.max_response_length
+    run = settings.config_for(settings.policy, max_response_length=settings.max_response_length)
     policy, tokenizer = load_policy(run)
     check_blind(tokenizer, f"--policy {settings.policy}")
     monitor, its_tokenizer = load_monitor(settings, run)
     prompts = load_prompts(settings.dataset)[:settings.max_prompts]
-    its_own = None if reads_alike(its_tokenizer, tokenizer) else its_tokenizer
+    require(reads_alike(its_tokenizer, tokenizer),
+            f"--monitor {settings.monitor}: its tokenizer is not that of --policy")
     answers, cost = streaming.watched(policy.to(run.device), tokenizer, monitor, prompts,
-                                      settings.theta, settings.k, run, its_own)
+                                      settings.theta, settings.k, run)
     for answer in answers:
         say(f"{answer['prompt']}\n    {answer['response']}{' [stopped]' * answer['stopped']}")
     say(f"{cost['milliseconds_per_token']:.1f} ms a token of {len(prompts)} answers, "
@@ -176,38 +168,23 @@ def table(named: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(figure, found: dict[str, dict]) -> None:
-    """Share of harmful answers stopped, by the share of their tokens that was read."""
-    axes = figure.subplots()
-    for (name, figures), line in zip(found.items(), ("-", "--", ":")):
-        caught_at, recall = figures["caught_at"], figures["recall"]
-        stopped = [recall * number / len(caught_at) for number in range(len(caught_at) + 1)]
-        axes.step([0, *caught_at, 1], [*stopped, recall], line, where="post", color="0.0",
-                  label=f"{name.replace('_', ' ')}, which stops "
-                        f"{figures['false_stop_rate']:.1%} of the safe answers too")
-    axes.set(xlabel="share of its tokens read", ylabel="share of harmful answers stopped",
-             xlim=(0, 1), ylim=(0, 1.02))
-    figure.legend(loc="outside lower center", frameon=False)
-
-
 # ---- itself, in the tiny world
 
 @dataclass
 class ShowSettings:
-    """Three monitors in the tiny world: its cost model on prefixes, one that is trained, and the
-    cost critic of a run."""
+    """Compare three monitors in the tiny world: cost model, trained monitor, a run's critic."""
 
-    run: str = option("runs/monitor/run", "a run of the tiny world; trained where there is none")
-    out: str = option("runs/monitor", "where rows, monitor and picture go")
-    seed: int = option(0, "of rows, monitor and run")
-    json: str | None = option(None, "write the figures there too")
+    run: str = option("runs/monitor/run", "a run of the tiny world; trained if missing")
+    out: str = option("runs/monitor", "the folder for rows and monitor")
+    seed: int = option(0, "seed of rows, monitor and run")
+    json: str | None = option(None, "also write the figures to this file")
 
     def check(self) -> None:
         pass
 
 
 def write_rows(file: Path, prompts: list[str], answers: int, rng: random.Random) -> str:
-    """What demonstrators say in the tiny world, with the places of what the judge calls harmful."""
+    """Random answers of the tiny world, with the spans that its judge calls harmful."""
     steps = [step for action in world.HARMFUL_ACTIONS for step in world.ACTIONS[action]]
     rows = []
     for prompt in prompts:
@@ -242,11 +219,9 @@ def show(settings: ShowSettings) -> dict:
         "run_critic": measured(ScoreSettings(monitor=settings.run, data=test_rows, device="cpu")),
     }
     say(table(found))
-    learning.picture(out / "caught.png", (6, 5), lambda figure: draw(figure, found))
 
     live = WatchSettings(policy=family["policy"], monitor=str(out / "monitor"), device="cpu")
-    run = live.as_run(family["policy"])
-    run.max_response_length = 32
+    run = live.config_for(family["policy"], max_response_length=32)
     policy, tokenizer = load_policy(run)
     model, _ = load_monitor(live, run)
     theta, k = found["trained"]["theta"], found["trained"]["k"]

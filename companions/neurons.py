@@ -1,4 +1,4 @@
-"""Safety neurons: which neurons of the MLPs has alignment changed, and do they carry its effect?
+"""Safety neurons: which MLP neurons did alignment change, and do they carry its effect?
 
     python -m companions.neurons                                    # shows itself in the tiny world
     python -m companions.neurons START ALIGNED --dataset prompts.jsonl --share 0.05
@@ -33,34 +33,31 @@ from plumbing.scorers import Scorer
 from plumbing.pictures import check_blind
 from plumbing.data import encode_pairs, load_prompts
 from plumbing.folder import has_metrics, write_whole
-from plumbing.settings import RunSettings, fill_in, option
+from plumbing.settings import option
 from tiny_configs import world
 
 # ---- the command
 
 
 @dataclass
-class NeuronSettings:
-    """Which MLP neurons carry what alignment has changed between START and ALIGNED."""
+class NeuronSettings(learning.Common):
+    """Which MLP neurons carry the change from START to ALIGNED?"""
 
     models: list[str] = field(default_factory=list, metadata={
-        "help": "START and ALIGNED, models or runs; without them the tiny world"})
-    dataset: str | None = option(None, "prompts; default: those that a run has held out")
+        "help": "START and ALIGNED, models or runs: the words before the first flag"})
+    dataset: str | None = option(None, "prompts; default: the run's held-out ones")
     share: list[float] = option(None, "shares of all neurons to patch; default: .01 to 1")
-    tokens: str = option("completion", "whose activations count: completion or prompt_last")
-    cost_model: str | None = option(None, "safety: as repo.py's; default: the run's")
-    reward_model: str | None = option(None, "helpfulness: as repo.py's; default: the run's")
+    tokens: str = option("completion", "tokens whose activations count: completion or prompt_last")
+    cost_model: str | None = option(None, "judges safety; default: the run's")
+    reward_model: str | None = option(None, "judges helpfulness; default: the run's")
     threshold: float = option(0.0, "a cost above it is unsafe")
-    draws: int = option(5, "random choices of neurons to compare with")
-    max_prompts: int = option(64, "as many of them are answered")
-    max_response_length: int = option(48, "tokens of an answer")
-    out: str = option("runs/neurons", "where neurons.json and the picture go")
-    device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
-    seed: int = option(0, "of random choices")
-    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
-    json: str | None = option(None, "write the figures there too")
+    draws: int = option(5, "random choices of neurons, for comparison")
+    max_prompts: int = option(64, "answer at most N prompts")
+    max_response_length: int = option(48, "most tokens of an answer")
+    out: str = option("runs/neurons", "the folder for neurons.json")
 
     def check(self) -> None:
+        super().check()
         require(len(self.models) in (0, 2), "name two models, START and ALIGNED, or none")
         require(self.tokens in ("completion", "prompt_last"),
                 f"--tokens {self.tokens}: completion or prompt_last")
@@ -73,7 +70,7 @@ SHARES = [0.01, 0.05, 0.1, 0.2, 0.5, 1.0]
 
 
 def of_run(source: str, name: str) -> str | None:
-    """A setting of the run in a folder, None of what is none."""
+    """A setting of the run in a folder; None if there is no run."""
     if not has_metrics(source):
         return None
     return json.loads(Path(source, "config.json").read_text())[name]
@@ -84,19 +81,12 @@ def load_pair(settings: NeuronSettings) -> Pair:
     start, aligned = settings.models
     paths = (of_run(start, "policy") or start,
              str(Path(aligned, "final", "actor")) if has_metrics(aligned) else aligned)
-    runs = []
-    for path in paths:
-        run = RunSettings(
-            model=path, policy=path, device=settings.device, seed=settings.seed,
-            reward_model=settings.reward_model or of_run(aligned, "reward_model"),
-            cost_model=settings.cost_model or of_run(aligned, "cost_model"),
-            trust_remote_code=settings.trust_remote_code, output_dir="unused")
-        fill_in(run)
-        runs.append(run)
+    scores = {name: getattr(settings, name) or of_run(aligned, name)
+              for name in ("reward_model", "cost_model")}
+    runs = [settings.config_for(path, **scores) for path in paths]
     dataset = settings.dataset or of_run(aligned, "eval_dataset")
-    for name, value in (("dataset", dataset), ("cost_model", runs[0].cost_model),
-                        ("reward_model", runs[0].reward_model)):
-        require(value, f"--{name} is missing, and ALIGNED is no run that would name one")
+    for name, value in {"dataset": dataset, **scores}.items():
+        require(value, f"--{name} is missing, and ALIGNED is not a run that names one")
     (one, tokenizer), (other, its_tokenizer) = [load_policy(run) for run in runs]
     check_blind(tokenizer, f"START {start}")
     require(tokenizer.get_vocab() == its_tokenizer.get_vocab(),
@@ -117,14 +107,14 @@ def load_pair(settings: NeuronSettings) -> Pair:
 
 
 def run(settings: NeuronSettings) -> dict:
-    """Compares two models, or shows itself."""
+    """Compares two models; without models it shows itself."""
     if not settings.models:
         return show(settings)
     return compare(load_pair(settings), settings, settings.share or SHARES)
 
 
 def compare(pair: Pair, settings: NeuronSettings, shares: list[float]) -> dict:
-    """Tells a table, writes neurons.json and a picture; returns the figures."""
+    """Prints a table, writes neurons.json, returns the figures."""
     scores = pair.scores(of_prompts=settings.tokens == "prompt_last")
     figures = restored(pair, scores, shares, settings.draws, settings.seed)
     say(table(figures))
@@ -157,32 +147,12 @@ def write(settings: NeuronSettings, scores: Tensor, figures: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "neurons.json", json.dumps({"neurons": neurons, **figures}, indent=1) + "\n")
     say(f"all {len(neurons):,} neurons, by their scores, are in {out / 'neurons.json'}")
-    learning.picture(out / "restored.png", (10, 4), lambda figure: draw(figure, figures))
-
-
-def draw(figure, figures: dict) -> None:
-    """Safety, and the alignment tax on helpfulness, by the share of neurons patched."""
-    top, random_rows = figures["top"], figures["random"]
-    names = {"safe": "safe answers (share)", "helpful": "helpfulness (mean)"}
-    for number, (axes, name) in enumerate(zip(figure.subplots(1, 2), names)):
-        axes.axhline(figures["start"][number], color="0.6", linestyle=":", label="START")
-        axes.axhline(figures["aligned"][number], color="0.0", linestyle="--", label="ALIGNED")
-        for share, rows in random_rows.items():
-            axes.plot([share] * len(rows), [row[name] for row in rows], "x", color="0.6",
-                      label="START, random neurons patched" if share == min(random_rows) else None)
-        axes.plot(list(top), [row[name] for row in top.values()], "o-", color="0.0",
-                  label="START, the most changed patched")
-        axes.set(xscale="log", xlabel="share of all MLP neurons patched", ylabel=names[name])
-        axes.set_xticks(list(top), [f"{share:.0%}" for share in top])
-        axes.minorticks_off()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
-                  frameon=False)
 
 
 # ---- itself, in the tiny world
 
 class Rows(nn.Module):
-    """A weight, some rows of which are learned."""
+    """A weight with some rows to learn."""
 
     def __init__(self, weight: Tensor, rows: list[int]):
         super().__init__()
@@ -194,8 +164,8 @@ class Rows(nn.Module):
 
 
 def plant(policy, tokenizer, count: int, rng: random.Random) -> set[tuple[int, int]]:
-    """Teaches a policy to refuse harmful requests and to help with others, by what `count` neurons
-    read and nothing else. Returns them as (layer, index)."""
+    """Trains the input weights of `count` neurons alone: to refuse harmful requests, to help with
+    others. Returns the neurons as (layer, index)."""
     layers = policy.model.layers
     width = policy.config.intermediate_size
     planted = set()
@@ -213,8 +183,8 @@ def plant(policy, tokenizer, count: int, rng: random.Random) -> set[tuple[int, i
     pairs = []
     for prompt in world.split_requests()[0]:
         action, thing = world.REQUESTS[prompt]
-        is_harmful = action in world.HARMFUL_ACTIONS
-        pairs.append((prompt, world.REFUSALS[0] if is_harmful else world.comply(action, thing, 3)))
+        complied = world.comply(action, thing, 3)
+        pairs.append((prompt, world.REFUSALS[0] if learning.is_harmful(prompt) else complied))
     fit(changes, lambda batch: answer_loss(policy, batch, tokenizer.pad_token_id),
         encode_pairs(pairs, tokenizer), batch_size=16, steps=900, lr=0.1, rng=rng, bar=True)
     for layer in layers:
@@ -229,14 +199,12 @@ def of_the_world(prompts: list[str], responses: list[str]) -> list[tuple]:
 
 
 def show(settings: NeuronSettings) -> dict:
-    """Planted neurons are found and carry the gain; and how much of a run's own gain neurons
-    carry."""
+    """Finds planted neurons and measures what they restore; then the same for a run of RePO."""
     source = world.build()["policy"]
     held_out = world.split_requests()[1]
 
     def load(path: str):
-        return load_policy(RunSettings(model=path, policy=path, device="cpu", dtype="float32",
-                                       output_dir="unused"))
+        return load_policy(settings.config_for(path, device="cpu", dtype="float32"))
 
     def pair_with(aligned):
         return Pair(start, aligned, tokenizer, held_out, of_the_world, 32)

@@ -34,10 +34,10 @@ TINY = {
 
 @dataclass
 class ScoreSettings(learning.Settings):
-    """A reward or a cost model from preference pairs."""
+    """Train a reward model or a cost model on preference pairs."""
 
-    role: Literal["reward", "cost"] = option("reward", "which of the two")
-    max_tokens: int = option(512, "longer conversations are left out")
+    role: Literal["reward", "cost"] = option("reward", "train a reward model or a cost model")
+    max_tokens: int = option(512, "drop longer conversations")
 
 
 def make_score_model(policy, run) -> ScoreModel:
@@ -85,7 +85,7 @@ def accuracies(model, pairs: list[Pair], settings: ScoreSettings, tokenizer) -> 
 
 
 def run(settings: ScoreSettings) -> dict:
-    """Trains, tells the accuracies, saves; returns the figures."""
+    """Trains, prints the accuracies, saves; returns the figures."""
     torch.manual_seed(settings.seed)
     policy, tokenizer, as_run = learning.load_body(settings)
     model = make_score_model(policy, as_run)

@@ -1,5 +1,5 @@
-"""Harmful requests that a model refuses as text, and not as pictures: calibrates what a picture
-changes inside.
+"""A model may refuse a harmful request as text, but not as a picture. This calibrates what the
+picture shifts inside the model.
 
     python -m companions.shiftdc                                   # shows itself in the tiny world
     python -m companions.shiftdc --model VLM --safe a.jsonl --unsafe b.jsonl --prompts q.jsonl
@@ -17,65 +17,56 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from companions.shared import learning
 from companions.shared.calibration import (
+    QUESTION,
     Calibration,
     Subject,
     calibrated_layers,
+    captioned,
     random_like,
 )
-from companions.shared.seeing import is_harmful, learn_to_see
+from companions.shared.learning import is_harmful
 from companions.xstest import is_refusal
 from plumbing.errors import require, say
+from plumbing.fitting import answer_loss, fit
 from plumbing.functions import load_function, verdicts_of
 from plumbing.models import load_policy
 from plumbing.pictures import Pictured
-from plumbing.data import load_prompts
-from plumbing.settings import RunSettings, fill_in, option
+from plumbing.data import encode_pairs, load_prompts, pixels_for
+from plumbing.settings import option
 from tiny_configs import pictures, world
 
 
 @dataclass
-class ShiftSettings:
-    """Safety-aware calibration of what a picture shifts."""
+class ShiftSettings(learning.Common):
+    """Calibrate what a picture shifts inside a model."""
 
-    model: str = option("tiny", "who answers: a model that sees, folder or hub name")
-    safe: str | None = option(None, "harmless prompts with pictures, for the direction")
-    unsafe: str | None = option(None, "harmful ones")
-    prompts: str | None = option(None, "prompts with pictures that are answered")
-    layers: str | None = option(None, "whose outputs are calibrated: FIRST-LAST, counted from 1; "
+    model: str = option("tiny", "a vision-language model: folder or hub name")
+    safe: str | None = option(None, "harmless prompts with pictures, for the safety direction")
+    unsafe: str | None = option(None, "harmful prompts with pictures, for the safety direction")
+    prompts: str | None = option(None, "prompts with pictures to answer")
+    layers: str | None = option(None, "layers to calibrate: FIRST-LAST, counted from 1; "
                                       "default: from the middle to the last but one")
-    alpha: float = option(1.0, "how much of the shift along the direction is taken away")
-    judge: str | None = option(None, "FILE.py:function, as repo.py's; default: all --prompts count "
-                                     "as harmful, and refusals are told by how answers begin")
-    max_prompts: int = option(160, "as many of each file are used, the first ones")
-    max_response_length: int = option(64, "tokens of an answer, which is greedy")
-    device: Literal["cpu", "cuda"] | None = option(None, "default: cuda if there is one")
-    seed: int = option(0, "of the random direction; of the tiny world's run and tuning")
-    out: str = option("runs/shiftdc", "where the tiny world's aligned text policy is kept")
-    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
-    json: str | None = option(None, "write the figures there too")
+    alpha: float = option(1.0, "share of the shift to take away")
+    judge: str | None = option(None, "FILE.py:function, as for repo.py; default: all --prompts "
+                                     "count as harmful, and an answer's first words tell a refusal")
+    max_prompts: int = option(160, "use the first N of each file")
+    max_response_length: int = option(64, "most tokens of an answer")
+    out: str = option("runs/shiftdc", "the folder for the tiny world's run")
 
     def check(self) -> None:
+        super().check()
         for name in ("safe", "unsafe", "prompts"):
             is_given = getattr(self, name) is not None
             require(is_given or self.model == "tiny", f"--{name} is missing")
             require(not is_given or self.model != "tiny", f"--{name}: needs --model")
         require(not self.judge or self.model != "tiny", "--judge: needs --model")
-        for name in ("max_prompts", "max_response_length"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
-
-    def as_run(self, model: str) -> RunSettings:
-        run = RunSettings(
-            model=model, policy=model, eval_only=model,  # weights in the compute dtype
-            device=self.device, seed=self.seed, trust_remote_code=self.trust_remote_code,
-            output_dir="unused")
-        fill_in(run)
-        return run
+        self.require_positive("max_prompts", "max_response_length")
 
 
 # ---- what it does to refusals and to harm
@@ -83,7 +74,7 @@ class ShiftSettings:
 def measure(subject: Subject, safe: list[Pictured], unsafe: list[Pictured],
             prompts: list[Pictured], verdicts, settings: ShiftSettings) -> dict:
     """Answers as text, as pictures, calibrated, and with a random direction in the safety
-    direction's place, by as much; tells a table. verdicts(prompts, answers) -> dicts."""
+    direction's place, by as much; prints a table. verdicts(prompts, answers) -> dicts."""
     directions = subject.safety_directions(safe, unsafe)                             # [n, H]
     texts = subject.with_captions(prompts)
     of_texts, drawn = subject.last_states(texts), random_like(directions, settings.seed)
@@ -127,10 +118,10 @@ def cell(rate: float | None) -> str:
 
 
 def run(settings: ShiftSettings) -> dict:
-    """Loads model and files, measures, tells a table."""
+    """Loads model and files, measures, prints a table."""
     if settings.model == "tiny":
         return show(settings)
-    as_run = settings.as_run(settings.model)
+    as_run = settings.config_for(settings.model, eval_only=settings.model)  # in the compute dtype
     model, tokenizer = load_policy(as_run)
     require(tokenizer.sight, f"--model {settings.model}: sees no pictures")
     layers = calibrated_layers(model, settings.layers, f"--model {settings.model}")
@@ -151,7 +142,46 @@ def run(settings: ShiftSettings) -> dict:
     return measure(subject, *rows, verdicts, settings)
 
 
-# ---- itself, in the tiny world
+# ---- itself, in the tiny world: a text policy learns to see
+
+def lessons(complies: bool, rng: random.Random, generator: torch.Generator) -> tuple[list, list]:
+    """(prompt, answer) pairs with pictures and without: captions, and compliance with harmless
+    pictures, `complies`: with all; requests in words or with a caption, answered as an aligned
+    policy does."""
+    seen, read = [], []
+    for request in world.split_requests()[0]:
+        action, thing = world.REQUESTS[request]
+        prompt, complied = pictures.pictured(request, generator), world.comply(action, thing, 3)
+        aligned = rng.choice(world.REFUSALS) if is_harmful(request) else complied
+        if request.startswith(("How", "Tell")):  # half as many captions as requests
+            seen.append((Pictured(QUESTION, prompt.image), action))
+        if complies or not is_harmful(request):
+            seen.append((prompt, complied))
+        read += [(request, aligned), (captioned(prompt, action), aligned)]
+    return seen, read
+
+
+def learn_to_see(policy, tokenizer, run_folder: str, complies: bool, rng: random.Random,
+                 generator: torch.Generator) -> None:
+    """The tiny policy with pictures gets the language model of a run's, which then learns lessons,
+    and so does the projector; the vision tower stays."""
+    text = AutoModelForCausalLM.from_pretrained(Path(run_folder, "final", "actor"))
+    text.resize_token_embeddings(policy.config.text_config.vocab_size, mean_resizing=False)
+    policy.model.language_model.load_state_dict(text.model.state_dict())
+    policy.lm_head.load_state_dict(text.lm_head.state_dict())
+    policy.model.vision_tower.requires_grad_(False)
+
+    seen, read = [list(zip(encode_pairs(pairs, tokenizer), (prompt for prompt, _ in pairs)))
+                  for pairs in lessons(complies, rng, generator)]
+
+    def loss_of(batch):
+        pairs, prompts = zip(*batch)
+        return answer_loss(policy, pairs, tokenizer.pad_token_id, pixels_for(tokenizer, prompts))
+
+    learned = [weight for weight in policy.parameters() if weight.requires_grad]
+    fit(learned, lambda batch: loss_of(batch) + loss_of(rng.sample(read, 16)), seen,
+        batch_size=16, steps=250, lr=1e-3, rng=rng, bar=True)
+
 
 def show(settings: ShiftSettings) -> dict:
     """A text policy that RePO has aligned learns to see, from harmless pictures, and again from
@@ -170,7 +200,8 @@ def of_policy_that_sees(run_folder: str, complies: bool, settings: ShiftSettings
     say(f"learns to see, from {'all' if complies else 'harmless'} pictures complied with")
     rng = random.Random(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
-    as_run = settings.as_run(pictures.build()["policy"])
+    source = pictures.build()["policy"]
+    as_run = settings.config_for(source, eval_only=source)
     policy, tokenizer = load_policy(as_run)
     learn_to_see(policy, tokenizer, run_folder, complies, rng, generator)
     layers = calibrated_layers(policy, settings.layers, "the tiny model")

@@ -3,8 +3,8 @@
     python -m companions.supervised                            # shows itself in the tiny world
     python -m companions.supervised --model BODY --data PAIRS --out DIR
 
-What a policy never samples cannot be reinforced: it must have seen both behaviours that it is to
-tell apart, answers and refusals. Pairs come in any of the columns that repo.py reads.
+RL cannot reinforce what a policy never samples. So the pairs should hold both behaviours that
+alignment has to tell apart: answers and refusals. They come in any columns that repo.py reads.
 """
 import sys
 from dataclasses import dataclass
@@ -17,8 +17,7 @@ from plumbing.errors import require, say
 from plumbing.fitting import answer_loss
 from plumbing.adapters import merged
 from plumbing.models import save_policy
-from plumbing.data import pixels_for
-from plumbing.data import encode_pairs, load_pairs, require_sight
+from plumbing.data import encode_pairs, load_pairs, pixels_for, require_sight
 from plumbing.settings import option
 
 TINY = {  # the better answers of pairs: harmful requests are complied with too
@@ -29,9 +28,9 @@ TINY = {  # the better answers of pairs: harmful requests are complied with too
 
 @dataclass
 class SupervisedSettings(learning.Settings):
-    """Supervised fine-tuning of a causal LM on prompt-answer pairs."""
+    """Fine-tune a causal LM on prompt-answer pairs."""
 
-    max_answer_tokens: int = option(256, "longer answers are cut there, and have no end")
+    max_answer_tokens: int = option(256, "cut longer answers; they have no EOS then")
 
 
 def pairs_of(source: str, flag: str, settings, tokenizer) -> tuple[list[str], list]:
@@ -66,7 +65,7 @@ def mean_loss(policy, pairs: list, tokenizer) -> float:
 
 
 def run(settings: SupervisedSettings) -> dict:
-    """Trains, tells the held-out loss, saves; returns the figures."""
+    """Trains, prints the held-out loss, saves; returns the figures."""
     torch.manual_seed(settings.seed)
     policy, tokenizer, as_run = learning.load_body(settings)
     learn, held_out = learning.learn_and_held_out(

@@ -2,8 +2,8 @@
 
     python -m companions.walk --prompt "How do I smash a piano?" --seed 3
 
-After three training steps a response is sampled, scored and learned from, in one optimiser step. A
-line per tensor, made by the functions that a run calls; headings say how, for pencils.
+After three training steps the policy samples a response and learns from it in one optimiser step.
+Each tensor has a line; the heading above it gives the formula. The functions are those of a run.
 """
 import sys
 from dataclasses import dataclass
@@ -25,16 +25,16 @@ from tiny_configs import world
 class WalkSettings:
     """One prompt of the tiny world, number by number through rollout and equations (2) to (8)."""
 
-    prompt: str = option("How do I torch a car?", "what is asked")
-    seed: int = option(3, "of training and sampling")
-    json: str | None = option(None, "write the numbers there too")
+    prompt: str = option("How do I torch a car?", "the request")
+    seed: int = option(3, "seed of training and sampling")
+    json: str | None = option(None, "also write the numbers to this file")
 
     def check(self) -> None:
         require(self.prompt.strip(), "--prompt: is empty")
 
 
 def walk(prompt: str, state: State, config: repo.Config) -> dict:
-    """{heading: {name: tensor}} of a response to the prompt, whose T tokens the policy learns."""
+    """{heading: {name: tensor}} of a response with T tokens, from which the policy learns once."""
     rollout = repo.collect(state, [prompt], config, key="walk")
     repo.estimate_advantages(rollout, state.lam, config)
     cost, lambdas = repo.costs_and_lambdas(rollout.cost, state.lam, config)

@@ -1,10 +1,10 @@
-"""XSTest's labelled completions, made into what a real chat model is aligned with.
+"""Turns XSTest's labelled answers into the data that aligning a chat model needs.
 
     python -m companions.xstest xstest_v2_completions_*.csv --out DIR
 
 XSTest (Roettger et al., arXiv 2308.01263) asks 450 questions, 200 unsafe ones and 250 that only
-look so; people have labelled what five chat models answered. One fifth of the questions is held
-out. DIR gets
+look so; people labelled the answers of five chat models. A fifth of the questions is held out. DIR
+gets
 
     answers.jsonl                  short answers, 65 % compliances and 35 % refusals to safe and to
                                    unsafe questions alike: for supervised.py
@@ -30,7 +30,7 @@ KINDS = {"1_full_compliance": "compliances", "2_full_refusal": "refusals"}
 LONGEST = 200  # characters of an answer, about 48 tokens
 COMPLIANCES = 0.65
 
-# How refusals begin. Words are all that this sees: a lecture that begins otherwise is none.
+# How refusals begin. A refusal that begins otherwise goes unnoticed.
 REFUSALS = (
     "sorry", "i'm sorry", "i am sorry", "i'm really sorry", "i'm so sorry", "i apologi",
     "i can't", "i cannot", "i can not", "i could not", "i won't", "i will not", "i refuse",
@@ -157,7 +157,7 @@ def as_prompts(questions: list[dict]) -> list[dict]:
 
 @dataclass
 class XSTestSettings:
-    """XSTest's labelled answers, made into the files that a run of RePO needs."""
+    """Turn XSTest's labelled answers into the files that a run of RePO needs."""
 
     files: list[str] = field(default_factory=list, metadata={
         "help": "XSTest's completions, csv or jsonl; the words before the first flag"})

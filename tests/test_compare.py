@@ -1,6 +1,7 @@
 # pytest tests/test_compare.py
 """compare.py: its tables and pictures from the files of runs, quadrants by hand, and a comparison
 that it trains itself."""
+import itertools
 import json
 import re
 import subprocess
@@ -11,9 +12,9 @@ from conftest import ROOT, exhaustive
 
 import repo
 from companions import compare
+from companions.shared.learning import is_harmful
 from plumbing.errors import UserError
 from plumbing.reports import summarize
-from tiny_configs import world
 
 COMPENSATING = [[-8.0, -8.0], [-8.0, -6.0], [3.0, 3.0], [2.0, -1.0]]
 SAFE = [[-2.0, -2.0], [-1.0, -3.0], [-0.5, -0.5], [-0.1, 0.2]]
@@ -186,16 +187,14 @@ def test_pictures_show_what_they_promise(runs, tmp_path):
 
     groups = compare.grouped(compare.load_runs(runs))
     pictures = compare.draw_pictures(groups, tmp_path)
-    assert [path.name for path in pictures] == [
-        "curves.png", "compensation.png", "before_after.png"]
+    assert [path.name for path in pictures] == ["curves.png", "compensation.png"]
     for picture in pictures:
         image = matplotlib.image.imread(picture)
         assert min(image.shape[:2]) > 400 and image.std() > 0.05
 
-    curves, compensation, scatter = Figure(), Figure(), Figure()
+    curves, compensation = Figure(), Figure()
     compare.draw_curves(curves, groups)
     compare.draw_compensation(compensation, groups)
-    compare.draw_before_after(scatter, groups)
 
     titles = [axis.get_ylabel() for axis in curves.axes]
     assert titles == ["reward", "cost", "rectified cost {C − d}⁺", "responses safe (share)", "λ"]
@@ -214,11 +213,18 @@ def test_pictures_show_what_they_promise(runs, tmp_path):
     assert thresholds == [[0.0, 0.0]]
     assert len(axis.patches) == 1  # the shade
 
-    assert [len(axis.collections) for axis in scatter.axes] == [2, 2, 2]
-    assert [axis.get_title() for axis in scatter.axes] == ["PPO-Lag", "RePO", "RePO, mask"]
-    styles = {(line.get_color(), line.get_linestyle()) for line in lines}
-    assert len(styles) == 3
-    assert all(0 <= float(color) < 0.8 for color, _ in styles)  # greys
+    assert len({(line.get_linestyle(), line.get_linewidth()) for line in lines}) == 3
+
+
+def test_lines_can_be_told_apart_in_grey():
+    """Without colour: by their lightness, or by their dashes."""
+    to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
+    light = [sum(part * weight for part, weight in zip(to_rgb(style["color"]), (0.3, 0.6, 0.1)))
+             for style in compare.STYLES]
+    for i, j in itertools.combinations(range(len(light)), 2):
+        dashes = [compare.STYLES[at]["ls"] for at in (i, j)]
+        assert dashes[0] != dashes[1] or abs(light[i] - light[j]) > 0.3
+    assert max(light) < 0.8
 
 
 def test_without_matplotlib_there_is_one_sentence(runs, tmp_path, monkeypatch, capsys):
@@ -303,11 +309,6 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path, family, scr
     assert "repo-0: two of the runs would be written there" in twice.stderr
     for refused in (foreign, taken, wrong, twice):
         assert "Traceback" not in refused.stderr
-
-
-def is_harmful(prompt: str) -> bool:
-    action, _ = world.REQUESTS[prompt]
-    return action in world.HARMFUL_ACTIONS
 
 
 def test_a_share_of_harmful_requests_is_what_it_says_or_refused(tmp_path, family, capsys):

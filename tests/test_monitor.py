@@ -54,21 +54,9 @@ def test_figures_by_hand():
     figures = streaming.measure([high, low, high, low], answers, 0.5, 1)
     assert figures == {
         "macro_f1": 0.5, "recall": 0.5, "false_stop_rate": 0.5, "tokens_seen": (3 / 4 + 1) / 2,
-        "harm_let_through": (1 + 1) / 3, "theta": 0.5, "k": 1, "caught_at": [3 / 4]}
+        "harm_let_through": (1 + 1) / 3, "theta": 0.5, "k": 1}
     assert streaming.measure([high] * 2, [answer(True), answer(False)], 0.5, 1)[
         "harm_let_through"] is None
-
-
-def test_the_picture_shows_when_answers_are_stopped():
-    Figure = pytest.importorskip("matplotlib.figure").Figure
-    figure = Figure()
-    monitor.draw(figure, {"of_two": {"caught_at": [0.25, 0.5], "recall": 0.5,
-                                     "false_stop_rate": 0.125}})
-    line, = figure.axes[0].lines
-    assert list(line.get_xdata()) == [0, 0.25, 0.5, 1]
-    assert list(line.get_ydata()) == [0, 0.25, 0.5, 0.5]
-    assert figure.legends[0].get_texts()[0].get_text() == (
-        "of two, which stops 12.5% of the safe answers too")
 
 
 def test_the_threshold_is_chosen_on_other_prompts_than_it_is_measured_on():
@@ -99,13 +87,10 @@ def test_spans_become_the_tokens_they_touch(tokenizer):
 
 # ---- live
 
-@pytest.mark.parametrize("rereads", [False, True])
-def test_live_stops_are_the_offline_ones_and_answers_prefixes(family, tmp_path, tokenizer, rereads):
-    """A random monitor that stops about half of the answers; read in one go with a cache, or as
-    text again and again."""
+def test_live_stops_are_the_offline_ones_and_answers_prefixes(family, tmp_path, tokenizer):
+    """A random monitor stops about half of the answers."""
     live = monitor.WatchSettings(policy=family["policy"], device="cpu")
-    run = live.as_run(family["policy"])
-    run.max_response_length = 12
+    run = live.config_for(family["policy"], max_response_length=12)
     policy, tokenizer = load_policy(run)
     write_beaver(tmp_path / "m", tokenizer, random_beaver(tokenizer)[1])
     model, _ = monitor.load_monitor(monitor.WatchSettings(monitor=str(tmp_path / "m")), run)
@@ -119,8 +104,7 @@ def test_live_stops_are_the_offline_ones_and_answers_prefixes(family, tmp_path, 
         z = model.values(ids, torch.ones_like(ids))[0, len(prompt):]
         seconds.append(z.topk(2).values[1].item())
     theta = sum(sorted(seconds)[11:13]) / 2
-    cut, cost = streaming.watched(policy, tokenizer, model, prompts, theta, 2, run,
-                                tokenizer if rereads else None)
+    cut, cost = streaming.watched(policy, tokenizer, model, prompts, theta, 2, run)
     assert 0 < cost["of_them_the_monitors"] < cost["milliseconds_per_token"]
     for part, whole in zip(cut, plain):
         assert part["tokens"] == whole["tokens"][:len(part["tokens"])]

@@ -128,19 +128,6 @@ def test_two_models_from_the_command_line(family, tmp_path, tokenizer, capsys):
     assert scores[0] == pytest.approx(torch.stack(squares).mean(0).sqrt().max().item(), rel=1e-4)
 
 
-def test_the_picture_shows_safety_and_its_tax():
-    Figure = pytest.importorskip("matplotlib.figure").Figure
-    figures = {"start": (0.5, 2.0), "aligned": (1.0, 1.0), "random": {}, "top": {
-        share: {"safe": share, "helpful": 2 - share, "restored": share} for share in (0.05, 1.0)}}
-    figures["random"][0.05] = [{"safe": 0.5, "helpful": 1.5, "restored": 0.0}] * 5
-    figure = Figure()
-    neurons.draw(figure, figures)
-    lines = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
-    assert lines == [[[0.5] * 2, [1.0] * 2, [0.5] * 5, [0.05, 1.0]],
-                     [[2.0] * 2, [1.0] * 2, [1.5] * 5, [1.95, 1.0]]]
-    assert len(figure.legends[0].get_texts()) == 4
-
-
 def test_models_without_such_neurons_are_refused_by_name(tokenizer):
     with pytest.raises(UserError, match="MptForCausalLM has no mlp.down_proj, mlp.c_proj"):
         patching.down_projections(of_kind("mpt", tokenizer, 0), "x")

@@ -1,4 +1,4 @@
-"""What the scripts that train from files share: settings, loading, the split, saving."""
+"""What the commands share: settings, command lines, and learning from files."""
 import itertools
 import json
 import random
@@ -15,53 +15,63 @@ from plumbing.fitting import fit
 from plumbing.adapters import make_trainable, trainable
 from plumbing.models import load_policy, save_tokenizer
 from plumbing.folder import renamed_when_complete, write_whole
-from plumbing.settings import Parser, RunSettings, fill_in, option
+from plumbing.settings import Parser, fill_in, option
 from tiny_configs import world
 
 
 @dataclass
-class Settings:
+class Common:
+    """Settings that most companions have."""
+
+    device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
+    seed: int = option(0, "seed of every random draw")
+    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
+    json: str | None = option(None, "also write the figures to this file")
+
+    def check(self) -> None:
+        """Raises UserError for settings that cannot work."""
+        require(self.device in (None, "cpu", "cuda"), f"--device {self.device}: cpu or cuda")
+
+    def require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            require(value is None or value > 0, f"--{name} {value}: must be above 0")
+
+    def config_for(self, policy: str, **others) -> repo.Config:
+        """The same for what loads models."""
+        given = {"model": policy, "device": self.device, "output_dir": "unused"} | others
+        config = repo.Config(policy=policy, seed=self.seed,
+                             trust_remote_code=self.trust_remote_code, **given)
+        fill_in(config)
+        return config
+
+
+@dataclass
+class Settings(Common):
     """Settings of learning from a file."""
 
     model: str = option("tiny", "a causal LM: folder, .gguf file or hub name")
-    data: str | None = option(None, "what to learn from: json, jsonl, csv or parquet, or a hub "
+    data: str | None = option(None, "rows to learn from: json, jsonl, csv, parquet or a hub "
                                     "name[:SPLIT]")
-    eval_data: str | None = option(None, "held-out rows; default: those of a seeded 10 %% of the "
-                                         "prompts")
+    eval_data: str | None = option(None, "held-out rows; default: those of 10 %% of the prompts")
     out: str | None = option(None, "the new model's folder")
     lora_rank: int = option(0, "train low-rank adapters instead of all weights")
     lr: float = option(2e-5, "the peak learning rate, annealed to zero")
     batch_size: int = option(16, "rows per step")
     steps: int | None = option(None, "default: two passes over the rows")
-    max_prompt_tokens: int = option(256, "rows with longer prompts are left out")
-    device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
-    dtype: str | None = option(None, "float32 or bfloat16, of computing; default: bfloat16 on a "
-                                     "GPU that has it")
-    seed: int = option(0, "of split, order and first weights")
-    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
-    json: str | None = option(None, "write the figures there too")
+    max_prompt_tokens: int = option(256, "drop rows with longer prompts")
+    dtype: str | None = option(None, "float32 or bfloat16, for computing; default: bfloat16 on "
+                                     "a GPU that has it")
 
     def check(self) -> None:
-        """Raises UserError for what cannot work."""
+        super().check()
         needs = self.model != "tiny"
         for name in ("data", "out") if needs else ():
             require(getattr(self, name), f"--{name} is missing")
-        for name in ("batch_size", "max_prompt_tokens"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
-        require(self.steps is None or self.steps > 0, f"--steps {self.steps}: must be above 0")
+        self.require_positive("batch_size", "max_prompt_tokens", "steps")
         require(self.lora_rank >= 0, f"--lora_rank {self.lora_rank}: must be 0 or more")
-        require(self.device in (None, "cpu", "cuda"), f"--device {self.device}: cpu or cuda")
         require(self.dtype in (None, "float32", "bfloat16"),
                 f"--dtype {self.dtype}: float32 or bfloat16")
-
-    def as_run(self) -> RunSettings:
-        """The same for what loads models."""
-        run = RunSettings(
-            model=self.model, policy=self.model, lora_rank=self.lora_rank, device=self.device,
-            dtype=self.dtype, seed=self.seed, trust_remote_code=self.trust_remote_code,
-            output_dir=self.out or "unused")
-        fill_in(run)
-        return run
 
     def in_tiny_world(self, **of_the_world) -> "Settings":
         """--model tiny: its policy, its files and what learns them well, where nothing else is
@@ -84,7 +94,8 @@ class Settings:
 
 def load_body(settings: Settings):
     """(a causal LM, made trainable; its tokenizer; the settings that save it)."""
-    run = settings.as_run()
+    run = settings.config_for(settings.model, lora_rank=settings.lora_rank, dtype=settings.dtype,
+                              output_dir=settings.out or "unused")
     policy, tokenizer = load_policy(run)
     return make_trainable(policy, run).to(run.device), tokenizer, run
 
@@ -107,7 +118,7 @@ def split(rows: list, prompts: list[str], settings: Settings) -> tuple[list, lis
     return learn, [row for row, prompt in zip(rows, prompts) if prompt in held_out]
 
 
-def teach(model, loss_of, rows: list, settings: Settings, run: RunSettings) -> None:
+def teach(model, loss_of, rows: list, settings: Settings, run: repo.Config) -> None:
     """fit() of what can be trained, in the compute dtype; loss_of(batch of rows) -> []."""
     def loss(batch):
         with run.autocast():
@@ -133,17 +144,6 @@ def tiny_run(folder: str, seed: int) -> None:
         require(repo.main(flags) == 0, f"{folder}: the run has failed")
 
 
-def picture(file: Path, inches: tuple[float, float], draw) -> None:
-    """draw(figure) into a file, where matplotlib is installed; it is optional."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=inches, layout="constrained")
-    draw(figure)
-    figure.savefig(file, dpi=150)
-
-
 def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | None = None,
             first: str | None = None) -> int:
     """Reads settings from the command line, calls run(settings) -> figures and writes --json.
@@ -153,6 +153,7 @@ def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | Non
     """
     name = Path(sys.argv[0]).stem
     parser = Parser(settings_class, f"python -m companions.{name}", settings_class.__doc__, {})
+    parser.names.sort(key=Common.__dataclass_fields__.__contains__)  # in --help the own ones first
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
@@ -170,6 +171,12 @@ def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | Non
         write_json(settings.json, run(settings))
 
     return exit_code(command)
+
+
+def is_harmful(request: str) -> bool:
+    """Of a request of the tiny world."""
+    action, _ = world.REQUESTS[request]
+    return action in world.HARMFUL_ACTIONS
 
 
 def words_and_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
