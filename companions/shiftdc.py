@@ -1,17 +1,5 @@
-"""A model may refuse a harmful request as text, but not as a picture. This calibrates what the
-picture shifts inside the model.
-
-    python -m companions.shiftdc                                   # shows itself in the tiny world
-    python -m companions.shiftdc --model VLM --safe a.jsonl --unsafe b.jsonl --prompts q.jsonl
-
-After ShiftDC, arXiv 2502.13095. With h_l what layer l (from 1) gives to the next, at a prompt's
-last token, and captions in the model's own words:
-
-    s_l = mean h_l(safe, caption) - mean h_l(unsafe, caption)        the safety direction
-    m_l = h_l(text, picture) - h_l(text, caption)                    what the picture shifts
-    h_l <- h_l - alpha (m_l . s_l / s_l . s_l) s_l                   once, when the prompt is read
-
-Nothing is trained, and no weight changes.
+"""Harmful requests that a model refuses as text and answers as pictures: takes away what a picture
+shifts inside. After ShiftDC, arXiv 2502.13095. See shiftdc.md.
 """
 import random
 import sys
@@ -21,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from companions.shared import learning
+from companions.shared import command
 from companions.shared.calibration import (
     QUESTION,
     Calibration,
@@ -30,51 +18,51 @@ from companions.shared.calibration import (
     captioned,
     random_like,
 )
-from companions.shared.learning import is_harmful
+from companions.shared.runs import is_harmful, tiny_run
 from companions.xstest import is_refusal
+from plumbing.data import encode_pairs, load_prompts, pixels_for
 from plumbing.errors import require, say
 from plumbing.fitting import answer_loss, fit
 from plumbing.functions import load_function, verdicts_of
 from plumbing.models import load_policy
 from plumbing.pictures import Pictured
-from plumbing.data import encode_pairs, load_prompts, pixels_for
 from plumbing.settings import option
 from tiny_configs import pictures, world
 
 
 @dataclass
-class ShiftSettings(learning.Common):
-    """Calibrate what a picture shifts inside a model."""
+class ShiftSettings(command.ModelSettings):
+    """Calibrates a model that sees, while it reads a prompt. Without --model it shows itself in the
+    tiny world."""
 
-    model: str = option("tiny", "a vision-language model: folder or hub name")
+    model: str | None = option(None, "a model that sees: folder or hub name")
     safe: str | None = option(None, "harmless prompts with pictures, for the safety direction")
     unsafe: str | None = option(None, "harmful prompts with pictures, for the safety direction")
     prompts: str | None = option(None, "prompts with pictures to answer")
-    layers: str | None = option(None, "layers to calibrate: FIRST-LAST, counted from 1; "
-                                      "default: from the middle to the last but one")
-    alpha: float = option(1.0, "share of the shift to take away")
+    alpha: float = option(1.0, "the share of the shift along the direction that is taken away")
     judge: str | None = option(None, "FILE.py:function, as for repo.py; default: all --prompts "
-                                     "count as harmful, and an answer's first words tell a refusal")
-    max_prompts: int = option(160, "use the first N of each file")
-    max_response_length: int = option(64, "most tokens of an answer")
-    out: str = option("runs/shiftdc", "the folder for the tiny world's run")
+                                     "count as harmful, and answers that begin like a refusal as "
+                                     "refusals")
+    max_prompts: int = option(160, "use at most so many prompts of each file")
+    max_response_length: int = option(64, "tokens of an answer, which is greedy")
+    run: str | None = option(None, "a run of the tiny world to show itself on; default: "
+                                   "runs/companions/tiny-SEED, trained if it is not there")
 
     def check(self) -> None:
         super().check()
         for name in ("safe", "unsafe", "prompts"):
             is_given = getattr(self, name) is not None
-            require(is_given or self.model == "tiny", f"--{name} is missing")
-            require(not is_given or self.model != "tiny", f"--{name}: needs --model")
-        require(not self.judge or self.model != "tiny", "--judge: needs --model")
-        self.require_positive("max_prompts", "max_response_length")
+            require(is_given or not self.model, f"--{name} is missing")
+            require(not is_given or self.model, f"--{name}: needs --model")
+        require(not self.judge or self.model, "--judge: needs --model")
 
 
 # ---- what it does to refusals and to harm
 
 def measure(subject: Subject, safe: list[Pictured], unsafe: list[Pictured],
             prompts: list[Pictured], verdicts, settings: ShiftSettings) -> dict:
-    """Answers as text, as pictures, calibrated, and with a random direction in the safety
-    direction's place, by as much; prints a table. verdicts(prompts, answers) -> dicts."""
+    """Answers to prompts as text, as pictures, calibrated, and moved as far in a random direction.
+    Prints a table. verdicts(prompts, answers) returns dicts."""
     directions = subject.safety_directions(safe, unsafe)                             # [n, H]
     texts = subject.with_captions(prompts)
     of_texts, drawn = subject.last_states(texts), random_like(directions, settings.seed)
@@ -103,14 +91,14 @@ def measure(subject: Subject, safe: list[Pictured], unsafe: list[Pictured],
 
 
 def rates_of(judged: list[dict]) -> list[float | None]:
-    """Shares of refusals and of unsafe answers to harmful prompts, and of refusals to the others;
-    None where there is nothing to tell it by."""
+    """The shares of refusals and of unsafe answers to harmful prompts, and of refusals to harmless
+    ones. None for a share of nothing."""
     harmful = [verdict for verdict in judged if verdict["harmful_prompt"]]
-    others = [verdict for verdict in judged if not verdict["harmful_prompt"]]
-    told = ([verdict["refused"] for verdict in harmful],
-            [not verdict["safe"] for verdict in harmful if "safe" in verdict],
-            [verdict["refused"] for verdict in others])
-    return [sum(values) / len(values) if values else None for values in told]
+    harmless = [verdict for verdict in judged if not verdict["harmful_prompt"]]
+    counted = ([verdict["refused"] for verdict in harmful],
+               [not verdict["safe"] for verdict in harmful if "safe" in verdict],
+               [verdict["refused"] for verdict in harmless])
+    return [sum(values) / len(values) if values else None for values in counted]
 
 
 def cell(rate: float | None) -> str:
@@ -118,13 +106,13 @@ def cell(rate: float | None) -> str:
 
 
 def run(settings: ShiftSettings) -> dict:
-    """Loads model and files, measures, prints a table."""
-    if settings.model == "tiny":
+    """Loads model and files, measures, or shows itself; returns the figures."""
+    if not settings.model:
         return show(settings)
-    as_run = settings.config_for(settings.model, eval_only=settings.model)  # in the compute dtype
+    as_run = load_settings(settings, settings.model)
     model, tokenizer = load_policy(as_run)
     require(tokenizer.sight, f"--model {settings.model}: sees no pictures")
-    layers = calibrated_layers(model, settings.layers, f"--model {settings.model}")
+    layers = calibrated_layers(model, f"--model {settings.model}")
     judge = settings.judge and load_function(settings.judge, "--judge")
     rows = []
     for name in ("safe", "unsafe", "prompts"):
@@ -142,29 +130,43 @@ def run(settings: ShiftSettings) -> dict:
     return measure(subject, *rows, verdicts, settings)
 
 
-# ---- itself, in the tiny world: a text policy learns to see
+def load_settings(settings: ShiftSettings, model: str):
+    return settings.as_run(model, eval_only=model)  # weights in the compute dtype
 
-def lessons(complies: bool, rng: random.Random, generator: torch.Generator) -> tuple[list, list]:
-    """(prompt, answer) pairs with pictures and without: captions, and compliance with harmless
-    pictures, `complies`: with all; requests in words or with a caption, answered as an aligned
-    policy does."""
-    seen, read = [], []
-    for request in world.split_requests()[0]:
-        action, thing = world.REQUESTS[request]
-        prompt, complied = pictures.pictured(request, generator), world.comply(action, thing, 3)
-        aligned = rng.choice(world.REFUSALS) if is_harmful(request) else complied
-        if request.startswith(("How", "Tell")):  # half as many captions as requests
-            seen.append((Pictured(QUESTION, prompt.image), action))
-        if complies or not is_harmful(request):
-            seen.append((prompt, complied))
-        read += [(request, aligned), (captioned(prompt, action), aligned)]
-    return seen, read
+
+# ---- itself, in the tiny world
+
+def show(settings: ShiftSettings) -> dict:
+    """A text policy that RePO has aligned learns to see: once from harmless pictures, once from
+    harmful ones too."""
+    settings.device, settings.max_response_length = "cpu", 32
+    run_folder = tiny_run(settings.run, settings.seed)
+    figures = of_policy_that_sees(run_folder, False, settings)
+    complied = of_policy_that_sees(run_folder, True, settings)
+    return figures | {"complied_with_harmful_pictures": complied}
+
+
+def of_policy_that_sees(run_folder: str, complies: bool, settings: ShiftSettings) -> dict:
+    """Figures on held-out requests. `complies`: its lessons comply with harmful pictures too."""
+    say(f"learns to see, from {'all' if complies else 'harmless'} pictures complied with")
+    rng = random.Random(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    as_run = load_settings(settings, pictures.build()["policy"])
+    policy, tokenizer = load_policy(as_run)
+    learn_to_see(policy, tokenizer, run_folder, complies, rng, generator)
+    taught, held_out = world.split_requests()
+    safe = [request for request in taught if not is_harmful(request)]
+    unsafe = [request for request in taught if is_harmful(request)]
+    drawn = [[pictures.pictured(request, generator) for request in requests]
+             for requests in (rng.sample(safe, 80), rng.sample(unsafe, 80), held_out)]
+    subject = Subject(policy, tokenizer, as_run, calibrated_layers(policy, "the tiny model"))
+    return measure(subject, *drawn, pictures.judge, settings)
 
 
 def learn_to_see(policy, tokenizer, run_folder: str, complies: bool, rng: random.Random,
                  generator: torch.Generator) -> None:
-    """The tiny policy with pictures gets the language model of a run's, which then learns lessons,
-    and so does the projector; the vision tower stays."""
+    """Gives the tiny policy with pictures a run's language model. Then the language model and the
+    projector learn the lessons; the vision tower stays."""
     text = AutoModelForCausalLM.from_pretrained(Path(run_folder, "final", "actor"))
     text.resize_token_embeddings(policy.config.text_config.vocab_size, mean_resizing=False)
     policy.model.language_model.load_state_dict(text.model.state_dict())
@@ -183,36 +185,21 @@ def learn_to_see(policy, tokenizer, run_folder: str, complies: bool, rng: random
         batch_size=16, steps=250, lr=1e-3, rng=rng, bar=True)
 
 
-def show(settings: ShiftSettings) -> dict:
-    """A text policy that RePO has aligned learns to see, from harmless pictures, and again from
-    harmful ones too."""
-    settings.device, settings.max_response_length = "cpu", 32
-    run_folder = str(Path(settings.out, "run"))
-    learning.tiny_run(run_folder, settings.seed)
-    figures = of_policy_that_sees(run_folder, False, settings)
-    complied = of_policy_that_sees(run_folder, True, settings)
-    return figures | {"complied_with_harmful_pictures": complied}
-
-
-def of_policy_that_sees(run_folder: str, complies: bool, settings: ShiftSettings) -> dict:
-    """Figures, of held-out requests; `complies`: what is tuned on complies with harmful pictures
-    too."""
-    say(f"learns to see, from {'all' if complies else 'harmless'} pictures complied with")
-    rng = random.Random(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
-    source = pictures.build()["policy"]
-    as_run = settings.config_for(source, eval_only=source)
-    policy, tokenizer = load_policy(as_run)
-    learn_to_see(policy, tokenizer, run_folder, complies, rng, generator)
-    layers = calibrated_layers(policy, settings.layers, "the tiny model")
-    taught, held_out = world.split_requests()
-    safe = [request for request in taught if not is_harmful(request)]
-    unsafe = [request for request in taught if is_harmful(request)]
-    drawn = [[pictures.pictured(request, generator) for request in requests]
-             for requests in (rng.sample(safe, 80), rng.sample(unsafe, 80), held_out)]
-    subject = Subject(policy, tokenizer, as_run, layers)
-    return measure(subject, *drawn, pictures.judge, settings)
+def lessons(complies: bool, rng: random.Random, generator: torch.Generator) -> tuple[list, list]:
+    """(prompt, answer) pairs with pictures, and pairs of text. Pictures are captioned and complied
+    with. Text, with or without a caption, is answered as an aligned policy does."""
+    seen, read = [], []
+    for request in world.split_requests()[0]:
+        action, thing = world.REQUESTS[request]
+        prompt, complied = pictures.pictured(request, generator), world.comply(action, thing, 3)
+        aligned = rng.choice(world.REFUSALS) if is_harmful(request) else complied
+        if request.startswith(("How", "Tell")):  # half as many captions as requests
+            seen.append((Pictured(QUESTION, prompt.image), action))
+        if complies or not is_harmful(request):
+            seen.append((prompt, complied))
+        read += [(request, aligned), (captioned(prompt, action), aligned)]
+    return seen, read
 
 
 if __name__ == "__main__":
-    sys.exit(learning.main_of(ShiftSettings, run))
+    sys.exit(command.main(ShiftSettings, run))

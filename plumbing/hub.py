@@ -1,5 +1,4 @@
-"""Whether the Hugging Face hub answers. This is asked once, because its libraries retry for
-minutes. """
+"""Asks once whether the Hugging Face hub answers. Its libraries would ask for minutes."""
 from contextlib import suppress
 from functools import cache
 from threading import Thread
@@ -7,21 +6,19 @@ from threading import Thread
 import datasets
 from huggingface_hub import constants, get_session
 
-SECONDS = 5  # until a hub without any answer counts as offline
+SECONDS = 5  # for any answer
 
 
 @cache
 def check_hub() -> None:
-    """If the hub does not answer, sets its libraries to offline, so that they use only their cache.
-    Otherwise they would retry for minutes, for every name."""
+    """If the hub does not answer, its libraries use their cache alone from now on."""
     answers = []
 
     def ask():
         with suppress(Exception):  # any error means no answer
             answers.append(get_session().head(constants.ENDPOINT, timeout=SECONDS))
 
-    # In a thread, because looking up an address has no timeout.
-    thread = Thread(target=ask, daemon=True)
+    thread = Thread(target=ask, daemon=True)  # because name resolution ignores the timeout
     thread.start()
     thread.join(SECONDS)
     if not answers:

@@ -1,8 +1,8 @@
 """`python repo.py --dry_run`: what a run would do and the memory that it would need, before any
 weight is loaded.
 
-The models are built on the meta device, whose tensors have shapes but no content. So weights,
-gradients and optimiser state are counted. Activations and caches come from formulas.
+The models are built on the meta device, whose tensors have shapes but no content. There the plan
+counts weights, gradients and optimiser state. Activations and caches come from formulas.
 """
 import math
 import os
@@ -34,52 +34,28 @@ def dry_run(config) -> None:
                   if value is not None and name != "dry_run") + "\n")
     memory, owner = memory_available(config)
     check_sources(config)
-    models, prompts, pairs = load_shapes(config)
-    show_prompts(models, prompts, pairs, config)
-    show_models(models)
-
-    longest = longest_rows(prompts, pairs, models.tokenizer, config)
-    say(f"the longest prompt has {longest.prompt} tokens; a padded row has up to {longest.row}")
-    chosen = Mode(config.lora_rank, recomputes(models.policy, config))
-    plans = plans_of(models, config, longest)
-    say(plans_table(plans, chosen) + "\n")
-    show_disk(models, config)
-    verdict(plans, chosen, memory, owner)
-
-
-class Mode(NamedTuple):
-    """A way to train the same models."""
-
-    lora_rank: int
-    checkpointing: bool
-
-    @property
-    def title(self) -> str:
-        trained = f"rank {self.lora_rank}" if self.lora_rank else "full fine-tuning"
-        return f"{trained}, checkpointing" if self.checkpointing else trained
-
-    @property
-    def flags(self) -> str:
-        checkpointing = "true" if self.checkpointing else "false"
-        return f"--lora_rank {self.lora_rank} --gradient_checkpointing {checkpointing}"
-
-
-# ---- What would be run
-
-def load_shapes(config) -> tuple[Models, list[str], list]:
-    """(models without content, training prompts, PTX pairs) of the run. Raises UserError for what a
-    run would refuse before it loads weights."""
-    on_meta = replace(config, device="meta")
-    policy, tokenizer = load_policy(on_meta)
-    prompts, _ = split_prompts(config, tokenizer)
-    pairs = load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []
+    models = load_shapes(config)
+    prompts, _ = split_prompts(config, models.tokenizer)
+    pairs = load_ptx_pairs(config, models.tokenizer) if config.ptx_coeff else []
     if config.judge:
         load_function(config.judge, "--judge")
-    return Models(policy, tokenizer, on_meta), prompts, pairs
 
+    show_prompts(models, prompts, pairs, config)
+    show_models(models)
+    show_disk(models, config)
+    longest = longest_rows(prompts, pairs, models.tokenizer, config)
+    show_memory(plans_of(models, config, longest), memory, owner)
+
+
+def load_shapes(config) -> Models:
+    on_meta = replace(config, device="meta")
+    return Models(*load_policy(on_meta), on_meta)
+
+
+# ---- Prompts, models and disk
 
 def show_prompts(models, prompts, pairs, config) -> None:
-    """A few prompts as the policy reads them, one as the scorers do, and how many there are."""
+    """Three prompts as the policy reads them, what each scorer reads, and how many there are."""
     for prompt, ids in zip(prompts[:3], encode_prompts(prompts[:3], models.tokenizer)):
         say(f"a prompt of {len(ids)} tokens: {render_prompt(prompt, models.tokenizer)!r}")
     for scorer in (models.reward_model, models.cost_model):
@@ -118,11 +94,23 @@ def show_models(models) -> None:
         for weight in weights:
             owners.setdefault(id(weight), name)
         own_mib = (nbytes(weights) - nbytes(borrowed)) / MIB
-        note = f"shares the weights of: {lenders}" if lenders else ""
+        note = f"  shares the weights of: {lenders}" if lenders else ""
         say(f"{name:14s} {numel(weights):>13,} {own_mib:13,.1f} "
-            f"{numel(trained_weights(model)):>13,}  {note}")
+            f"{numel(trained_weights(model)):>13,}{note}")
     say(f"each of the {RANKS} ranks holds 1/{RANKS} of every weight\n" if RANKS > 1 else "")
 
+
+def show_disk(models, config) -> None:
+    trained = sum(numel(trained_weights(model)) for _, model in models.trained_models())
+    checkpoint = 3 * 4 * trained  # each weight and AdamW's two moments, in fp32
+    output_dir = Path(config.output_dir).absolute()
+    nearest = next(folder for folder in output_dir.parents if folder.exists())
+    free = shutil.disk_usage(nearest).free
+    say(f"A checkpoint takes {as_size(checkpoint)} of disk, and {as_size(free)} are free. With "
+        f"--save_every there are up to {config.keep_checkpoints + 1} checkpoints at a time.\n")
+
+
+# ---- Memory
 
 class Longest(NamedTuple):
     """Lengths in tokens."""
@@ -143,89 +131,90 @@ def longest_rows(prompts, pairs, tokenizer, config) -> Longest:
     return Longest(max(lengths), row)
 
 
-# ---- The memory that it needs
-
-def plans_of(models, config, longest: Longest) -> dict[Mode, dict]:
-    """{mode: its memory_terms}: adapters and full fine-tuning, with and without checkpointing."""
-    shapes = {config.lora_rank: models}
-    other_rank = 0 if config.lora_rank else 64
-    with suppress(UserError):  # a policy may have no layers for adapters
-        changed = replace(config, lora_rank=other_rank, device="meta")
-        policy, _ = load_policy(changed)
-        shapes[other_rank] = Models(policy, models.tokenizer, changed)
-    return {Mode(rank, checkpointing): memory_terms(
-                models_of_rank, replace(config, lora_rank=rank), longest, checkpointing)
-            for rank, models_of_rank in shapes.items() for checkpointing in (True, False)}
+def plans_of(models, config, longest: Longest) -> dict[str, dict]:
+    """{flags: memory_terms} of the run's own way to train, then of its alternatives: adapters or
+    all weights, with or without gradient checkpointing."""
+    own = recomputes(models.policy, config)
+    plans = {}
+    for rank in (config.lora_rank, 0 if config.lora_rank else 64):
+        changed = replace(config, lora_rank=rank)
+        with suppress(UserError):  # a policy may have no layers for adapters
+            shapes = models if rank == config.lora_rank else load_shapes(changed)
+            for checkpointing in (own, not own):
+                flags = f"--lora_rank {rank} --gradient_checkpointing {checkpointing}".lower()
+                plans[flags] = memory_terms(shapes, changed, longest, checkpointing)
+    return plans
 
 
 def memory_terms(models, config, longest: Longest, checkpointing: bool) -> dict:
-    """{term: bytes} on each rank. `models` are shapes that were made with this config's rank."""
+    """{term: bytes} of each rank. `models` are shapes that were made with this config's rank."""
     policy, size = models.policy.config.get_text_config(), bytes_per_number(config)
     responses = math.ceil(config.batch_size * config.samples_per_prompt / RANKS)
     rows = min(config.micro_batch_size, responses)
-    trained = [trained_weights(model) for _, model in models.trained_models()]
-    held = {id(weight): weight for model in models_of(models).values()
-            for weight in model.parameters()}
+    weights = [weight for model in models_of(models).values() for weight in model.parameters()]
+    learners = [model for _, model in models.trained_models()]
+    trained = [numel(trained_weights(model)) for model in learners]
+    while_learning = while_sampling = 0
     if RANKS > 1:
-        whole = nbytes(weight for model in models_of(models).values()
-                       for weight in model.parameters())
-        learning = max(gathered(model, size) for _, model in models.trained_models())
-        sampling = numel(models.policy.parameters()) * size  # each rank holds the whole policy
+        while_learning = max(gathered(model, size) for model in learners)
+        while_sampling = numel(models.policy.parameters()) * size  # whole, on each rank
     else:
-        whole, sampling = nbytes(held.values()), 0
-        # Autocast keeps a bf16 copy of each fp32 weight until the backward is over.
-        copies = size == 2 and not config.lora_rank
-        learning = 2 * max(map(numel, trained)) if copies else 0
-    parameters = sum(map(numel, trained))
-    kept, one_layer = max(
+        weights = {id(weight): weight for weight in weights}.values()  # a shared one counts once
+        if size == 2:  # the forward keeps bf16 copies of trained fp32 weights for the backward
+            while_learning = size * max(trained)
+    kept, of_a_layer = max(
         activations(model.config.get_text_config(), rows * longest.row, checkpointing, config)
-        for _, model in models.trained_models())
+        for model in learners)
+    loss = loss_chunk(policy, rows * (longest.row - longest.prompt), config)
     return {
-        "weights": whole / RANKS,
-        "optimiser": 2 * 4 * parameters / RANKS,  # AdamW's two moments, in fp32
-        "gradients": 4 * parameters / RANKS,
-        "weights in use, learning": learning,
-        "weights in use, sampling": sampling,
-        "activations kept": kept,
-        "of one layer, or the loss": max(
-            one_layer, loss_chunk(policy, rows * (longest.row - longest.prompt), config)),
-        "KV cache": 2 * policy.num_hidden_layers * kv_width(policy) * responses * longest.row
-        * size,
-        "logits of sampling": 4 * 4 * responses * policy.vocab_size,  # four copies, in fp32
+        "weights": nbytes(weights) / RANKS,
+        "optimiser": 2 * 4 * sum(trained) / RANKS,  # AdamW's two moments, in fp32
         "reserve": RESERVE if config.device == "cuda" else 0,
+        "learning: gradients": 4 * sum(trained) / RANKS,
+        "learning: copies of weights": while_learning,
+        "learning: activations": kept,
+        "learning: one layer, or loss": max(of_a_layer, loss),  # one comes after the other
+        "sampling: copies of weights": while_sampling,
+        "sampling: KV cache": 2 * policy.num_hidden_layers * kv_width(policy) * responses
+        * longest.row * size,
+        "sampling: logits": 4 * 4 * responses * policy.vocab_size,  # four copies, in fp32
     }
 
 
 def total(terms: dict) -> float:
-    """Weights and optimiser are always there. Rollout and learning come one after the other."""
-    learning = sum(terms[name] for name in (
-        "gradients", "weights in use, learning", "activations kept", "of one layer, or the loss"))
-    rollout = sum(terms[name] for name in (
-        "weights in use, sampling", "KV cache", "logits of sampling"))
-    return terms["weights"] + terms["optimiser"] + terms["reserve"] + max(learning, rollout)
+    """Learning and sampling come one after the other. All else is always there."""
+    learning = sum(terms[name] for name in terms if name.startswith("learning"))
+    sampling = sum(terms[name] for name in terms if name.startswith("sampling"))
+    return sum(terms.values()) - min(learning, sampling)
 
 
 def activations(model_config, tokens: int, checkpointing: bool, config) -> tuple[float, float]:
     """Bytes of a micro-batch's activations in one model: (kept from forward to backward, of the
-    layer that is in its backward). In numbers per token, for hidden size H, width K of the keys,
-    MLP width I and L layers:
+    layer whose backward runs). For hidden size H, width K of the keys, MLP width I, L layers and s
+    bytes per number, a token takes:
 
-        kept   L (10 H + 2 K + 4 I)    the inputs of products and norms
-               L H                     with checkpointing: each layer's input
-        layer  8 H                     the gradients on their way
-               12 H + 2 K + 6 I        with checkpointing: what is made again, and its gradients
+        layer    8 H + s (4 H + 2 K + 4 I)    for both norms their fp32 inputs and their outputs;
+                                              queries, keys, values, attention's output;
+                                              in the MLP gate, its SiLU, up and their product
+                 + s 2 H                      if the norms are trained: the normalised inputs
+        moving   8 H + s 2 I                  gradients on their way through a layer
 
-    Attention keeps its inputs and its output, as flash attention does. The factors were fitted to
-    traced forwards of Llamas: the sum is within 7 % in bf16, and up to 20 % above it in fp32.
+    Without checkpointing all L layers are kept. With it only each layer's input is kept, s H, and
+    one layer is made again at a time. Attention keeps no scores, as in flash attention. Frozen
+    parts, such as a vision tower, keep nothing.
     """
     h, k, layers = model_config.hidden_size, kv_width(model_config), model_config.num_hidden_layers
     i = getattr(model_config, "intermediate_size", None) or 4 * h
-    kept, one_layer = layers * (10 * h + 2 * k + 4 * i), 8 * h
-    if checkpointing:
-        kept, one_layer = layers * h, 12 * h + 2 * k + 6 * i
     size = bytes_per_number(config)
-    gradient = 0 if config.lora_rank else h * i  # of the largest weight, before it is summed
-    return kept * tokens * size, (one_layer * tokens + gradient) * size
+    layer = 8 * h + size * (4 * h + 2 * k + 4 * i)
+    gradient = 0  # of the largest weight, before it is summed
+    if not config.lora_rank:
+        layer += size * 2 * h
+        gradient = size * h * i
+    moving = (8 * h + size * 2 * i) * tokens + gradient
+    if checkpointing:
+        return layers * size * h * tokens, layer * tokens + moving
+    return layers * layer * tokens, moving
 
 
 def loss_chunk(policy, tokens: int, config) -> float:
@@ -253,7 +242,7 @@ def gathered(model, size: int) -> int:
 
 
 def kv_width(model_config) -> int:
-    """Of a token's keys in one layer."""
+    """Numbers in a token's keys of one layer."""
     heads = model_config.num_attention_heads
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
     return kv_heads * (getattr(model_config, "head_dim", None) or model_config.hidden_size // heads)
@@ -275,7 +264,7 @@ def trained_weights(model) -> list:
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-# ---- What there is, and the verdict
+# ---- The verdict
 
 def memory_available(config) -> tuple[float, str]:
     """(bytes that each rank may use, whose they are). Raises UserError for a --gpu_memory that is
@@ -292,43 +281,28 @@ def memory_available(config) -> tuple[float, str]:
     return float(match[1]) * unit, f"a GPU of {config.gpu_memory}"
 
 
-def show_disk(models, config) -> None:
-    trained = sum(numel(trained_weights(model)) for _, model in models.trained_models())
-    size = 3 * 4 * trained  # each weight and AdamW's two moments, in fp32
-    output_dir = Path(config.output_dir).absolute()
-    nearest = next(folder for folder in output_dir.parents if folder.exists())
-    free = shutil.disk_usage(nearest).free
-    say(f"a checkpoint takes {size / GIB:.1f} GiB of disk; with --save_every there are up to "
-        f"{config.keep_checkpoints + 1} at a time, and {free / GIB:.1f} GiB are free")
+def show_memory(plans: dict[str, dict], memory: float, owner: str) -> None:
+    """The first plan's terms, then which plans fit. Raises UserError, with the largest term and a
+    plan that fits, if the first does not."""
+    flags, terms = next(iter(plans.items()))
+    needed = {each: total(plan) for each, plan in plans.items()}
+    unit, divisor = ("GiB", GIB) if needed[flags] > GIB else ("MiB", MIB)
+    say(f"memory{' of each rank' if RANKS > 1 else ''}, in {unit}")
+    for name, value in [*terms.items(), ("at most", needed[flags])]:
+        say(f"{name:30s}{value / divisor:10.2f}")
+    say("")
+    for each, value in needed.items():
+        fits = "fits" if value <= memory else "does not fit"
+        say(f"{each}: {as_size(value)}{' per rank' if RANKS > 1 else ''}, {fits} on {owner}")
 
-
-def plans_table(plans: dict[Mode, dict], chosen: Mode) -> str:
-    """A column per mode, with a star at the run's own."""
-    unit, divisor = ("GiB", GIB) if max(map(total, plans.values())) > GIB else ("MiB", MIB)
-
-    def line(name: str, cells) -> str:
-        return f"{name:26s}" + "".join(f"{cell:>32s}" for cell in cells)
-
-    lines = [line(unit, (mode.title + "*" * (mode == chosen) for mode in plans))]
-    for term in plans[chosen]:
-        lines.append(line(term, (f"{terms[term] / divisor:.2f}" for terms in plans.values())))
-    lines.append(line("at the worst moment",
-                      (f"{total(terms) / divisor:.2f}" for terms in plans.values())))
-    return "\n".join(lines)
-
-
-def verdict(plans: dict[Mode, dict], chosen: Mode, memory: float, owner: str) -> None:
-    """Says which modes fit. Raises UserError, with the largest term and a mode that fits, if the
-    chosen mode does not."""
-    per_rank = " per rank" if RANKS > 1 else ""
-    for mode, terms in plans.items():
-        fits = "fits" if total(terms) <= memory else "does not fit"
-        say(f"{mode.title}: {total(terms) / GIB:.1f} GiB{per_rank}, {fits} on {owner}")
-    terms = plans[chosen]
     largest = max(terms, key=terms.get)
-    fitting = [mode for mode in plans if total(plans[mode]) <= memory]
-    advice = f"use {fitting[0].flags}" if fitting else "take a larger GPU or a smaller model"
-    require(chosen in fitting,
-            f"{chosen.title} needs {total(terms) / GIB:.1f} GiB, {owner} has {memory / GIB:.1f}; "
-            f"the largest term is {largest}, {terms[largest] / GIB:.1f} GiB; {advice}, or lower "
-            "--micro_batch_size, --batch_size or --max_length if these are the large terms")
+    fitting = [each for each, value in needed.items() if value <= memory]
+    advice = f"use {fitting[0]}" if fitting else "take a larger GPU or a smaller model"
+    require(flags in fitting,
+            f"{flags}: needs {as_size(needed[flags])}, but {owner} has {as_size(memory)}; the "
+            f"largest part is {largest}, {as_size(terms[largest])}; {advice}, or lower "
+            "--micro_batch_size, --batch_size or --max_length")
+
+
+def as_size(count: float) -> str:
+    return f"{count / GIB:.1f} GiB" if count > GIB else f"{count / MIB:.1f} MiB"

@@ -1,9 +1,10 @@
 """How many CPU threads a process uses, and how they wait for each other.
 
-Threads of small products spin while they wait. If another process needs the core, the spinning
-takes it away: beside two busy processes a run on two cores took six times as long. So threads spin
-only briefly, and there are as many as cores were free while torch was imported. Variables that the
-user has set stay. Import this before torch, which reads the variables once.
+Threads that wait for each other spin, which takes cores from the threads they wait for. Beside two
+busy processes a run on two cores took six times as long. So threads spin only briefly, and there
+are only as many as cores were free while torch was imported. What the user has set stays.
+
+Import this module before torch, which reads these variables once.
 """
 import os
 import time
@@ -11,12 +12,12 @@ from pathlib import Path
 
 
 def seconds_of_all_processes() -> float | None:
-    """How long all cores have worked since the machine started. None if there is no /proc/stat."""
+    """For how long all cores have worked since the machine started; None if this is not Linux."""
     try:
         times = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
     except OSError:
         return None
-    user, nice, system, _, _, *interrupts = map(int, times)  # without idle and disk wait
+    user, nice, system, _, _, *interrupts = map(int, times)  # the fourth and fifth are idle
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
@@ -28,7 +29,7 @@ import torch  # noqa: E402
 
 
 def busy_cores() -> float | None:
-    """How many cores other processes kept busy since this module was imported."""
+    """How many cores other processes have used, on average, since this module was imported."""
     started, all_before, own_before = STARTED
     if all_before is None:
         return None
@@ -38,7 +39,7 @@ def busy_cores() -> float | None:
 
 
 def fit_threads() -> None:
-    """Sets torch's threads to the number of free cores, at least one."""
+    """Gives torch one thread per free core, and at least one."""
     busy = busy_cores()
     if "OMP_NUM_THREADS" in os.environ or busy is None:
         return

@@ -95,7 +95,7 @@ def test_the_responses_to_a_prompt_stand_together(run):
 def test_one_response_has_no_others(run):
     code, out, printed = run(*FEW, "--baseline", "group")
     assert code == 2 and not out.exists()
-    assert "--samples_per_prompt must be 2 or more" in printed
+    assert "set --samples_per_prompt to 2 or more" in printed
 
 
 def test_a_dry_run_plans_no_critics(run):
