@@ -34,8 +34,8 @@ from companions.shared.runs import (
     mean_of,
     read_jsonl,
 )
-from plumbing.confidence import wilson
 from plumbing.errors import UserError, require, say
+from plumbing.reports import wilson
 from plumbing.settings import option
 
 DEFAULT_ALGOS = ["ppo", "ppo_lag", "repo", "mask"]

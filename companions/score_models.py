@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from companions.shared import command, learning
-from plumbing.confidence import wilson
 from plumbing.data import pixels_for
 from plumbing.errors import say
 from plumbing.fitting import cost_loss, preference_loss, scores_of
 from plumbing.preferences import Pair, load_preferences
+from plumbing.reports import wilson
 from plumbing.scorers import ScoreModel
 from plumbing.settings import option
 

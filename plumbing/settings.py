@@ -193,7 +193,7 @@ class Parser(HfArgumentParser):
         raise UserError(f"{message}; {remedy}")
 
     def format_help(self) -> str:
-        width = min(shutil.get_terminal_size().columns, 100)
+        width = min(shutil.get_terminal_size((100, 24)).columns, 100)
         flags = "[--model NAME] [--flag value ...]" if self.groups else "[--flag value ...]"
         lines = [f"usage: {self.command} {flags}", "", *textwrap.wrap(self.description, width)]
         title, sections = "settings", {title: [] for title in self.groups.values()}

@@ -12,7 +12,7 @@ from companions import compare
 from companions.shared import command, drawing
 from companions.shared.runs import grouped, load_runs
 from plumbing.errors import UserError
-from plumbing.tables import summarize
+from plumbing.reports import summarize
 
 COMPENSATING = [[-8.0, -8.0], [-8.0, -6.0], [3.0, 3.0], [2.0, -1.0]]
 SAFE = [[-2.0, -2.0], [-1.0, -3.0], [-0.5, -0.5], [-0.1, 0.2]]
@@ -190,7 +190,7 @@ def test_pictures_show_what_they_promise(runs):
 
 
 def test_without_matplotlib_there_is_one_sentence(runs, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert drawing.drawn(grouped(load_runs(runs))) == {}
     assert capsys.readouterr().out.splitlines() == [
         "no pictures: matplotlib is not installed (pip install matplotlib)"]
@@ -232,7 +232,7 @@ def test_it_trains_what_is_missing_of_other_settings(tmp_path, family, capsys):
 
 
 def test_a_change_of_settings_is_another_run(tmp_path, family):
-    """Not the folder of --threshold 3. A run of other settings in that folder does not count."""
+    """Not the folder of --threshold 3. A run of other settings in its folder does not count."""
     changed, = compare.commands_of(["repo"], [[*FEW, "--threshold", "-3"]], 1, tmp_path)
     assert changed == tmp_path / f"repo-{NAMED_AFTER_FEW}-threshold--3-0"
     (folder, words), = compare.commands_of(["repo"], [FEW], 1, tmp_path).items()

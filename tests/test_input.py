@@ -282,7 +282,7 @@ def load_models(config) -> None:
     ("--policy {}/cut_weights", "cut_weights: cannot be loaded"),
     ("--policy {}/good.jsonl", "good.jsonl: cannot be loaded"),
     exhaustive("--policy {}/t5", "t5: cannot be loaded"),  # the message takes seconds to make
-    ("--policy {}/encoder", "encoder: its tokens see the ones after them"),
+    ("--policy {}/encoder", "encoder: its tokens see the tokens after them"),
     ("--policy {}/headless",
      "headless: has no lm_head.weight; a policy must bring all its weights"),
     ("--policy {}/wider", "wider: has lm_head.weight"),
@@ -403,7 +403,7 @@ def test_a_run_goes_on_with_the_same_settings_and_prompts_alone(run, tmp_path):
 
     prompts.write_text(GOOD.replace("number 7", "number seven"))
     code, _, printed = run(*flags, "--resume")
-    assert code == 2 and "the prompts or PTX pairs are others than it was saved with" in printed
+    assert code == 2 and "the prompts or PTX pairs have changed since" in printed
 
 
 # ---- what is unusual but right

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import laid_out, random_beaver, tiny_config, write_beaver, write_policy
+from conftest import laid_out, random_beaver, tiny_config, write_beaver, write_policy, write_python
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -23,7 +23,7 @@ from plumbing.errors import UserError
 from plumbing.models import hidden_states, load_policy, model_inputs
 from plumbing.scorers import Scorer, save_critic
 from plumbing.training import make_critic
-from plumbing.data import encode_prompts
+from plumbing.data import encode_prompts, pad_rows
 from tiny_configs import world
 
 load_scorer = repo.ScoreModel.from_pretrained
@@ -39,13 +39,9 @@ def by_hand(model: LlamaModel, state: dict, rows: list[list[int]]) -> torch.Tens
 
 def padded(rows, side):
     """(ids, mask), [B, L] both."""
-    width = max(map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        fill, absent, present = [2] * (width - len(row)), [0] * (width - len(row)), [1] * len(row)
-        ids.append(fill + row if side == "left" else row + fill)
-        mask.append(absent + present if side == "left" else present + absent)
-    return torch.tensor(ids), torch.tensor(mask)
+    if side == "left":
+        return pad_rows(rows, [[]] * len(rows), 2)
+    return pad_rows([[]] * len(rows), rows, 2)
 
 
 # ---- score models in the Beaver layout
@@ -92,11 +88,6 @@ def test_a_missing_weight_is_refused_by_name(tmp_path, tokenizer, lost):
     written = write_beaver(tmp_path / "broken", tokenizer, state)
     with pytest.raises(UserError, match=rf"--cost_model .*broken.*{lost}"):
         load_scorer(written, role="cost")
-
-
-def test_a_language_model_is_no_score_model(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="score_head.weight"):
-        load_scorer(write_policy(tmp_path / "lm", tokenizer))
 
 
 def test_normalizers_apply_by_role(tmp_path, tokenizer):
@@ -147,11 +138,7 @@ def test_a_classifiers_score_is_its_label_or_the_difference_of_two(tmp_path, tok
     assert torch.allclose(cost, logits[:, 1] - logits[:, 0])
 
 
-def test_other_classifiers_are_refused(tmp_path, tokenizer):
-    write_classifier(tmp_path / "three", tokenizer, 3)
-    with pytest.raises(UserError, match="3 labels"):
-        load_scorer(tmp_path / "three")
-
+def test_a_classifier_must_bring_its_head(tmp_path, tokenizer):
     file = write_policy(tmp_path / "lm", tokenizer) / "config.json"
     architecture = {"architectures": ["LlamaForSequenceClassification"]}
     file.write_text(json.dumps(json.loads(file.read_text()) | architecture))
@@ -224,30 +211,13 @@ def test_for_other_tokens_the_text_is_encoded_again(tmp_path, tokenizer):
     assert torch.allclose(scores, by_hand(model, state, [finished, cut_off]), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "body, says",
-    [
-        ("def score(prompts, responses): return [len(r) for r in responses]", None),
-        ("def score(prompts, responses): return ['high'] * len(responses)", "'high', not a number"),
-        ("def score(prompts, responses): return [1.0]", "returned 1 results for 2 responses"),
-        ("def score(prompts, responses): raise KeyError('no such key')", "KeyError: 'no such key'"),
-        ("def other(prompts, responses): pass", "has no function score"),
-        ("def broken(", "cannot be loaded.*SyntaxError"),
-    ],
-)
-def test_python_functions(tmp_path, tokenizer, body, says):
-    (tmp_path / "f.py").write_text(body)
-    config = config_for(tmp_path, reward_model=f"{tmp_path}/f.py:score")
-
-    def scores():
-        scorer = Scorer("reward", tokenizer, config)
-        return scorer([], ["p", "q"], ["ab", "abc"], [True, True]).tolist()
-
-    if says is None:
-        assert scores() == [2.0, 3.0]
-    else:
-        with pytest.raises(UserError, match=f"--reward_model .*f.py:score.*{says}"):
-            scores()
+def test_a_python_function_reads_texts(tmp_path, tokenizer):
+    file = write_python(tmp_path / "f.py", """
+        def score(prompts, responses):
+            return [len(asked) + 10 * len(said) for asked, said in zip(prompts, responses)]
+    """)
+    scorer = Scorer("reward", tokenizer, config_for(tmp_path, reward_model=f"{file}:score"))
+    assert scorer([], ["p", "pq"], ["ab", "abc"], [True, True]).tolist() == [21.0, 32.0]
 
 
 # ---- critics
@@ -303,34 +273,6 @@ def test_a_critic_is_saved_without_its_score_models_normaliser(tmp_path, tokeniz
 
 
 # ---- policies
-
-
-def test_policies_that_cannot_work_are_refused(tmp_path, tokenizer):
-    folder = write_policy(tmp_path / "policy", tokenizer)
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    del settings["eos_token"]
-    file.write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="policy.*no EOS token.*tokenizer_config.json"):
-        load_policy(config_for(tmp_path))
-
-    fewer = len(tokenizer) - 5
-    write_policy(folder, tokenizer, vocab_size=fewer)
-    with pytest.raises(UserError, match=f"{len(tokenizer)} tokens, the model only {fewer}"):
-        load_policy(config_for(tmp_path))
-
-    (folder / "model.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="policy: cannot be loaded"):
-        load_policy(config_for(tmp_path))
-
-
-def test_loading_names_a_folder_that_is_not_there(tmp_path):
-    for source in (str(tmp_path / "none"), "alpaca7b"):
-        presets = "tiny, tiny-pictures, alpaca-7b, llama-3.2-3b"
-        sentence = f"{source}: is none of {presets}, no folder here"
-        with pytest.raises(UserError, match=sentence) as error:
-            load_policy(repo.Config(model=source, policy=source, device="cpu"))
-        assert "\n" not in str(error.value)
 
 
 def test_a_checkpoints_own_sampling_settings_do_not_leak_in_but_its_stop_tokens_do(
@@ -443,12 +385,10 @@ def test_what_all_rows_begin_with_is_read_once(tokenizer, count, reads):
 
 
 def test_rows_that_are_all_alike_keep_a_token_of_their_own(tokenizer):
-    torch.manual_seed(0)
     model = LlamaModel(tiny_config(tokenizer)).eval()
     ids = torch.randint(4, 60, (1, 24)).expand(2, 24)
-    mask = torch.ones_like(ids)
-    whole = model(**model_inputs(ids, mask)).last_hidden_state
-    assert torch.allclose(hidden_states(model, ids, mask), whole, atol=1e-5)
+    whole = model(**model_inputs(ids, torch.ones_like(ids))).last_hidden_state
+    assert torch.allclose(hidden_states(model, ids, torch.ones_like(ids)), whole, atol=1e-5)
 
 
 def test_what_a_config_says_of_the_head_is_held_against_the_model(tmp_path, tokenizer):

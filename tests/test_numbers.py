@@ -127,16 +127,6 @@ def test_a_checkpoint_that_a_bad_step_has_missed_comes_after_the_next_good_one(r
     assert "6 steps of repo (1 of them with bad numbers, left out) in" in printed
 
 
-def test_before_anything_is_written_bad_numbers_are_bad_input(run, monkeypatch):
-    def refuse(rollout):
-        raise BadNumbers("the policy gave nan, not a finite number, to the response 'x'", rollout)
-
-    monkeypatch.setattr(metrics, "require_finite", refuse)
-    code, out, printed = run(*FEW)
-    assert code == 2 and "error: the policy gave nan" in printed
-    assert not out.exists()
-
-
 # ---- several in a row
 
 

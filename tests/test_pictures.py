@@ -524,7 +524,7 @@ def test_who_cannot_see_is_not_trained_blindly(seeing, family, tmp_path, capsys,
             "preferences": lambda: load_preferences(
                 str(folder / "preferences.jsonl"), "--data", "cost", tokenizer, 512),
         }[what]
-        with pytest.raises(UserError, match="its prompts have pictures, and the model reads none"):
+        with pytest.raises(UserError, match="its prompts have pictures, but the model reads none"):
             call()
         return
     if what == "monitor":

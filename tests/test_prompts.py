@@ -53,8 +53,10 @@ TALK = [
 ]
 ANSWERED = [*TALK, {"role": "assistant", "content": "four"}]
 TRANSCRIPT = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three"
-HH = {"chosen": TRANSCRIPT + "\n\nAssistant: four", "rejected": "\n\nHuman: one\n\nAssistant: no"}
-HH_OF_ONE_TURN = {"chosen": "\n\nHuman: only\n\nAssistant: yes", "rejected": "x"}
+HH = [
+    {"chosen": TRANSCRIPT + "\n\nAssistant: four", "rejected": "\n\nHuman: one\n\nAssistant: no"},
+    {"chosen": "\n\nHuman: only\n\nAssistant: yes", "rejected": "x"},
+]
 PKU = {
     "prompt": "p", "response_0": "a", "response_1": "b",
     "is_response_0_safe": True, "is_response_1_safe": False,
@@ -71,7 +73,7 @@ HARMBENCH = [
 FORMATS = {  # rows of a file, and what is read from them
     "pku.jsonl.gz": ([PKU, PKU | {"prompt": "q", "better_response_id": 0}],
                      [("p", "b"), ("q", "a")]),
-    "hh.jsonl": ([HH, HH_OF_ONE_TURN], [(TRANSCRIPT, "four"), ("only", "yes")]),
+    "hh.jsonl": (HH, [(TRANSCRIPT, "four"), ("only", "yes")]),
     "alpaca.json": (ALPACA, [("do", "ok"), ("add\n1 2", "3")]),
     "list.json": ({"instructions": ["a", "b"]}, [("a", None), ("b", None)]),
     "tuned.json": ({"inputs": [], "tags": ["x", "y"], "instructions": ["a", "b"]},
@@ -208,30 +210,6 @@ def test_duplicates_go_and_are_counted(tmp_path, capsys):
 def test_prompt_column(tmp_path):
     source = write(tmp_path / "x.jsonl", [{"the question": "why", "prompt": "no"}])
     assert repo.load_prompts(source, "the question") == ["why"]
-    sentence = "x.jsonl.*the question, prompt.*not answer.*--prompt_column"
-    with pytest.raises(UserError, match=sentence):
-        repo.load_prompts(source, "answer")
-
-
-BAD_FILES = [
-    ("missing.jsonl", None, "no such file"),
-    ("empty.jsonl", "", "empty"),
-    ("x.jsonl", "{broken", "cannot be read"),
-    ("x.xyz", "a", "cannot tell its format"),
-    ("x.jsonl", '{"foo": 1}\n', "foo.*--prompt_column"),
-    ("x.jsonl", '{"prompt": ""}\n', "none of its 1 rows"),
-    ("x.csv", "prompt,response\na,4\n", "row 0 does not hold"),
-    ("x.jsonl", '{"messages": [{"from": "human", "value": "x"}]}\n', "row 0 does not hold"),
-]
-
-
-@pytest.mark.parametrize("name, content, says", BAD_FILES)
-def test_bad_files_get_one_sentence_that_names_them(tmp_path, name, content, says):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=f"--dataset .*{name}.*{says}") as error:
-        repo.load_prompts(str(tmp_path / name))
-    assert "\n" not in str(error.value)
 
 
 # ---- templates
@@ -305,9 +283,6 @@ def test_the_default_split_is_seeded_at_least_sixteen_and_disjoint(tmp_path, tok
     assert sorted(train + held_out) == sorted(prompts)
     assert (train, held_out) == split(tmp_path, tokenizer, prompts)
     assert len(split(tmp_path, tokenizer, prompts[:40])[1]) == 16
-    sentence = "its 16 prompts are all held out, by --eval_dataset or as the 16 at least"
-    with pytest.raises(UserError, match=sentence):
-        split(tmp_path, tokenizer, prompts[:16])
 
 
 def test_training_never_sees_a_given_held_out_prompt(tmp_path, tokenizer):
@@ -325,9 +300,6 @@ def test_prompts_longer_than_a_limit_are_left_out_aloud(tmp_path, tokenizer, cap
     assert 0 < len(kept) < 60 and sorted(train + held_out) == sorted(kept)
     left_out = f"{60 - len(kept)} prompts longer than --max_prompt_length dropped"
     assert left_out in capsys.readouterr().out
-    sentence = f"--max_prompt_length 5; the shortest has {min(lengths)} tokens"
-    with pytest.raises(UserError, match=sentence):
-        split(tmp_path, tokenizer, prompts, max_prompt_length=5)
 
 
 def test_batches_pass_over_all_prompts_before_any_comes_again():

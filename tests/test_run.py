@@ -444,7 +444,7 @@ def test_a_runs_config_starts_another_run(whole):
 DATA = {
     "pku.jsonl": [PKU | {"prompt": f"p{i}"} for i in range(30)],
     "hh.jsonl.gz": [
-        HH[0] | {"chosen": HH[0]["chosen"].replace("one", f"one {i}")} for i in range(30)
+        HH | {"chosen": HH["chosen"].replace("one", f"one {i}")} for i in range(30)
     ],
     "alpaca.json": [{"instruction": f"do {i}", "input": "", "output": "ok"} for i in range(30)],
     "list.json": {"instructions": [f"do {i}" for i in range(30)]},

@@ -27,7 +27,7 @@ class Settings:
 
     NEEDED = ()    # settings that cannot be left out
     LEADING = ""   # the setting that takes the words before the first flag
-    USAGE = ""     # how --help shows these words
+    USAGE = ""     # these words, for the usage line
     passed_on = None  # flags for repo.py, where a command takes any
 
     def check(self) -> None:
@@ -65,15 +65,11 @@ class CommandParser(Parser):
 
     def __init__(self, settings_class, command: str):
         super().__init__(settings_class, command, " ".join(settings_class.__doc__.split()), {})
-        self.usage_words = settings_class.USAGE
-        common = ModelSettings.__dataclass_fields__
-        self.names.sort(key=lambda name: name in common)  # the sort keeps the order of the rest
-        if settings_class.LEADING:
-            self.names.remove(settings_class.LEADING)
+        self.words = settings_class.USAGE
+        self._actions.sort(key=lambda action: action.dest in ModelSettings.__dataclass_fields__)
 
     def format_help(self) -> str:
-        words = f"{self.usage_words} [--FLAG" if self.usage_words else "[--FLAG"
-        return super().format_help().replace("[--FLAG", words, 1)
+        return super().format_help().replace("[--flag", f"{self.words} [--flag".lstrip(), 1)
 
 
 def parse(settings_class, command: str, words: list[str]):
@@ -83,8 +79,7 @@ def parse(settings_class, command: str, words: list[str]):
         words = [f"--{settings_class.LEADING}", *words]
     settings, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if settings.passed_on is None:
-        require(not unknown, f"there is no {' '.join(unknown)}; {command} --help lists the "
-                             "settings")
+        require(not unknown, f"there is no {' '.join(unknown)}; see {command} --help")
     settings.passed_on = unknown
     settings.check()
     return settings
