@@ -29,6 +29,7 @@ from companions.shared.runs import (
     asked,
     cell,
     columns_of,
+    figures_of,
     grouped,
     load_runs,
     mean_of,
@@ -267,8 +268,7 @@ def run(settings: CompareSettings) -> dict:
         for picture, png in pictures.items():
             (out / picture).write_bytes(png)
         say(f"a page for the browser: {write_page(groups, pictures, out)}")
-    return {group: [run.summary | {"folder": str(run.folder)} for run in runs]
-            for group, runs in groups.items()}
+    return figures_of(groups)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from companions.shared.runs import (
     asked,
     cell,
     columns_of,
+    figures_of,
     grouped,
     load_runs,
     mean_of,
@@ -48,12 +49,12 @@ class PageSettings(command.Settings):
 
 
 def run(settings: PageSettings) -> dict:
-    """Writes the page; returns where it is."""
+    """Writes the page; returns every run's summary by group."""
     groups, out = grouped(load_runs([Path(folder) for folder in settings.runs])), Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     page = write_page(groups, drawn(groups), out)
     say(f"a page for the browser: {page}")
-    return {"page": str(page)}
+    return figures_of(groups)
 
 
 def write_page(groups: dict[str, list[Run]], pictures: dict[str, bytes], out: Path) -> Path:

@@ -165,6 +165,12 @@ def columns_of(groups: dict[str, list[Run]]) -> dict[str, list[dict]]:
     return columns | {name: [run.summary for run in runs] for name, runs in groups.items()}
 
 
+def figures_of(groups: dict[str, list[Run]]) -> dict[str, list[dict]]:
+    """Every run's summary, by group."""
+    return {name: [run.summary | {"folder": str(run.folder)} for run in runs]
+            for name, runs in groups.items()}
+
+
 def cell(summaries: list[dict], key: str) -> str:
     """Mean and standard deviation over runs."""
     values = [summary.get(key) for summary in summaries]
