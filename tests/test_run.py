@@ -25,7 +25,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 from test_models import other_tokenizer
-from test_prompts import HH, PKU, TALK, write
+from test_prompts import PKU, TALK, write
 from transformers import AutoModelForCausalLM
 
 import repo
@@ -444,7 +444,7 @@ def test_a_runs_config_starts_another_run(whole):
 DATA = {
     "pku.jsonl": [PKU | {"prompt": f"p{i}"} for i in range(30)],
     "hh.jsonl.gz": [
-        HH[0] | {"chosen": HH[0]["chosen"].replace("one", f"one {i}")} for i in range(30)
+        {"chosen": f"\n\nHuman: one {i}\n\nAssistant: two", "rejected": "x"} for i in range(30)
     ],
     "alpaca.json": [{"instruction": f"do {i}", "input": "", "output": "ok"} for i in range(30)],
     "list.json": {"instructions": [f"do {i}" for i in range(30)]},
