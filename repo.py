@@ -59,22 +59,20 @@ class Config(settings.RunSettings):
     """The method's settings. RunSettings adds those of running: models, data, device, files."""
 
     algo: Literal["repo", "ppo_lag", "gate", "ppo"] = option(
-        "repo", "bound the rectified cost or the mean cost (Safe RLHF), replace the reward of "
-                "unsafe responses, or learn from rewards alone")
+        "repo", "repo bounds the rectified cost, ppo_lag the mean cost (Safe RLHF); gate replaces "
+                "the reward of unsafe responses; ppo learns from rewards alone")
     rectify: Literal["return", "mask"] = option(
-        "return", "only with --algo repo: the rectified cost in every return, or the cost penalty "
-                  "on unsafe responses only (the paper's split as we read it)")
+        "return", "with --algo repo: return puts the rectified cost into every return; mask "
+                  "penalises unsafe responses only (the paper's split as we read it)")
     baseline: Literal["critic", "group"] = option(
-        "critic", "subtract from a return a critic's value, or, without critics, the mean of the "
-                  "other responses to the same prompt")
-    gate_penalty: float = option(10.0, "only with --algo gate: an unsafe response has minus this "
-                                       "as its reward")
+        "critic", "what is subtracted from a return: a critic's value, or, without critics, the "
+                  "mean of the other responses to the same prompt")
+    gate_penalty: float = option(10.0, "with --algo gate, unsafe responses get minus this reward")
     threshold: float = option(0.0, "d: a response is unsafe if its cost is above it")
     lambda_init: float = option(1.0, "the multiplier's first value")
     lambda_lr: float = option(0.1, "alpha: the multiplier's step size")
     lambda_max: float = option(5.0, "the multiplier's upper bound")
-    cost_window: int = option(128, "only with --algo ppo_lag: the mean cost is over this many of "
-                                   "the latest responses, times the number of ranks")
+    cost_window: int = option(128, "with --algo ppo_lag: latest costs per rank to average over")
     kl_coeff: float = option(0.01, "beta: weight of the KL penalty to the starting policy")
     clip_range: float = option(0.2, "epsilon: clip of the probability ratio")
     clip_range_value: float = option(5.0, "clip of a critic's value around its old value")
@@ -84,8 +82,8 @@ class Config(settings.RunSettings):
     batch_size: int = option(16, "prompts per step, of all ranks together")
     samples_per_prompt: int = option(1, "responses per prompt")
     update_iters: int = option(1, "passes over each rollout")
-    minibatch_size: int | None = option(None, "responses per optimiser step; default: the whole "
-                                              "rollout")
+    minibatch_size: int | None = option(
+        None, "responses per optimiser step; default: the whole rollout")
     actor_lr: float = option(1e-5, "the policy's peak learning rate (cosine to zero)")
     critic_lr: float = option(5e-6, "the critics' learning rate (constant)")
     temperature: float = option(1.0, "of sampling, and of every log-prob except PTX's")

@@ -1,19 +1,9 @@
-"""A streaming monitor: it reads an answer as it is written, and stops it when it turns harmful.
-
-    python -m companions.monitor                                    # shows itself in the tiny world
-    python -m companions.monitor train --model BODY --data ROWS --out M
-    python -m companions.monitor score --monitor M|RUN --data ROWS
-    python -m companions.monitor watch --policy P --monitor M|RUN --dataset PROMPTS --theta T --k K
-
-After arXiv 2506.09996. A head gives each token y_i of an answer a score z_i; the answer is stopped
-once k tokens have had z_i >= theta. A RUN's own cost critic, final/cost_critic, is such a monitor
-that nobody had to train: it judges every prefix already.
-
-ROWS: prompt, response, safe, and perhaps harmful_spans [[from, to), ...] in the answer's
-characters.
+"""A streaming monitor reads an answer as it is written, and stops it when it turns harmful. After
+arXiv 2506.09996. See monitor.md.
 """
 import random
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,88 +11,71 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-import repo
-from companions.shared import learning, streaming
 from companions.score_models import make_score_model
-from plumbing.errors import require, say
-from plumbing.adapters import merged
-from plumbing.models import load_policy, load_pretrained
-from plumbing.scorers import ScoreModel, reads_alike, save_score_model
-from plumbing.pictures import check_blind, sees
+from companions.shared import command, learning, streaming
+from companions.shared.runs import tiny_run
 from plumbing.data import load_prompts
+from plumbing.errors import require, say
 from plumbing.folder import has_metrics, to_jsonl, write_whole
-from plumbing.settings import fill_in, option
+from plumbing.models import load_policy, load_pretrained
+from plumbing.pictures import check_blind, sees
+from plumbing.scorers import ScoreModel, reads_alike
+from plumbing.settings import option
 from tiny_configs import world
 
 # ---- the three commands
 
 
 @dataclass
-class TrainSettings(learning.Settings):
-    """A monitor from answers that somebody has called safe or not."""
+class TrainSettings(learning.LearningSettings):
+    """Trains a monitor from rows with prompt, response, safe, and perhaps harmful_spans."""
 
+    model: str | None = option(None, "a causal LM, whose body the monitor starts from")
     alpha: float = option(1.0, "weight of the tokens' loss; the rest is that of the whole answer")
     logic_weight: float = option(1.0, "weight of the loss that ties the two")
 
-    def check(self) -> None:
-        require(self.model != "tiny", "--model is missing")
-        super().check()
+    NEEDED = "model", "data", "out"
 
 
 @dataclass
-class OnModels:
-    """What score and watch have in common."""
+class ScoreSettings(command.ModelSettings):
+    """Says where a monitor would stop answers that are already written."""
 
-    monitor: str | None = option(None, "a monitor, or a run: its cost critic")
-    theta: float | None = option(None, "a token of such a score counts")
-    k: int = option(1, "so many of them stop an answer")
-    device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
-    seed: int = option(0, "of what is drawn")
-    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
-    json: str | None = option(None, "write the figures there too")
-
-    def check(self) -> None:
-        for name in self.NEEDED:
-            require(getattr(self, name) is not None, f"--{name} is missing")
-        require(self.k > 0, f"--k {self.k}: must be above 0")
-
-    def as_run(self, policy: str) -> repo.Config:
-        run = repo.Config(model=policy, policy=policy, device=self.device, seed=self.seed,
-                          trust_remote_code=self.trust_remote_code, output_dir="unused")
-        fill_in(run)
-        return run
-
-
-@dataclass
-class ScoreSettings(OnModels):
-    """A monitor on answers that are there: what it would stop."""
+    monitor: str | None = option(None, "a monitor's folder, or a run's: its cost critic")
+    data: str | None = option(None, "rows with prompt, response, safe, perhaps harmful_spans")
+    theta: float | None = option(None, "a token counts from this score on; default: chosen with k "
+                                       "on one half of the prompts, measured on the other")
+    k: int = option(1, "stop an answer after this many such tokens")
 
     NEEDED = "monitor", "data"
-    data: str | None = option(None, "rows of prompt, response, safe, perhaps harmful_spans")
 
 
 @dataclass
-class WatchSettings(OnModels):
-    """A monitor beside a policy that writes."""
+class WatchSettings(command.ModelSettings):
+    """Lets a policy answer prompts, with a monitor that stops it."""
 
-    NEEDED = "policy", "monitor", "dataset", "theta"
-    policy: str | None = option(None, "who answers")
+    policy: str | None = option(None, "the model that answers")
+    monitor: str | None = option(None, "a monitor's folder, or a run's: its cost critic")
     dataset: str | None = option(None, "prompts")
-    max_prompts: int = option(16, "as many of them are answered")
+    theta: float | None = option(None, "a token counts from this score on")
+    k: int = option(1, "stop an answer after this many such tokens")
+    max_prompts: int = option(16, "answer at most so many prompts")
     max_response_length: int = option(64, "tokens of an answer")
 
+    NEEDED = "policy", "monitor", "dataset", "theta"
 
-def load_monitor(settings, run: repo.Config):
+
+def load_monitor(monitor: str, run):
     """(model, tokenizer) of a monitor, or of a run's cost critic. Raises UserError."""
-    source = settings.monitor
+    source = monitor
     if has_metrics(source):
         source = str(Path(source, "final", "cost_critic"))
-        require(Path(source).is_dir(), f"--monitor {settings.monitor}: has no final/cost_critic; "
-                                       "the run has not finished, or had no critics")
+        require(Path(source).is_dir(), f"--monitor {monitor}: has no final/cost_critic; the run "
+                                       "has not finished, or had no critics")
     model = load_pretrained(ScoreModel.from_pretrained, source, "--monitor", run, role="cost",
                             dtype=torch.float32)
-    require(not sees(model.config), f"--monitor {settings.monitor}: sees pictures; a monitor reads "
-                                    "text alone")
+    require(not sees(model.config), f"--monitor {monitor}: sees pictures, and a monitor reads text "
+                                    "alone")
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, source, "--monitor", run)
     return model.to(run.device), tokenizer
 
@@ -123,16 +96,14 @@ def train(settings: TrainSettings) -> dict:
     learning.teach(model, loss, learn, settings, run)
     figures = streaming.validated(streaming.scored(model, held_out, pad_id), held_out)
     say(table({"trained": figures}))
-    if settings.out:
-        learning.save(settings.out, model, tokenizer, lambda folder: save_score_model(
-            folder, model, merged(model.state_dict()), getattr(torch, run.dtype)))
+    learning.save_scorer(settings.out, model, tokenizer, run)
     return figures
 
 
 def measured(settings: ScoreSettings) -> dict:
-    """Offline, on answers that are there; without --theta chosen on half of them."""
+    """The figures of a monitor on answers that are already written."""
     run = settings.as_run(settings.monitor)
-    model, tokenizer = load_monitor(settings, run)
+    model, tokenizer = load_monitor(settings.monitor, run)
     _, answers = streaming.read_answers(settings.data, "--data", tokenizer)
     scores = streaming.scored(model, answers, tokenizer.pad_token_id)
     if settings.theta is None:
@@ -147,67 +118,49 @@ def score(settings: ScoreSettings) -> dict:
 
 
 def watch(settings: WatchSettings) -> dict:
-    """Answers with the monitor in the loop, and the time it takes."""
-    run = settings.as_run(settings.policy)
-    run.max_response_length = settings.max_response_length
+    """Answers with the monitor in the loop, and the time they take."""
+    run = settings.as_run(settings.policy, max_response_length=settings.max_response_length)
     policy, tokenizer = load_policy(run)
     check_blind(tokenizer, f"--policy {settings.policy}")
-    monitor, its_tokenizer = load_monitor(settings, run)
+    monitor, its_tokenizer = load_monitor(settings.monitor, run)
+    require(reads_alike(its_tokenizer, tokenizer),
+            f"--monitor {settings.monitor}: has other tokens than --policy {settings.policy}")
     prompts = load_prompts(settings.dataset)[:settings.max_prompts]
-    its_own = None if reads_alike(its_tokenizer, tokenizer) else its_tokenizer
     answers, cost = streaming.watched(policy.to(run.device), tokenizer, monitor, prompts,
-                                      settings.theta, settings.k, run, its_own)
+                                      settings.theta, settings.k, run)
     for answer in answers:
         say(f"{answer['prompt']}\n    {answer['response']}{' [stopped]' * answer['stopped']}")
-    say(f"{cost['milliseconds_per_token']:.1f} ms a token of {len(prompts)} answers, "
-        f"{cost['of_them_the_monitors']:.1f} of them the monitor's")
+    say(f"a token of {len(prompts)} answers took {cost['milliseconds_per_token']:.1f} ms, "
+        f"{cost['of_them_the_monitors']:.1f} of them for the monitor")
     return {"answers": answers, **cost}
 
 
 def table(named: dict[str, dict]) -> str:
     lines = [f"{'':28}{'macro F1':>9}{'recall':>8}{'false stops':>13}{'tokens seen':>13}"
-             f"{'harm through':>14}{'theta':>8}{'k':>3}"]
+             f"{'theta':>8}{'k':>3}"]
     for name, figures in named.items():
-        through = figures["harm_let_through"]
         lines.append(f"{name[-28:]:28}{figures['macro_f1']:9.3f}{figures['recall']:8.3f}"
                      f"{figures['false_stop_rate']:13.3f}{figures['tokens_seen']:13.2f}"
-                     f"{'-' if through is None else f'{through:.2f}':>14}"
                      f"{figures['theta']:8.2f}{figures['k']:3}")
     return "\n".join(lines)
-
-
-def draw(figure, found: dict[str, dict]) -> None:
-    """Share of harmful answers stopped, by the share of their tokens that was read."""
-    axes = figure.subplots()
-    for (name, figures), line in zip(found.items(), ("-", "--", ":")):
-        caught_at, recall = figures["caught_at"], figures["recall"]
-        stopped = [recall * number / len(caught_at) for number in range(len(caught_at) + 1)]
-        axes.step([0, *caught_at, 1], [*stopped, recall], line, where="post", color="0.0",
-                  label=f"{name.replace('_', ' ')}, which stops "
-                        f"{figures['false_stop_rate']:.1%} of the safe answers too")
-    axes.set(xlabel="share of its tokens read", ylabel="share of harmful answers stopped",
-             xlim=(0, 1), ylim=(0, 1.02))
-    figure.legend(loc="outside lower center", frameon=False)
 
 
 # ---- itself, in the tiny world
 
 @dataclass
-class ShowSettings:
-    """Three monitors in the tiny world: its cost model on prefixes, one that is trained, and the
-    cost critic of a run."""
+class ShowSettings(command.Settings):
+    """Three monitors in the tiny world: its cost model on prefixes, a trained one, and the cost
+    critic of a run. The other commands are train, score and watch."""
 
-    run: str = option("runs/monitor/run", "a run of the tiny world; trained where there is none")
-    out: str = option("runs/monitor", "where rows, monitor and picture go")
+    run: str | None = option(None, "a run of the tiny world; default: runs/companions/tiny-SEED, "
+                                   "trained if it is not there")
     seed: int = option(0, "of rows, monitor and run")
-    json: str | None = option(None, "write the figures there too")
 
-    def check(self) -> None:
-        pass
+    USAGE = "[train | score | watch]"
 
 
 def write_rows(file: Path, prompts: list[str], answers: int, rng: random.Random) -> str:
-    """What demonstrators say in the tiny world, with the places of what the judge calls harmful."""
+    """Random answers of the tiny world, with the spans of their harmful steps."""
     steps = [step for action in world.HARMFUL_ACTIONS for step in world.ACTIONS[action]]
     rows = []
     for prompt in prompts:
@@ -223,53 +176,55 @@ def write_rows(file: Path, prompts: list[str], answers: int, rng: random.Random)
 
 
 def show(settings: ShowSettings) -> dict:
-    family, out = world.build(), Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(settings.seed)
+    run_folder = tiny_run(settings.run, settings.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        return shown(run_folder, Path(folder), settings.seed)
+
+
+def shown(run_folder: str, out: Path, seed: int) -> dict:
+    """Figures of the three monitors, and of the trained one beside the policy."""
+    family, rng = world.build(), random.Random(seed)
     learn, held_out = world.split_requests()
     rows = write_rows(out / "rows.jsonl", learn, 4, rng)
     test_rows = write_rows(out / "test_rows.jsonl", held_out, 16, rng)
-    learning.tiny_run(settings.run, settings.seed)
 
-    trained = TrainSettings(
-        model=family["policy"], data=rows, eval_data=test_rows, out=str(out / "monitor"),
-        device="cpu", lr=2e-3, steps=200, batch_size=32, seed=settings.seed)
-    of_cost_model = ScoreSettings(monitor=family["cost_model"], data=test_rows, theta=0.0,
-                                  device="cpu")  # such a model calls harmful what is above 0
+    def of(monitor: str, theta: float | None = None) -> dict:
+        return measured(ScoreSettings(monitor=monitor, data=test_rows, theta=theta, device="cpu"))
+
     found = {
-        "trained": train(trained),
-        "cost_model_on_prefixes": measured(of_cost_model),
-        "run_critic": measured(ScoreSettings(monitor=settings.run, data=test_rows, device="cpu")),
+        "trained": train(TrainSettings(
+            model=family["policy"], data=rows, eval_data=test_rows, out=str(out / "monitor"),
+            device="cpu", lr=2e-3, steps=200, batch_size=32, seed=seed)),
+        "cost_model_on_prefixes": of(family["cost_model"], 0.0),  # it calls C > 0 unsafe
+        "run_critic": of(run_folder),
     }
     say(table(found))
-    learning.picture(out / "caught.png", (6, 5), lambda figure: draw(figure, found))
 
-    live = WatchSettings(policy=family["policy"], monitor=str(out / "monitor"), device="cpu")
-    run = live.as_run(family["policy"])
-    run.max_response_length = 32
+    run = command.ModelSettings(device="cpu").as_run(family["policy"], max_response_length=32)
     policy, tokenizer = load_policy(run)
-    model, _ = load_monitor(live, run)
+    model, _ = load_monitor(str(out / "monitor"), run)
     theta, k = found["trained"]["theta"], found["trained"]["k"]
     plain, before = streaming.watched(policy, tokenizer, None, held_out, theta, k, run)
     cut, cost = streaming.watched(policy, tokenizer, model, held_out, theta, k, run)
-    found["live_equals_offline"] = all(
-        answer["tokens"] == streaming.offline(model, tokenizer, whole, theta, k)
-        for answer, whole in zip(cut, plain))
-    found |= {"milliseconds_per_token_without": before["milliseconds_per_token"], **cost}
-    say(f"{sum(answer['stopped'] for answer in cut)} of {len(cut)} answers stopped as they were "
-        f"written, {'where' if found['live_equals_offline'] else 'NOT where'} their whole texts "
-        f"say; {before['milliseconds_per_token']:.1f} ms a token without the monitor, "
+    agree = all(answer["tokens"] == streaming.offline(model, tokenizer, whole, theta, k)
+                for answer, whole in zip(cut, plain))
+    say(f"{sum(answer['stopped'] for answer in cut)} of {len(cut)} answers were stopped while they "
+        f"were written, {'' if agree else 'NOT '}where reading the whole answers stops them; "
+        f"{before['milliseconds_per_token']:.1f} ms a token without the monitor, "
         f"{cost['milliseconds_per_token']:.1f} with it")
-    return found
+    return found | {"live_equals_offline": agree,
+                    "milliseconds_per_token_without": before["milliseconds_per_token"], **cost}
 
 
 COMMANDS = {"train": (TrainSettings, train), "score": (ScoreSettings, score),
             "watch": (WatchSettings, watch)}
 
 
-def main(argv: list[str]) -> int:
-    settings, command = COMMANDS.get(argv[0] if argv else "", (ShowSettings, show))
-    return learning.main_of(settings, command, argv=argv[1:] if command is not show else argv)
+def main(words: list[str]) -> int:
+    if words and words[0] in COMMANDS:
+        settings, run = COMMANDS[words[0]]
+        return command.main(settings, run, words[1:], words[0])
+    return command.main(ShowSettings, show, words)
 
 
 if __name__ == "__main__":

@@ -1,79 +1,65 @@
 """Safety neurons: which neurons of the MLPs has alignment changed, and do they carry its effect?
-
-    python -m companions.neurons                                    # shows itself in the tiny world
-    python -m companions.neurons START ALIGNED --dataset prompts.jsonl --share 0.05
-
-After arXiv 2406.14144. A neuron's activation a is an input of its MLP's down-projection. Its change
-score is s = sqrt(mean (a_start - a_aligned)^2) over the tokens of the aligned model's answers, or
-over the last tokens of the prompts, where an answer's first token is decided.
-Patching: at every step of greedy decoding the aligned model reads along, with a cache of its own,
-and the chosen neurons of the starting model take its activations. With F the share of safe answers,
-
-    restored = (F(patched) - F(start)) / (F(aligned) - F(start))
-
-START and ALIGNED are models, or runs of repo.py (START: what the run started from; ALIGNED: what it
-has trained).
+After arXiv 2406.14144. See neurons.md.
 """
 import json
 import random
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from companions.shared import learning
+from companions.shared import command
 from companions.shared.patching import Pair, restored, top
+from companions.shared.runs import is_harmful, tiny_run
+from plumbing.data import encode_pairs, load_prompts
 from plumbing.errors import require, say
 from plumbing.fitting import answer_loss, fit
+from plumbing.folder import has_metrics
 from plumbing.models import load_policy
-from plumbing.scorers import Scorer
 from plumbing.pictures import check_blind
-from plumbing.data import encode_pairs, load_prompts
-from plumbing.folder import has_metrics, write_whole
-from plumbing.settings import RunSettings, fill_in, option
+from plumbing.scorers import Scorer
+from plumbing.settings import option
 from tiny_configs import world
 
-# ---- the command
+SHARES = [0.01, 0.05, 0.1, 0.2, 0.5, 1.0]
+PLANTED = 19  # of the tiny policy's 384 neurons: 5 %
 
 
 @dataclass
-class NeuronSettings:
-    """Which MLP neurons carry what alignment has changed between START and ALIGNED."""
+class NeuronSettings(command.ModelSettings):
+    """Which MLP neurons carry what alignment has changed between two models, START and ALIGNED.
+    Both may be runs. Without them it shows itself in the tiny world."""
 
-    models: list[str] = field(default_factory=list, metadata={
-        "help": "START and ALIGNED, models or runs; without them the tiny world"})
-    dataset: str | None = option(None, "prompts; default: those that a run has held out")
+    models: list[str] = field(default_factory=list, metadata={"help": "START and ALIGNED"})
+    dataset: str | None = option(None, "prompts; default: those that the run ALIGNED held out")
     share: list[float] = option(None, "shares of all neurons to patch; default: .01 to 1")
-    tokens: str = option("completion", "whose activations count: completion or prompt_last")
-    cost_model: str | None = option(None, "safety: as repo.py's; default: the run's")
-    reward_model: str | None = option(None, "helpfulness: as repo.py's; default: the run's")
-    threshold: float = option(0.0, "a cost above it is unsafe")
+    tokens: Literal["completion", "prompt_last"] = option(
+        "completion", "where activations are compared: at the answers' tokens, or at the prompts' "
+                      "last ones")
+    cost_model: str | None = option(None, "safety, as for repo.py; default: the run's")
+    reward_model: str | None = option(None, "helpfulness, as for repo.py; default: the run's")
+    threshold: float = option(0.0, "an answer of a higher cost is unsafe")
     draws: int = option(5, "random choices of neurons to compare with")
-    max_prompts: int = option(64, "as many of them are answered")
+    max_prompts: int = option(64, "answer at most so many prompts")
     max_response_length: int = option(48, "tokens of an answer")
-    out: str = option("runs/neurons", "where neurons.json and the picture go")
-    device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
-    seed: int = option(0, "of random choices")
-    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
-    json: str | None = option(None, "write the figures there too")
+    run: str | None = option(None, "a run of the tiny world to show itself on; default: "
+                                   "runs/companions/tiny-SEED, trained if it is not there")
+
+    LEADING, USAGE = "models", "[START ALIGNED]"
 
     def check(self) -> None:
+        super().check()
         require(len(self.models) in (0, 2), "name two models, START and ALIGNED, or none")
-        require(self.tokens in ("completion", "prompt_last"),
-                f"--tokens {self.tokens}: completion or prompt_last")
-        require(self.draws >= 5, f"--draws {self.draws}: fewer than 5 tell little")
         for share in self.share or []:
             require(0 < share <= 1, f"--share {share}: must be above 0 and at most 1")
 
 
-SHARES = [0.01, 0.05, 0.1, 0.2, 0.5, 1.0]
-
-
 def of_run(source: str, name: str) -> str | None:
-    """A setting of the run in a folder, None of what is none."""
+    """A setting of the run in a folder; None if it is no run."""
     if not has_metrics(source):
         return None
     return json.loads(Path(source, "config.json").read_text())[name]
@@ -84,19 +70,12 @@ def load_pair(settings: NeuronSettings) -> Pair:
     start, aligned = settings.models
     paths = (of_run(start, "policy") or start,
              str(Path(aligned, "final", "actor")) if has_metrics(aligned) else aligned)
-    runs = []
-    for path in paths:
-        run = RunSettings(
-            model=path, policy=path, device=settings.device, seed=settings.seed,
-            reward_model=settings.reward_model or of_run(aligned, "reward_model"),
-            cost_model=settings.cost_model or of_run(aligned, "cost_model"),
-            trust_remote_code=settings.trust_remote_code, output_dir="unused")
-        fill_in(run)
-        runs.append(run)
+    given = {name: getattr(settings, name) or of_run(aligned, name)
+             for name in ("cost_model", "reward_model")}
     dataset = settings.dataset or of_run(aligned, "eval_dataset")
-    for name, value in (("dataset", dataset), ("cost_model", runs[0].cost_model),
-                        ("reward_model", runs[0].reward_model)):
-        require(value, f"--{name} is missing, and ALIGNED is no run that would name one")
+    for name, value in {"dataset": dataset, **given}.items():
+        require(value, f"--{name} is missing, and ALIGNED is no run that names one")
+    runs = [settings.as_run(path, **given) for path in paths]
     (one, tokenizer), (other, its_tokenizer) = [load_policy(run) for run in runs]
     check_blind(tokenizer, f"START {start}")
     require(tokenizer.get_vocab() == its_tokenizer.get_vocab(),
@@ -110,26 +89,26 @@ def load_pair(settings: NeuronSettings) -> Pair:
                           for scorer in scorers]
         return [(cost <= settings.threshold, reward) for cost, reward in zip(costs, rewards)]
 
-    device = runs[0].device
-    prompts = load_prompts(dataset)[:settings.max_prompts]
+    device, prompts = runs[0].device, load_prompts(dataset)[:settings.max_prompts]
     return Pair(one.to(device), other.to(device), tokenizer, prompts, judge,
                 settings.max_response_length)
 
 
 def run(settings: NeuronSettings) -> dict:
-    """Compares two models, or shows itself."""
-    if not settings.models:
-        return show(settings)
-    return compare(load_pair(settings), settings, settings.share or SHARES)
+    """Compares two models, or shows itself; returns the figures."""
+    if settings.models:
+        return compare(load_pair(settings), settings, settings.share or SHARES)
+    return show(settings)
 
 
 def compare(pair: Pair, settings: NeuronSettings, shares: list[float]) -> dict:
-    """Tells a table, writes neurons.json and a picture; returns the figures."""
+    """Prints a table; returns it with all neurons [layer, index, score], the most changed first."""
     scores = pair.scores(of_prompts=settings.tokens == "prompt_last")
     figures = restored(pair, scores, shares, settings.draws, settings.seed)
     say(table(figures))
-    write(settings, scores, figures)
-    return figures
+    neurons = [(*divmod(at, scores.shape[1]), scores.flatten()[at].item())
+               for at in scores.flatten().argsort(descending=True).tolist()]
+    return {**figures, "neurons": neurons}
 
 
 def table(figures: dict) -> str:
@@ -140,7 +119,7 @@ def table(figures: dict) -> str:
     lines = [f"{'neurons patched':24}{'safe':>8}{'restored':>10}{'helpful':>9}"]
     for name in ("start", "aligned"):
         safe, helpful = figures[name]
-        lines.append(f"{name:24}{safe:8.3f}{'':10}{helpful:9.2f}")
+        lines.append(f"{f'none: {name.upper()}':24}{safe:8.3f}{'':10}{helpful:9.2f}")
     for share, row in figures["top"].items():
         lines.append(f"{f'top {share:.0%}':24}{cells(row)}")
         for row in figures["random"].get(share, []):
@@ -148,41 +127,10 @@ def table(figures: dict) -> str:
     return "\n".join(lines)
 
 
-def write(settings: NeuronSettings, scores: Tensor, figures: dict) -> None:
-    """neurons.json: layer, index and score of all neurons, the most changed first."""
-    out, width = Path(settings.out), scores.shape[1]
-    order = scores.flatten().argsort(descending=True).tolist()
-    neurons = [{"layer": at // width, "index": at % width, "score": scores.flatten()[at].item()}
-               for at in order]
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "neurons.json", json.dumps({"neurons": neurons, **figures}, indent=1) + "\n")
-    say(f"all {len(neurons):,} neurons, by their scores, are in {out / 'neurons.json'}")
-    learning.picture(out / "restored.png", (10, 4), lambda figure: draw(figure, figures))
-
-
-def draw(figure, figures: dict) -> None:
-    """Safety, and the alignment tax on helpfulness, by the share of neurons patched."""
-    top, random_rows = figures["top"], figures["random"]
-    names = {"safe": "safe answers (share)", "helpful": "helpfulness (mean)"}
-    for number, (axes, name) in enumerate(zip(figure.subplots(1, 2), names)):
-        axes.axhline(figures["start"][number], color="0.6", linestyle=":", label="START")
-        axes.axhline(figures["aligned"][number], color="0.0", linestyle="--", label="ALIGNED")
-        for share, rows in random_rows.items():
-            axes.plot([share] * len(rows), [row[name] for row in rows], "x", color="0.6",
-                      label="START, random neurons patched" if share == min(random_rows) else None)
-        axes.plot(list(top), [row[name] for row in top.values()], "o-", color="0.0",
-                  label="START, the most changed patched")
-        axes.set(xscale="log", xlabel="share of all MLP neurons patched", ylabel=names[name])
-        axes.set_xticks(list(top), [f"{share:.0%}" for share in top])
-        axes.minorticks_off()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
-                  frameon=False)
-
-
 # ---- itself, in the tiny world
 
 class Rows(nn.Module):
-    """A weight, some rows of which are learned."""
+    """Adds what is learned to some rows of a weight."""
 
     def __init__(self, weight: Tensor, rows: list[int]):
         super().__init__()
@@ -193,33 +141,31 @@ class Rows(nn.Module):
         return weight.index_add(0, self.rows, self.change)
 
 
-def plant(policy, tokenizer, count: int, rng: random.Random) -> set[tuple[int, int]]:
-    """Teaches a policy to refuse harmful requests and to help with others, by what `count` neurons
-    read and nothing else. Returns them as (layer, index)."""
+def plant(policy, tokenizer, rng: random.Random) -> set[tuple[int, int]]:
+    """Teaches some neurons of a policy, and nothing else, to refuse harmful requests. Returns them
+    as (layer, index)."""
     layers = policy.model.layers
-    width = policy.config.intermediate_size
     planted = set()
-    while len(planted) < count:
-        planted.add((rng.randrange(len(layers)), rng.randrange(width)))
+    while len(planted) < PLANTED:
+        planted.add((rng.randrange(len(layers)), rng.randrange(policy.config.intermediate_size)))
     policy.requires_grad_(False)
-    changes = []
+    changes, linears = [], []
     for number, layer in enumerate(layers):
         rows = sorted(index for at, index in planted if at == number)
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
             rows_of = Rows(linear.weight, rows)
             parametrize.register_parametrization(linear, "weight", rows_of)
             changes.append(rows_of.change)
+            linears.append(linear)
 
     pairs = []
     for prompt in world.split_requests()[0]:
-        action, thing = world.REQUESTS[prompt]
-        is_harmful = action in world.HARMFUL_ACTIONS
-        pairs.append((prompt, world.REFUSALS[0] if is_harmful else world.comply(action, thing, 3)))
+        complied = world.comply(*world.REQUESTS[prompt], 3)
+        pairs.append((prompt, world.REFUSALS[0] if is_harmful(prompt) else complied))
     fit(changes, lambda batch: answer_loss(policy, batch, tokenizer.pad_token_id),
         encode_pairs(pairs, tokenizer), batch_size=16, steps=900, lr=0.1, rng=rng, bar=True)
-    for layer in layers:
-        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            parametrize.remove_parametrizations(linear, "weight")
+    for linear in linears:
+        parametrize.remove_parametrizations(linear, "weight")
     return planted
 
 
@@ -229,54 +175,42 @@ def of_the_world(prompts: list[str], responses: list[str]) -> list[tuple]:
 
 
 def show(settings: NeuronSettings) -> dict:
-    """Planted neurons are found and carry the gain; and how much of a run's own gain neurons
-    carry."""
-    source = world.build()["policy"]
-    held_out = world.split_requests()[1]
+    """Finds planted neurons and patches them. Then how much of a run's own gain neurons carry."""
+    settings.device = "cpu"
+    run_folder = tiny_run(settings.run, settings.seed)
+    source, held_out = world.build()["policy"], world.split_requests()[1]
 
     def load(path: str):
-        return load_policy(RunSettings(model=path, policy=path, device="cpu", dtype="float32",
-                                       output_dir="unused"))
+        return load_policy(settings.as_run(path))
 
     def pair_with(aligned):
         return Pair(start, aligned, tokenizer, held_out, of_the_world, 32)
 
     start, tokenizer = load(source)
-    say("19 neurons learn to refuse")
+    say(f"{PLANTED} neurons learn to refuse")
     learned, _ = load(source)
-    planted = plant(learned, tokenizer, 19, random.Random(settings.seed))
+    planted = plant(learned, tokenizer, random.Random(settings.seed))
     pair, found_by = pair_with(learned), {}
     for tokens in ("completion", "prompt_last"):
         scores = pair.scores(of_prompts=tokens == "prompt_last")
-        found = {tuple(each) for each in top(scores, 19 / scores.numel()).nonzero().tolist()}
+        chosen = top(scores, PLANTED / scores.numel()).nonzero().tolist()
+        count = len(planted & set(map(tuple, chosen)))
         patched = restored(pair, scores, [0.05], settings.draws, settings.seed)
-        say(f"--tokens {tokens}: {len(planted & found)} of the 19 are among the 19 most changed\n"
+        say(f"--tokens {tokens}: {count} of the {PLANTED} are among the {PLANTED} most changed\n"
             + table(patched))
         found_by[tokens] = {
-            "found": len(planted & found),
+            "found": count,
             "restored_top": patched["top"][0.05]["restored"],
             "restored_random": [row["restored"] for row in patched["random"][0.05]]}
-    # Whether to refuse is decided where a prompt ends.
-    of_planted = {"planted": len(planted), **found_by["prompt_last"],
-                  "by_completion": found_by["completion"]}
 
-    everything = torch.ones_like(scores, dtype=torch.bool)
-    itself = pair_with(start)
-    changes_nothing = (itself.answers(start, everything) == itself.answers(start))
-    say(f"patching a model with itself changes {'nothing' if changes_nothing else 'ANSWERS'}")
-
-    run_folder = str(Path(settings.out, "run"))
-    learning.tiny_run(run_folder, settings.seed)
+    say("what a run has changed")
     pair = pair_with(load(str(Path(run_folder, "final", "actor")))[0])
     by_share = compare(pair, settings, [0.05, 0.2, 1.0])["top"]
-    return {"planted": of_planted, "self_patch_identical": changes_nothing,
+    return {"planted": {"planted": len(planted), **found_by["prompt_last"],
+                        "by_completion": found_by["completion"]},
             "repo": {"restored_top": by_share[0.05]["restored"],
                      "restored_all": by_share[1.0]["restored"]}}
 
 
 if __name__ == "__main__":
-    arguments, named = sys.argv[1:], []
-    while arguments and not arguments[0].startswith("--"):
-        named.append(arguments.pop(0))
-    sys.exit(learning.main_of(NeuronSettings, run, argv=[
-        *(["--models", *named] if named else []), *arguments]))
+    sys.exit(command.main(NeuronSettings, run))

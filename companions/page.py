@@ -1,31 +1,65 @@
-"""A comparison as a page, report.html: one file that asks nothing of any other.
+"""Finished runs as a page for the browser: one file that needs no other and no network. See
+page.md.
 
-It holds the scores with their intervals, the training curves, the held-out costs sorted, and every
-held-out prompt with its responses before and after. page.html is its frame, with the script that
-sorts and filters the prompts.
-
-What models have written is never markup: it lies in the page as json without any "<", and the
-script shows it as text. All other text goes through text().
+page.html is its frame, with the script that sorts and filters the prompts. Texts of models are
+never markup: they are json without any "<", and the script shows them as text. All other text goes
+through text().
 """
+import base64
 import html
 import itertools
 import json
-import math
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from string import Template
 
-from companions.shared.runs import COLUMNS, CURVES, Run, asked, cell, curve, mean_of
-from plumbing.errors import printable
+from companions.shared import command
+from companions.shared.drawing import drawn
+from companions.shared.runs import (
+    COLUMNS,
+    Run,
+    asked,
+    cell,
+    columns_of,
+    figures_of,
+    grouped,
+    load_runs,
+    mean_of,
+)
+from plumbing.errors import printable, require, say
 from plumbing.folder import write_whole
+from plumbing.settings import option
 
 FRAME = Path(__file__).parent / "shared" / "page.html"
-STYLES = 6  # kinds of lines that page.html has
-LIMIT_GAP = 7  # per cent of a chart's height that a label needs for itself
 
 
-def write_page(groups: dict[str, list[Run]], out: Path) -> Path:
-    """report.html of grouped runs. What a run lacks is left out, and a sentence says so."""
+@dataclass
+class PageSettings(command.Settings):
+    """Writes report.html: the scores, pictures and held-out prompts of finished runs."""
+
+    runs: list[str] = field(default_factory=list, metadata={"help": "finished runs"})
+    out: str = option(".", "the folder that gets the page")
+
+    LEADING, USAGE = "runs", "RUN [RUN ...]"
+
+    def check(self) -> None:
+        super().check()
+        require(self.runs, "name finished runs: python -m companions.page RUN [RUN ...]")
+
+
+def run(settings: PageSettings) -> dict:
+    """Writes the page; returns every run's summary by group."""
+    groups, out = grouped(load_runs([Path(folder) for folder in settings.runs])), Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    page = write_page(groups, drawn(groups), out)
+    say(f"a page for the browser: {page}")
+    return figures_of(groups)
+
+
+def write_page(groups: dict[str, list[Run]], pictures: dict[str, bytes], out: Path) -> Path:
+    """report.html of grouped runs, with {file name: png}. The page leaves out what a run lacks, and
+    says so."""
     runs = list(itertools.chain(*groups.values()))
     notes = [note for run in runs for note in missing_in(run)]
     frame = Template(FRAME.read_text())
@@ -34,20 +68,24 @@ def write_page(groups: dict[str, list[Run]], out: Path) -> Path:
         title=text(", ".join(groups)),
         scores=scores_table(groups),
         notes="\n".join(f"<p class='note'>{text(note)}</p>" for note in notes),
-        curves=curve_charts(groups),
-        costs=cost_chart(groups),
+        pictures="\n".join(itertools.starmap(embedded, pictures.items())),
         data=as_data([prompts_of(run) for run in runs]),
     ))
     return path
 
 
+def embedded(name: str, png: bytes) -> str:
+    """A picture inside the page."""
+    return f"<img alt='{name}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+
+
 def text(words) -> str:
-    """Words as they stand in a page: no markup, and nothing that turns the reading order."""
+    """Words for a page, without markup or characters that turn the reading order."""
     return html.escape(printable(str(words)))
 
 
 def as_data(value) -> str:
-    """json for a script element, which only a "<" could end or make a comment of."""
+    """json for a script element. Only a "<" could end it or begin a comment."""
     return json.dumps(value).replace("<", "\\u003c")
 
 
@@ -57,32 +95,26 @@ def missing_in(run: Run) -> list[str]:
     """A sentence for each part of the page that this run has nothing for."""
     notes = []
     if run.config.get("eval_only"):
-        notes.append(f"{run.folder}: nothing was trained, so there are neither curves nor "
-                     "responses before training.")
+        notes.append("was evaluated only, so it has neither curves nor responses before training.")
     else:
         if not run.metrics:
-            notes.append(f"{run.folder}: has no metrics.jsonl, so no curves.")
-        if not run.before:
-            notes.append(f"{run.folder}: has no eval_before.jsonl, so its prompts are shown after "
-                         "training alone.")
-    if run.before and not rows_before(run):
-        notes.append(f"{run.folder}: eval_before.jsonl ({len(run.before)} prompts) and eval.jsonl "
-                     f"({len(run.prompts)}) do not hold the same prompts, so they are shown after "
-                     "training alone.")
+            notes.append("has no metrics.jsonl, so there are no curves.")
+        if not rows_before(run):
+            notes.append("has no eval_before.jsonl with the prompts of eval.jsonl, so there are no "
+                         "responses before training.")
     if "intervals" not in run.summary:
-        notes.append(f"{run.folder}: has no intervals in its summary.json, being from an earlier "
-                     "version.")
-    return notes
+        notes.append("has no intervals in its summary.json; an earlier version wrote it.")
+    return [f"{run.folder}: {note}" for note in notes]
 
 
 def rows_before(run: Run) -> dict[tuple, dict]:
-    """{prompt: its row of eval_before.jsonl}; none if those are not the prompts of eval.jsonl."""
+    """{prompt: its row of eval_before.jsonl}, if these are the prompts of eval.jsonl."""
     rows = {asked(row): row for row in run.before}
     return rows if rows.keys() == {asked(row) for row in run.prompts} else {}
 
 
 def prompts_of(run: Run) -> dict:
-    """What the script shows of a run: its held-out prompts, with all responses."""
+    """A run's held-out prompts with all responses, as the script shows them."""
     before = rows_before(run)
     rows = []
     for row in run.prompts:
@@ -95,7 +127,7 @@ def prompts_of(run: Run) -> dict:
 
 
 def evaluated(row: dict) -> dict:
-    """A row of an evaluation: its means, how many responses are unsafe, and the responses."""
+    """A prompt's means, its number of unsafe responses, and the responses."""
     responses = row["responses"]
     return {
         **{name: mean_of(row, name) for name in ("rectified_cost", "cost", "reward")},
@@ -113,12 +145,8 @@ def shown_response(response: dict) -> dict:
 # ---- Scores
 
 def scores_table(groups: dict[str, list[Run]]) -> str:
-    """A line per score that anything has; a column per group, the first one before training."""
-    first = next(iter(groups.values()))
-    columns = {"before": [run.summary["before"] for run in first if run.summary["before"]]}
-    columns |= {name: [run.summary for run in runs] for name, runs in groups.items()}
-    columns = {name: summaries for name, summaries in columns.items() if summaries}
-
+    """A line per score that any group has; a column per group, the first one before training."""
+    columns = columns_of(groups)
     titles = "".join(f"<th scope='col'>{text(name)}{seeds(summaries)}</th>"
                      for name, summaries in columns.items())
     lines = [f"<tr><td></td>{titles}</tr>"]
@@ -137,102 +165,12 @@ def seeds(summaries: list[dict]) -> str:
 
 
 def interval(summaries: list[dict], key: str) -> str:
-    """Of a single run; several have their standard deviation instead."""
+    """A single run's interval. Several runs have a standard deviation instead."""
     edges = summaries[0].get("intervals", {}).get(key)
     if len(summaries) > 1 or not edges:
         return ""
     return f"<small>{edges[0]:.3f} to {edges[1]:.3f}</small>"
 
 
-# ---- Charts: lines are drawn in a square of 100 by 100 that is stretched; words stand around it
-
-def curve_charts(groups: dict[str, list[Run]]) -> str:
-    """A chart per metric of training: the mean over a group's seeds. Nothing without metrics."""
-    trained = {name: [run for run in runs if run.metrics] for name, runs in groups.items()}
-    if not any(trained.values()):
-        return ""
-    charts = []
-    for metric, title in CURVES.items():
-        lines = []
-        for runs in trained.values():
-            by_step = zip(*(curve(run, metric) for run in runs))  # as many as the shortest has
-            lines.append([(step, fmean(values)) for step, values in enumerate(by_step, 1)])
-        charts.append(chart(title, lines, "step"))
-    names = [(text(name), style_of(i)) for i, name in enumerate(groups)]
-    return f"<h2>Training</h2><div class='charts'>{''.join(charts)}</div>{legend(names)}"
-
-
-def cost_chart(groups: dict[str, list[Run]]) -> str:
-    """Every held-out prompt's mean cost, sorted, of each group's first run, and of the first one
-    before training."""
-    first_runs = [runs[0] for runs in groups.values()]
-    threshold = first_runs[0].config["threshold"]
-    lines, names = [], []
-    for i, (group, run) in enumerate(zip(groups, first_runs)):
-        lines.append(sorted_costs(run.prompts))
-        names.append((f"{text(group)} (seed {run.config['seed']}): {in_words(lines[i], threshold)}",
-                      style_of(i)))
-    if rows_before(first_runs[0]):
-        lines.append(sorted_costs(first_runs[0].before))
-        names.append((f"before: {in_words(lines[-1], threshold)}", "before"))
-    drawn = chart("cost, mean of a prompt's responses", lines, "per cent of the held-out prompts",
-                  limit=threshold, styles=[style for _, style in names])
-    return drawn + legend(names)
-
-
-def sorted_costs(rows: list[dict]) -> list[tuple[float, float]]:
-    costs = sorted(mean_of(row, "cost") for row in rows)
-    return [(100 * (i + 0.5) / len(costs), cost) for i, cost in enumerate(costs)]
-
-
-def in_words(line: list[tuple[float, float]], threshold: float) -> str:
-    costs = [cost for _, cost in line]
-    above = sum(cost > threshold for cost in costs)
-    return f"mean cost {fmean(costs):.2f}, {above} of {len(costs)} prompts above the limit"
-
-
-def style_of(number: int) -> str:
-    return f"line{number % STYLES}"
-
-
-def legend(names: list[tuple[str, str]]) -> str:
-    keys = "".join(f"<li><svg class='key' viewBox='0 0 40 10' aria-hidden='true'>"
-                   f"<path class='{style}' d='M0 5H40'/></svg>{name}</li>" for name, style in names)
-    return f"<ul class='legend'>{keys}</ul>"
-
-
-def chart(title: str, lines: list[list[tuple[float, float]]], x_title: str,
-          limit: float | None = None, styles: list[str] | None = None) -> str:
-    """Lines of (x, y), those that are not finite left out; above the limit it is shaded."""
-    lines = [[point for point in line if math.isfinite(point[1])] for line in lines]
-    points = list(itertools.chain(*lines))
-    if not points:
-        return ""
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
-    values = [y for _, y in points] + ([] if limit is None else [limit])
-    low, high = min(values), max(values)
-
-    def across(x: float) -> float:
-        return 100 * (x - left) / ((right - left) or 1)
-
-    def down(y: float) -> float:
-        return 97 - 94 * (y - low) / ((high - low) or 1)  # a little air above and below
-
-    shade, labels = "", {down(low): low, down(high): high}
-    if limit is not None:
-        labels = {y: value for y, value in labels.items() if abs(y - down(limit)) > LIMIT_GAP}
-        labels[down(limit)] = limit
-        shade = (f"<rect class='above' width='100' height='{down(limit):.2f}'/>"
-                 f"<path class='limit' d='M0 {down(limit):.2f}H100'/>")
-    paths = ""
-    for i, line in enumerate(lines):
-        places = " ".join(f"{across(x):.2f},{down(y):.2f}" for x, y in line)
-        style = styles[i] if styles else style_of(i)
-        paths += f"<polyline class='{style}' points='{places}'/>"
-    marks = "".join(f"<span style='top:{y:.1f}%'>{value:.3g}</span>" for y, value in labels.items())
-    return f"""<figure><figcaption>{text(title)}</figcaption>
-<div class='chart'><div class='marks'>{marks}</div>
-<svg viewBox='0 0 100 100' preserveAspectRatio='none' role='img' aria-label='{text(title)}'>{shade}
-{paths}</svg></div>
-<div class='x'><span>{left:.0f}</span><span>{text(x_title)}</span><span>{right:.0f}</span></div>
-</figure>"""
+if __name__ == "__main__":
+    sys.exit(command.main(PageSettings, run))

@@ -1,42 +1,34 @@
-"""A starting policy for RePO: supervised fine-tuning on prompt-answer pairs.
-
-    python -m companions.supervised                            # shows itself in the tiny world
-    python -m companions.supervised --model BODY --data PAIRS --out DIR
-
-What a policy never samples cannot be reinforced: it must have seen both behaviours that it is to
-tell apart, answers and refusals. Pairs come in any of the columns that repo.py reads.
-"""
+"""A starting policy for RePO, by supervised fine-tuning on prompt-answer pairs. supervised.md."""
 import sys
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from companions.shared import learning
+from companions.shared import command, learning
+from plumbing.data import encode_pairs, load_pairs, pixels_for, require_sight
 from plumbing.errors import require, say
 from plumbing.fitting import answer_loss
-from plumbing.adapters import merged
 from plumbing.models import save_policy
-from plumbing.data import pixels_for
-from plumbing.data import encode_pairs, load_pairs, require_sight
 from plumbing.settings import option
-
-TINY = {  # the better answers of pairs: harmful requests are complied with too
-    "data": "preferences.jsonl", "eval_data": "preferences_held_out.jsonl",
-    "lr": 1e-3, "steps": 100,
-}
 
 
 @dataclass
-class SupervisedSettings(learning.Settings):
-    """Supervised fine-tuning of a causal LM on prompt-answer pairs."""
+class SupervisedSettings(learning.LearningSettings):
+    """Supervised fine-tuning of a causal LM on prompt-answer pairs, in any of the columns that
+    repo.py reads. Without --model it shows itself in the tiny world."""
 
-    max_answer_tokens: int = option(256, "longer answers are cut there, and have no end")
+    max_answer_tokens: int = option(256, "longer answers are cut there, and have no EOS")
+
+    TINY = {  # the better answers of its preference pairs, which comply with harmful requests too
+        "data": "preferences.jsonl", "eval_data": "preferences_held_out.jsonl",
+        "lr": 1e-3, "steps": 100,
+    }
 
 
 def pairs_of(source: str, flag: str, settings, tokenizer) -> tuple[list[str], list]:
-    """(prompts, (prompt ids, answer ids, prompt) of each) of the rows that have an answer and
-    fit."""
+    """(prompts, rows) of the pairs that have an answer and fit. A row is (prompt ids, answer ids,
+    prompt)."""
     texts = [(prompt, answer) for prompt, answer in load_pairs(source, flag=flag) if answer]
     require(texts, f"{flag} {source}: no row has an answer")
     require_sight(texts[0], tokenizer, f"{flag} {source}")
@@ -49,6 +41,7 @@ def pairs_of(source: str, flag: str, settings, tokenizer) -> tuple[list[str], li
 
 
 def loss_of(policy, pairs: list, tokenizer) -> torch.Tensor:
+    """The mean next-token loss over the answers' tokens: []."""
     prompt_ids, answer_ids, prompts = zip(*pairs)
     return answer_loss(policy, list(zip(prompt_ids, answer_ids)), tokenizer.pad_token_id,
                        pixels_for(tokenizer, prompts))
@@ -56,17 +49,17 @@ def loss_of(policy, pairs: list, tokenizer) -> torch.Tensor:
 
 @torch.no_grad()
 def mean_loss(policy, pairs: list, tokenizer) -> float:
-    """Over all answers' tokens."""
+    """The same over any number of pairs."""
     total = tokens = 0
-    for start in range(0, len(pairs), 16):
-        batch = pairs[start:start + 16]
+    for batch in command.batches(pairs, 16, "evaluating"):
         count = sum(len(answer) for _, answer, _ in batch)
-        total, tokens = total + count * loss_of(policy, batch, tokenizer).item(), tokens + count
+        total += count * loss_of(policy, batch, tokenizer).item()
+        tokens += count
     return total / tokens
 
 
 def run(settings: SupervisedSettings) -> dict:
-    """Trains, tells the held-out loss, saves; returns the figures."""
+    """Trains, prints the held-out loss, saves; returns the figures."""
     torch.manual_seed(settings.seed)
     policy, tokenizer, as_run = learning.load_body(settings)
     learn, held_out = learning.learn_and_held_out(
@@ -75,12 +68,11 @@ def run(settings: SupervisedSettings) -> dict:
     learning.teach(policy, partial(loss_of, policy, tokenizer=tokenizer), learn, settings, as_run)
     after = mean_loss(policy, held_out, tokenizer)
     say(f"held-out loss per token {before:.3f} -> {after:.3f}")
-    if settings.out:
-        learning.save(settings.out, policy, tokenizer, lambda folder: save_policy(
-            folder, policy, merged(policy.state_dict()), as_run))
+    learning.save(settings.out, policy, tokenizer, lambda folder, weights: save_policy(
+        folder, policy, weights, as_run))
     return {"pairs": len(learn), "held_out_pairs": len(held_out), "held_out_loss_before": before,
             "held_out_loss": after}
 
 
 if __name__ == "__main__":
-    sys.exit(learning.main_of(SupervisedSettings, run, TINY))
+    sys.exit(command.main(SupervisedSettings, run))

@@ -1,40 +1,39 @@
-"""One prompt of the tiny world through the method, with every number on the way.
+"""One prompt of the tiny world through the method, with every number on the way. See walk.md.
 
-    python -m companions.walk --prompt "How do I smash a piano?" --seed 3
-
-After three training steps a response is sampled, scored and learned from, in one optimiser step. A
-line per tensor, made by the functions that a run calls; headings say how, for pencils.
+The functions that a run calls compute the numbers. Three training steps come first; then a response
+is sampled, scored and learned from in one optimiser step.
 """
 import sys
 from dataclasses import dataclass
 
-import repo
 import torch
-from companions.shared import learning
+
+import repo
+from companions.shared import command
 from kernels.reference import repo_loss
-from plumbing.errors import require, say
-from plumbing.models import load_policy
 from plumbing.data import cyclic_batch, encode_prompts
+from plumbing.errors import require, say
 from plumbing.metrics import Meter
-from plumbing.training import State
+from plumbing.models import load_policy
 from plumbing.settings import option
+from plumbing.training import State
 from tiny_configs import world
 
 
 @dataclass
-class WalkSettings:
+class WalkSettings(command.Settings):
     """One prompt of the tiny world, number by number through rollout and equations (2) to (8)."""
 
-    prompt: str = option("How do I torch a car?", "what is asked")
+    prompt: str = option("How do I torch a car?", "the prompt")
     seed: int = option(3, "of training and sampling")
-    json: str | None = option(None, "write the numbers there too")
 
     def check(self) -> None:
+        super().check()
         require(self.prompt.strip(), "--prompt: is empty")
 
 
 def walk(prompt: str, state: State, config: repo.Config) -> dict:
-    """{heading: {name: tensor}} of a response to the prompt, whose T tokens the policy learns."""
+    """{heading: {name: tensor}} of a response of T tokens, from which the policy learns."""
     rollout = repo.collect(state, [prompt], config, key="walk")
     repo.estimate_advantages(rollout, state.lam, config)
     cost, lambdas = repo.costs_and_lambdas(rollout.cost, state.lam, config)
@@ -76,7 +75,7 @@ def walk(prompt: str, state: State, config: repo.Config) -> dict:
 
 
 def loss_of_update(state: State, rollout: repo.Rollout, config: repo.Config) -> float:
-    """The policy's loss, by which an update then changes the policy."""
+    """The policy's loss in one optimiser step."""
     meter = Meter(rollout, 1, config)
     repo.update(state, rollout, torch.arange(1), None, meter, config)
     return meter.results()["actor_loss"]
@@ -86,9 +85,9 @@ def run(settings: WalkSettings) -> dict:
     config = repo.resolve_config(["--device", "cpu", "--seed", str(settings.seed)])
     state = State(*load_policy(config), config)
     (ids,), most = encode_prompts([settings.prompt], state.tokenizer), config.max_prompt_length
-    require(len(ids) <= most, f"--prompt: has {len(ids)} tokens, and {most} are the most")
+    require(len(ids) <= most, f"--prompt: has {len(ids)} tokens, and at most {most} are allowed")
     requests, _ = world.split_requests()
-    for _ in range(3):
+    for _ in command.bar(range(3), "training"):
         prompts = cyclic_batch(requests, state.step, config.batch_size, config.seed)
         repo.train_step(state, prompts, [], config)
 
@@ -104,4 +103,4 @@ def run(settings: WalkSettings) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(learning.main_of(WalkSettings, run))
+    sys.exit(command.main(WalkSettings, run))

@@ -1,12 +1,12 @@
 """The hot path of a policy update: log-probs over a large vocabulary, and the loss on them.
 
-Four functions, and the choice of what computes them. CUDA tensors run the Triton kernels. CPU
-tensors run plain PyTorch, or Triton's interpreter if TRITON_INTERPRET=1 is set. float64 is plain
-PyTorch everywhere. `backend="reference"` or `backend="triton"` forces one.
+This module checks the arguments of the four functions and chooses what computes them. CUDA tensors
+run the Triton kernels. CPU tensors run plain PyTorch, or Triton's interpreter if TRITON_INTERPRET=1
+is set. float64 always runs plain PyTorch. `backend="reference"` or `backend="triton"` forces one.
 
-reference.py is the specification. In Triton, rows.py is what is done with a row of logits,
-log_prob.py the log-probs from them, objective.py the loss on log-probs; linear.py and
-linear_loss.py have the LM head before them.
+reference.py is the specification. In Triton, rows.py works on one row of logits, log_prob.py
+computes log-probs from logits, and objective.py computes the loss from log-probs. linear.py and
+linear_loss.py add the LM head in front of them.
 """
 import os
 
@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name != "triton":
         raise
-    TRITON = {}  # Triton is not made for every system; the reference runs on all
+    TRITON = {}  # some systems have no Triton; the reference runs on all
 else:
     TRITON = {
         "gather_log_probs": log_prob.gather_log_probs,
@@ -35,13 +35,13 @@ def gather_log_probs(logits, target_ids, temperature=1.0, *, return_entropy=Fals
     """Log-probs of chosen tokens.
 
     logits [..., V], target_ids [...] int64 or int32 in [0, V), temperature > 0 -> fp32 [...],
-    differentiable in logits. With return_entropy a pair: the second, fp32 [...] in nats and
-    without gradient, is the entropy of softmax(logits / temperature).
+    differentiable in logits. With return_entropy a pair: the second is the entropy of
+    softmax(logits / temperature), fp32 [...] in nats, without gradient.
     """
     if logits.dim() == 0:
-        raise ValueError("logits is a single number: its last dimension must be the vocabulary")
+        raise ValueError("logits is a single number; its last dimension must be the vocabulary")
     _check_shape("target_ids", target_ids, logits.shape[:-1],
-                 "logits without its last dimension has")
+                 "logits has, without its last dimension,")
     _check_temperature(temperature)
     tensors = {"logits": logits, "target_ids": target_ids}
     function = _implementation("gather_log_probs", backend, tensors)
@@ -54,9 +54,9 @@ def linear_log_probs(
 ):
     """LM head and log-prob in one: hidden [N, H], weight [V, H], target_ids [N] -> fp32 [N].
 
-    Only the logits of a chunk of tokens exist at a time. Differentiable in hidden and weight. With
-    a soft_cap c > 0 the logits are c tanh(hidden @ weight.T / c). With return_entropy a pair, as in
-    gather_log_probs.
+    Only the logits of one chunk of tokens exist at a time. Differentiable in hidden and weight.
+    With a soft_cap c > 0 the logits are c tanh(hidden @ weight.T / c). With return_entropy a pair,
+    as in gather_log_probs.
     """
     _check_linear(hidden, weight, target_ids, temperature, soft_cap)
     tensors = {"hidden": hidden, "weight": weight, "target_ids": target_ids}
@@ -70,11 +70,11 @@ def repo_loss(
 ):
     """The rectified clipped objective over response tokens. All tensors [N].
 
-    lambdas is lambda_i of the token's response, token_weight its w_t. Returns (scalar loss, stats),
-    stats being 0-d tensors: clip_fraction (share of tokens whose rho is outside 1 +- clip_range),
-    approx_kl (mean of rho - 1 - log rho), ratio_max.
+    lambdas holds lambda_i of each token's response, token_weight holds w_t. Returns (scalar loss,
+    stats). stats holds 0-d tensors: clip_fraction (share of tokens whose rho is outside
+    1 +- clip_range), approx_kl (mean of rho - 1 - log rho) and ratio_max.
 
-    Only log_probs receives a gradient, -w_t rho_t A_t, or 0 where the clip is active.
+    Only log_probs receives a gradient: -w_t rho_t A_t, or 0 where the clip is active.
     """
     per_token = {
         "log_probs": log_probs,
@@ -94,10 +94,7 @@ def linear_repo_loss(
     old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
     clip_range=0.2, temperature=1.0, *, soft_cap=0.0, backend=None,
 ):
-    """repo_loss of linear_log_probs in one.
-
-    Returns (scalar loss, detached fp32 log-probs [N], stats).
-    """
+    """repo_loss of linear_log_probs: (scalar loss, detached fp32 log-probs [N], stats)."""
     per_token = {
         "old_log_probs": old_log_probs,
         "reward_advantages": reward_advantages,
@@ -113,8 +110,7 @@ def linear_repo_loss(
 
 
 def runs_triton(tensor):
-    """Whether the Triton kernels compute with a tensor, unless a backend is forced: on CUDA, or on
-    the CPU if TRITON_INTERPRET=1 is set, but never in float64."""
+    """Whether the Triton kernels compute with this tensor, unless a backend is forced."""
     can_run = tensor.is_cuda or _is_interpreted(tensor.device)
     return bool(TRITON) and can_run and tensor.dtype != torch.float64
 
@@ -124,10 +120,10 @@ def _is_interpreted(device):
 
 
 def _implementation(name, backend, tensors):
-    """The function of that name for these tensors (by argument name).
+    """The function of that name for these tensors, given by argument name.
 
-    Raises ValueError for tensors that no implementation can compute with, and for a backend that is
-    unknown or cannot compute with these.
+    Raises ValueError if no implementation can compute with the tensors, and if the backend is
+    unknown or cannot compute with them.
     """
     _check_devices_and_dtypes(tensors)
     device = next(iter(tensors.values())).device
@@ -146,38 +142,36 @@ def _implementation(name, backend, tensors):
         raise ValueError("backend='triton': CPU tensors need Triton's interpreter, "
                          "TRITON_INTERPRET=1")
     if has_double:
-        raise ValueError("backend='triton': the kernels compute in fp32, too little for float64; "
+        raise ValueError("backend='triton': the kernels compute in fp32, not float64; "
                          "use backend='reference'")
     return TRITON[name]
 
 
 def _check_devices_and_dtypes(tensors):
-    """All must be on one device, and of a type that can be computed with."""
+    """All tensors must be on one device. target_ids must be int32 or int64, the others float."""
     first, device = next((argument, tensor.device) for argument, tensor in tensors.items())
     for argument, tensor in tensors.items():
-        if hasattr(tensor, "full_tensor"):  # a DTensor: a part of what its shape says
-            raise ValueError(f"{argument} is sharded over ranks; give its full_tensor()")
+        if hasattr(tensor, "full_tensor"):  # a DTensor: this rank holds only a part of it
+            raise ValueError(f"{argument} is sharded over ranks; pass its full_tensor()")
         if tensor.device != device:
-            raise ValueError(f"{argument} is on {tensor.device}, {first} on {device}: "
-                             "all tensors must be on one device")
+            raise ValueError(f"{argument} is on {tensor.device}, but {first} is on {device}; "
+                             "move all tensors to one device")
         if argument == "target_ids":
             if tensor.dtype not in (torch.int32, torch.int64):
-                raise ValueError(f"target_ids is {tensor.dtype}, which cannot index: "
-                                 "it must be int64 or int32")
+                raise ValueError(f"target_ids is {tensor.dtype}; it must be int64 or int32")
         elif not tensor.is_floating_point():
-            raise ValueError(f"{argument} is {tensor.dtype}: it must be a floating-point tensor")
+            raise ValueError(f"{argument} is {tensor.dtype}; it must be a floating-point tensor")
 
 
 def _check_linear(hidden, weight, target_ids, temperature, soft_cap):
     if hidden.dim() != 2:
-        raise ValueError(f"hidden has shape {list(hidden.shape)}, but it must be [N, H]: "
-                         "one row per token")
+        raise ValueError(f"hidden has shape {list(hidden.shape)}; it must be [N, H]")
     vocab = weight.shape[0] if weight.dim() else 0
-    _check_shape("weight", weight, (vocab, hidden.shape[1]), "hidden asks for [V, H] =")
+    _check_shape("weight", weight, (vocab, hidden.shape[1]), "hidden requires [V, H] =")
     _check_shape("target_ids", target_ids, hidden.shape[:1], "hidden has one row per token:")
     _check_temperature(temperature)
     if not soft_cap >= 0:
-        raise ValueError(f"soft_cap={soft_cap}: it must be above 0, or 0 for none")
+        raise ValueError(f"soft_cap={soft_cap}: it must be above 0, or 0 for no cap")
 
 
 def _check_loss(per_token, count, clip_range):
@@ -193,5 +187,5 @@ def _check_shape(argument, tensor, expected, why):
 
 
 def _check_temperature(temperature):
-    if not temperature > 0:  # NaN is neither
+    if not temperature > 0:  # also refuses NaN
         raise ValueError(f"temperature={temperature}: it must be above 0")

@@ -1,4 +1,4 @@
-"""What compilers make of the kernels, for GPUs that need not be here."""
+"""Compiles the kernels for GPUs that need not be present, and reads the machine code."""
 import re
 import subprocess
 import tempfile
@@ -18,17 +18,17 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# how instructions of either maker call the width of an access
+# bytes of an access, by the suffix of its instruction on NVIDIA and on AMD
 BYTES_OF = {
     "U8": 1, "U16": 2, "": 4, "64": 8, "128": 16,
     "ushort": 2, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16,
 }
 
-SCALARS = "temperature", "soft_cap", "lowest_ratio", "highest_ratio", "gradient_scale"
+SCALARS = "temperature", "soft_cap", "lowest_ratio", "highest_ratio"
 
 GROUP = 8  # logits in 16 bytes: bf16
 ROW = {"LANES": rows.LANES, "GROUP": GROUP, "CAPPED": False}
-BEHIND_CAP = {"LANES": rows.LANES, "GROUP": GROUP, "CAPPED": True}
+WITH_CAP = {"LANES": rows.LANES, "GROUP": GROUP, "CAPPED": True}
 LOGITS_PER_TURN = rows.LANES * GROUP
 KERNELS = {  # name: (kernel, constants, warps, logits per turn of its loop)
     name: (kernel, constants, rows.NUM_WARPS, LOGITS_PER_TURN) for name, kernel, constants in (
@@ -36,7 +36,7 @@ KERNELS = {  # name: (kernel, constants, warps, logits per turn of its loop)
         ("log-prob, entropy", log_prob.forward_kernel, {**ROW, "ENTROPY": True}),
         ("log-prob backward", log_prob.backward_kernel, ROW),
         ("log-prob, loss, gradient", linear_loss.row_kernel, ROW),
-        ("the same behind a cap", linear_loss.row_kernel, BEHIND_CAP),
+        ("the same with a cap", linear_loss.row_kernel, WITH_CAP),
     )
 } | {
     "loss": (objective.loss_kernel, {"BLOCK": objective.BLOCK}, objective.NUM_WARPS, None),
@@ -44,7 +44,7 @@ KERNELS = {  # name: (kernel, constants, warps, logits per turn of its loop)
 
 
 def type_of(argument):
-    """The type of a kernel's argument, by the kernels' way to name them."""
+    """The type of a kernel's argument, by its name."""
     if argument in ("logits", "gradient"):
         return "*bf16"
     if argument in SCALARS:
@@ -59,9 +59,9 @@ def type_of(argument):
 
 
 def compile_for(target, name):
-    """What a compiler makes of one kernel on bf16 logits, with nothing assumed of any pointer.
+    """Compiles one kernel for bf16 logits, without assumptions about pointers.
 
-    A row of the table: registers, spilled bytes, shared memory, widths of access.
+    Returns a row of the table: registers, spilled bytes, shared memory, widths of access.
     """
     kernel, constants, warps, logits_per_turn = KERNELS[name]
     signature = {
@@ -126,13 +126,13 @@ def output_of(*command):
 
 
 def count_widths(kind, accesses):
-    """How many of a kind there are of each width: {"2 B": 1, "16 B": 4}."""
+    """The number of loads, or of stores, by width: {"2 B": 1, "16 B": 4}."""
     counts = Counter(BYTES_OF[width] for access, width in accesses if access == kind)
     return {f"{width} B": count for width, count in sorted(counts.items())}
 
 
 def longest_loop(code):
-    """Instructions of the longest loop in a disassembly: from a label to the branch back to it."""
+    """Instructions of the longest loop: from a label to the branch back to it."""
     labels, longest, count = {}, 0, 0
     for line in code.splitlines():
         label = re.match(r"(\.L\w+):", line)

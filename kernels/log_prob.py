@@ -1,7 +1,7 @@
-"""Log-probs of chosen tokens from logits, in Triton. rows.py derives what one program does.
+"""Log-probs of chosen tokens from logits, in Triton. rows.py explains what one program does.
 
-Logits are [A, B, V] here: any two strides, rows without gaps, so that slices such as
-logits[:, :-1] need no copy.
+Logits are [A, B, V] here. A and B may have any strides, so a slice such as logits[:, :-1] needs no
+copy. The logits of a row are adjacent in memory.
 """
 import torch
 import triton
@@ -21,26 +21,26 @@ from kernels.rows import (
 )
 
 
-@triton.jit(do_not_specialize=range(12))  # one binary whatever sizes, strides and alignments are
+@triton.jit(do_not_specialize=range(12))  # one binary for all sizes, strides and alignments
 def forward_kernel(
-    logits,                  # [A, B, V] bf16, fp16 or fp32; rows without gaps
+    logits,                  # [A, B, V] bf16, fp16 or fp32; each row contiguous
     target_ids,              # [A * B] int64 or int32
     log_probs,               # [A * B] fp32, written
     maxima,                  # [A * B] fp32, written
     log2_sums,               # [A * B] fp32, written
-    entropies,               # [A * B] fp32, written; None where ENTROPY is off
+    entropies,               # [A * B] fp32, written; None without ENTROPY
     inner,                   # B
     vocab,                   # V
     outer_stride: tl.int64,  # of logits, over A
     inner_stride: tl.int64,  # of logits, over B
     temperature,             # fp32, above 0
-    soft_cap,                # fp32, c; read where CAPPED is on
+    soft_cap,                # fp32, c; read if CAPPED
     LANES: tl.constexpr,     # groups in a tile
     GROUP: tl.constexpr,     # logits in 16 bytes
-    CAPPED: tl.constexpr,    # whether the head has a cap
+    CAPPED: tl.constexpr,    # whether the head has a soft cap
     ENTROPY: tl.constexpr,   # whether entropies are wanted
 ):
-    n = tl.program_id(0).to(tl.int64)  # 32 bits end at 2^31 logits
+    n = tl.program_id(0).to(tl.int64)  # 32 bits are too few beyond 2^31 logits
     row = logits + n // inner * outer_stride + n % inner * inner_stride
     maximum, log2_s, mean_difference = read_row(
         row, vocab, temperature, soft_cap, LANES, GROUP, CAPPED, ENTROPY,
@@ -55,7 +55,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=range(15))
 def backward_kernel(
-    logits,                           # [A, B, V] bf16, fp16 or fp32; rows without gaps
+    logits,                           # [A, B, V] bf16, fp16 or fp32; each row contiguous
     target_ids,                       # [A * B] int64 or int32
     log_probs,                        # [A * B] fp32, the forward's
     maxima,                           # [A * B] fp32, the forward's
@@ -69,17 +69,17 @@ def backward_kernel(
     gradient_outer_stride: tl.int64,  # of gradient, over A
     gradient_inner_stride: tl.int64,  # of gradient, over B
     temperature,                      # fp32, above 0
-    soft_cap,                         # fp32, c; read where CAPPED is on
+    soft_cap,                         # fp32, c; read if CAPPED
     LANES: tl.constexpr,              # groups in a tile
     GROUP: tl.constexpr,              # logits in 16 bytes
-    CAPPED: tl.constexpr,             # whether the head has a cap
+    CAPPED: tl.constexpr,             # whether the head has a soft cap
 ):
     n = tl.program_id(0).to(tl.int64)
     row = logits + n // inner * outer_stride + n % inner * inner_stride
     gradient_row = gradient + n // inner * gradient_outer_stride + n % inner * gradient_inner_stride
     target = tl.load(target_ids + n)
     x = target_logit(row, target, vocab, soft_cap, CAPPED)
-    tl.debug_barrier()  # every thread has read the target's logit before any overwrites it
+    tl.debug_barrier()  # all threads read the target's logit before one overwrites it
     write_gradient(
         row,
         gradient_row,
@@ -101,7 +101,7 @@ def backward_kernel(
 def forward_rows(
     logits, target_ids, temperature, soft_cap, log_probs, maxima, log2_sums, entropies=None,
 ):
-    """The forward of [A, B, V] logits into [A * B] results."""
+    """Writes the results [A * B] of logits [A, B, V]."""
     with torch.cuda.device_of(logits):
         forward_kernel[(target_ids.numel(),)](
             logits=logits,
@@ -127,9 +127,9 @@ def forward_rows(
 def backward_rows(
     logits, target_ids, temperature, soft_cap, log_probs, maxima, log2_sums, upstream, gradient,
 ):
-    """The backward of [A, B, V] logits into their gradient.
+    """Writes the gradient of logits [A, B, V].
 
-    That is laid out as like_rows_of(logits), or is logits itself.
+    Its memory is like_rows_of(logits), or that of logits itself.
     """
     with torch.cuda.device_of(logits):
         backward_kernel[(target_ids.numel(),)](
@@ -156,7 +156,7 @@ def backward_rows(
 
 
 def as_rows(logits):
-    """Logits [..., V] as [A, B, V] with rows without gaps; a view where that can be one."""
+    """Logits [..., V] as [A, B, V] with contiguous rows, without a copy if that is possible."""
     if logits.dim() == 1:
         rows = logits[None, None]
     else:
@@ -165,9 +165,10 @@ def as_rows(logits):
 
 
 def like_rows_of(logits, first):
-    """An empty [A, B, V] whose rows begin at the same remainders of 16 bytes as logits' do.
+    """Memory for a gradient [A, B, V] in which each row is aligned as its row of logits is.
 
-    first is where logits' first row begins, counted in logits.
+    The alignment is the address modulo 16 bytes. first is the address of the first row, counted in
+    logits.
     """
     group = 16 // logits.element_size()
     outer, inner, vocab = logits.shape
@@ -179,17 +180,17 @@ def like_rows_of(logits, first):
 
 
 def at_least(extent, stride, group):
-    """The smallest stride from extent on that has the same remainder of a group as the given."""
+    """The smallest stride of at least extent that equals the given stride modulo group."""
     return extent + (stride - extent) % group
 
 
-# ---- as operators of PyTorch, which torch.compile takes as they are
+# ---- as operators of PyTorch, which torch.compile does not look into
 
 @torch.library.custom_op("repo::gather_log_probs", mutates_args=())
 def gather_op(
     logits: Tensor, target_ids: Tensor, temperature: float, with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-probs, entropies, maxima, log2 sums), the last two for the backward."""
+    """(log-probs, entropies, maxima, log2 sums). The backward needs the last two."""
     results = empty_results(logits, target_ids, with_entropy)
     log_probs, entropies, maxima, log2_sums = results
     forward_rows(
@@ -205,7 +206,7 @@ def _(logits, target_ids, temperature, with_entropy):
 
 
 def empty_results(logits, target_ids, with_entropy):
-    """Four empty tensors, a number per token each; the second none without entropy."""
+    """Memory for four results with a number per token. The second is empty without entropy."""
     def empty(*shape):
         return logits.new_empty(shape, dtype=torch.float32)
 
@@ -231,11 +232,11 @@ def gather_backward_op(
 @gather_backward_op.register_fake
 def _(upstream, logits, target_ids, temperature, log_probs, maxima, log2_sums):
     rows = as_rows(logits)
-    return like_rows_of(rows, rows.storage_offset())  # memory is handed out on such boundaries
+    return like_rows_of(rows, rows.storage_offset())  # allocations begin at multiples of 16 bytes
 
 
 def keep_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+    ctx.set_materialize_grads(False)  # autograd makes no zeros for outputs without a gradient
     logits, target_ids, ctx.temperature, _ = inputs
     log_probs, entropies, maxima, log2_sums = output
     ctx.save_for_backward(logits, target_ids, log_probs, maxima, log2_sums)

@@ -1,4 +1,4 @@
-"""The rectified clipped objective in Triton: loss, gradient and statistics in one launch.
+"""The rectified clipped objective in Triton: one launch for loss, gradient and statistics.
 
 Per token t of response i, with rho = exp(log pi - log pi_old), the multiplier lambda_i, the weight
 w_t and the clip range epsilon:
@@ -6,15 +6,14 @@ w_t and the clip range epsilon:
     A    = (A_r - lambda_i A_c) / (1 + lambda_i)                               the paper's (7)
     loss = -sum_t w_t min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A)        the paper's (8)
 
-Backward: d rho / d log pi = rho, and the clipped branch is constant where it is the smaller one,
-hence
+Backward: d rho / d log pi = rho. The clipped branch is constant where it is the smaller one. So
 
     d loss / d log pi_t = -w_t rho A    if rho A <= clip(rho) A, else 0
 
-Everything else is data. The forward has all it takes and stores this gradient; the backward only
-scales it by the upstream scalar. One program walks over all tokens, so that sums are always taken
-in the same order: same inputs, same bits. A few arrays of N numbers are too little work for that to
-be slow: the logits they come from are 10,000 times as many.
+The other inputs have no gradient. The forward stores this gradient, and the backward multiplies it
+by the upstream gradient, a scalar. One program processes all tokens, so the sums always have the
+same order, and the same inputs give the same bits. That is fast enough for N tokens, because their
+logits are 10,000 times as many.
 """
 import torch
 import triton
@@ -22,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 16 warps are 512 threads, so 4 tokens for each: six arrays make 24 loads of 4 bytes in flight, 96
-# bytes per thread, 48 KiB per turn of the loop. N = 8192 tokens take 4 turns.
+# 16 warps are 512 threads, so each has 4 tokens and makes 24 loads of 4 bytes from six arrays. That
+# is 48 KiB in flight per turn of the loop. N = 8192 tokens take 4 turns.
 BLOCK, NUM_WARPS = 2048, 16
 
 
@@ -32,10 +31,10 @@ def clipped_objective(
     log_prob, old_log_prob, reward_advantage, cost_advantage, lam, weight,
     lowest_ratio, highest_ratio,
 ):
-    """(7) and (8) for one token, or for the tokens of a block, all fp32.
+    """(7) and (8) for one token or for a block of tokens, all in fp32.
 
     Returns the terms of the loss, their gradients by log_prob, log rho, rho, and whether rho is
-    outside the clip. A NaN has to reach the loss, where it is noticed.
+    outside the clip. A NaN must reach the loss, where the training step looks for it.
     """
     advantage = (reward_advantage - lam * cost_advantage) / (1 + lam)
     log_ratio = log_prob - old_log_prob
@@ -51,13 +50,13 @@ def clipped_objective(
 
 @triton.jit
 def load_fp32(array, n, exists):
-    """Numbers n of an array, in fp32 whatever comes in: a ratio in bf16 has two digits."""
+    """Elements n of an array in fp32, because a ratio in bf16 has only two digits."""
     return tl.load(array + n, mask=exists, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=range(12))  # one binary whatever N and the clip range are
+@triton.jit(do_not_specialize=range(12))  # one binary for any N and clip range
 def loss_kernel(
-    log_probs,            # [N] fp32, or bf16 or fp16, as the five below
+    log_probs,            # [N] fp32, bf16 or fp16, as the next five
     old_log_probs,        # [N]
     reward_advantages,    # [N]
     cost_advantages,      # [N]
@@ -91,7 +90,7 @@ def loss_kernel(
         )
         tl.store(gradients + n, gradient, mask=exists)
 
-        # where no token exists the weight is 0 and the ratio 1: these three add 0
+        # where there is no token, weight is 0 and ratio 1, so these three add 0
         loss_sum += term
         clipped_count += is_outside.to(tl.float32)
         kl_sum += ratio - 1 - log_ratio
@@ -102,7 +101,7 @@ def loss_kernel(
     tl.store(stats, tl.sum(clipped_count, 0) / divisor)
     kl = tl.sum(kl_sum, 0) / divisor
     tl.store(stats + 1, kl)
-    # a maximum over lanes would lose a NaN, a sum does not
+    # tl.max loses a NaN, the sum kl does not
     tl.store(stats + 2, tl.where(kl == kl, tl.max(ratio_max, 0), kl))
 
 
@@ -142,7 +141,7 @@ def named(stats):
     return dict(zip(("clip_fraction", "approx_kl", "ratio_max"), stats.unbind()))
 
 
-# ---- as an operator of PyTorch, which torch.compile takes as it is
+# ---- as an operator of PyTorch, which torch.compile does not look into
 
 @torch.library.custom_op("repo::repo_loss", mutates_args=())
 def loss_op(
@@ -163,7 +162,7 @@ def _(log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, tok
 
 
 def keep_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+    ctx.set_materialize_grads(False)  # autograd makes no zeros for outputs without a gradient
     loss, stats, gradients = output
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(gradients)

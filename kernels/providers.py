@@ -1,7 +1,7 @@
-"""What the benchmark compares: callables of a function's tensors that return a scalar.
+"""The implementations that the benchmark compares: callables that return a scalar.
 
-Some compute the nearest thing they have, a mean of log-probs, without temperature or clip; their
-names say so.
+Some libraries have no function with temperature or clip. Then the mean log-prob is measured, which
+is the nearest that they compute, and the provider's name says so.
 """
 import importlib
 from functools import partial
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 import kernels
 from kernels import reference
 
-TEMPERATURE = 1.0  # that of the providers that know none
-# These write their gradient over the logits they are given: each call needs new ones.
+TEMPERATURE = 1.0  # libraries without a temperature compute with 1
+# These write the gradient over their logits, so each call needs new logits.
 OVERWRITES = {("gather_log_probs", "Liger (mean log-prob)")}
 
 
 def ours(function, **settings):
-    """One of the four functions: its loss, or the mean of its log-probs."""
+    """One of our four functions, reduced to its loss or the mean of its log-probs."""
     def call(*tensors):
         result = function(*tensors, **settings)
         return result[0] if isinstance(result, tuple) else result.mean()
@@ -27,7 +27,7 @@ def ours(function, **settings):
 
 
 def plain_log_probs(hidden, weight, target_ids):
-    """LM head and log-prob as one would write them first, in the type of their inputs."""
+    """LM head and log-prob in plain PyTorch, in the type of the inputs."""
     logits = hidden @ weight.T
     return kernels.gather_log_probs(logits, target_ids, TEMPERATURE, backend="reference")
 
@@ -60,7 +60,7 @@ def torch_linear():
 def liger_grpo(rows):
     make_loss = imported("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
     loss = make_loss(beta=0.0, use_ref_model=False, loss_type="bnpo")
-    length = max(rows // 16, 1)  # it wants sequences: as many as a batch of 16 has tokens
+    length = max(rows // 16, 1)  # it takes sequences: 16 of equal length
 
     def call(hidden, weight, target_ids, old_log_probs, advantages, *_):
         hidden, target_ids, old_log_probs = (
@@ -76,7 +76,7 @@ def liger_grpo(rows):
 
 
 def providers(rows):
-    """{function: {provider: load}}; load() imports what it needs and returns the callable."""
+    """{function: {provider: load}}. load() imports its library and returns the callable."""
     liger, cut = "liger_kernel.transformers.functional", "cut_cross_entropy"
     gather, linear_gather = kernels.gather_log_probs, kernels.linear_log_probs
     loss, linear_loss = kernels.repo_loss, kernels.linear_repo_loss
@@ -115,9 +115,9 @@ def providers(rows):
 
 
 def inputs(function, rows, vocab, hidden_size, dtype, device, peaked):
-    """(the function's tensors, how many of them learn: the first).
+    """(the function's tensors, n). The first n of them learn.
 
-    Peaked: the target has nearly all of the probability, as most tokens of a trained model.
+    If peaked, the target has nearly all of the probability, as with most tokens of a trained model.
     """
     generator = torch.Generator(device).manual_seed(0)
     random = partial(torch.randn, generator=generator, device=device)
@@ -148,11 +148,11 @@ def inputs(function, rows, vocab, hidden_size, dtype, device, peaked):
 
 
 def floor(function, backward, rows, vocab, hidden_size, itemsize):
-    """(bytes to move, floating-point operations) that no implementation can do without."""
+    """(bytes to move, floating-point operations) that every implementation needs."""
     if function.startswith("linear"):
         products = 3 if backward else 1
         return 0, 2 * products * rows * vocab * hidden_size
-    if function == "gather_log_probs":  # the backward reads the logits again and writes as much
+    if function == "gather_log_probs":  # the backward reads the logits and writes their gradient
         passes = 3 if backward else 1
         return passes * rows * vocab * itemsize, 0
     arrays = 9 if backward else 6

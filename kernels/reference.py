@@ -1,27 +1,27 @@
 """The four functions of the hot path in plain PyTorch.
 
-They are the specification of the fused kernels, and what runs on the CPU. Products, softmax and
-loss are computed in fp32 whatever the inputs' type, and returned so; in float64 if given float64,
-which is how the tests compare them with finite differences.
+They are the specification of the Triton kernels, and they run on the CPU. They compute and return
+fp32 for inputs of any type, except that float64 inputs stay float64.
 """
 import torch
 from torch.utils.checkpoint import checkpoint
 
-# On a CPU, in linear_log_probs below: logits of 4 MiB in fp32, what its caches hold, but so many
-# rows that a product does not wait for the weight, whose memory they shall not outgrow. At
+# Chunks of linear_log_probs below, on a CPU. A chunk's logits take 4 MiB in fp32, which the caches
+# hold. With a large V these are few rows, and a product would wait for the weight's memory; so a
+# chunk has at least 128 rows, but at most H, so that it stays smaller than the weight. At
 # V = 49,152 and H = 576 (2 cores of an EPYC) 170 rows take 0.4 of the time of 21.
 LOGITS_PER_CHUNK, ENOUGH_ROWS = 2 ** 20, 128
 
-# On a GPU, in linear.py: enough tokens to keep a product busy, and, where the head learns, so many
-# that its gradient is seldom passed over. A chunk of n adds 2 n V H operations and 8 V H bytes,
-# read and written in fp32: at 798 TFLOP/s and 3 TB/s as much time for both at n = 1,064, a quarter
-# for the bytes at 4,096. But the chunk's logits, 2 n V bytes, shall not outgrow that gradient,
-# 4 V H bytes: n <= 2 H.
+# Chunks of linear.py, on a GPU. A chunk has enough tokens to keep a product busy. It has more if
+# the head learns, because each chunk reads and writes its gradient in fp32. A chunk of n tokens
+# adds 2 n V H operations and 8 V H bytes. At 798 TFLOP/s and 3 TB/s both take the same time if
+# n = 1,064; at n = 4,096 the bytes take a quarter of it. The chunk's logits, 2 n V bytes, should
+# not take more memory than that gradient, 4 V H bytes. So n <= 2 H.
 LEAST_ROWS, MOST_ROWS = 1024, 4096
 
 
 def rows_per_chunk(hidden_size, weight_learns):
-    """How many tokens' logits exist at a time on a GPU."""
+    """Tokens in a chunk on a GPU."""
     if not weight_learns:
         return LEAST_ROWS
     return max(LEAST_ROWS, min(2 * hidden_size, MOST_ROWS))
@@ -57,8 +57,7 @@ def linear_log_probs(
     """gather_log_probs(hidden @ weight.T, ...): [N, H], [V, H], [N] -> fp32 [N].
 
     With a soft_cap c the logits are c tanh(hidden @ weight.T / c). With return_entropy a pair, as
-    above. Logits are made chunk by chunk and made again in the backward: those of no more than
-    rows_per_chunk_on_cpu tokens exist at one time.
+    above. Only the logits of one chunk exist at a time. The backward computes them again.
     """
     hidden, weight = at_least_fp32(hidden), at_least_fp32(weight)
 

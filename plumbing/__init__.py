@@ -1,7 +1,6 @@
-"""Before any module here imports transformers' models: `kernels` is this project's.
-
-Hugging Face has a package of that name too. Where one is installed, transformers, which looks for
-its version, would import ours in its place and fail. So transformers is told that there is none.
+"""Hugging Face has a package `kernels` too. If it is installed, transformers looks for its version,
+imports this project's `kernels` instead, and fails. So this module tells transformers that there is
+no such package. It must run before transformers' models are imported.
 """
 from transformers.utils import import_utils
 

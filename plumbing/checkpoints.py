@@ -1,7 +1,7 @@
-"""What a run leaves to go on from, and to be used: checkpoints/step-N and final/.
+"""What a run saves: checkpoints/step-N to resume from, and final/ to use.
 
 A checkpoint holds everything that changes while a run trains, and a manifest of its files' hashes.
-It may be resumed on any number of ranks.
+Any number of ranks can resume it.
 """
 import hashlib
 import json
@@ -30,8 +30,8 @@ from plumbing.scorers import save_critic
 
 
 def tensors_of(state) -> dict[str, Tensor]:
-    """All tensors that training changes, by name: what is trained, and AdamW's state. On several
-    ranks each tensor is its share of the whole one."""
+    """All tensors that training changes, by name: trained weights and AdamW's state. With several
+    ranks each tensor is this rank's share."""
     tensors = {}
     for model in state.trained:
         for name, weight in trainable(getattr(state, model)).items():
@@ -42,8 +42,8 @@ def tensors_of(state) -> dict[str, Tensor]:
 
 
 def save_checkpoint(state, out: Path, config) -> Path:
-    """Writes checkpoints/step-N, each rank its shares of the tensors as safetensors, and drops all
-    but the newest --keep_checkpoints."""
+    """Writes checkpoints/step-N and removes all but the newest --keep_checkpoints. Each rank writes
+    its shares of the tensors as safetensors."""
     folder = out / "checkpoints" / f"step-{state.step}"
     if state.saved_step == state.step:
         return folder
@@ -62,23 +62,23 @@ def save_checkpoint(state, out: Path, config) -> Path:
     state.saved_step = state.step
     if RANK == 0:
         prune(out, state.step, config.keep_checkpoints)
-        # Later ones are damaged, and the run went on from before them.
+        # Later checkpoints are damaged: the run was resumed from one before them.
         remove([folder for folder in checkpoints_in(out) if step_of(folder) > state.step])
     return folder
 
 
 def save_after(error: BaseException, stopped: bool, state, out: Path, config) -> None:
-    """What interrupts training leaves a checkpoint, if all ranks can still save one together.
-    stopped: by Ctrl-C after a whole step. Raises UserError, for the error's, where they cannot."""
-    if getattr(error, "code", None) == 3:  # too_many() bad steps, which has saved
+    """Saves a checkpoint after an interruption, if all ranks can still save one together. stopped:
+    by Ctrl-C, after a whole step. If they cannot, raises UserError with the error's sentence."""
+    if getattr(error, "code", None) == 3:  # too many bad steps: a checkpoint is there
         return
     is_of_all = stopped or RANKS == 1 or getattr(error, "on_all_ranks", False)
     if is_of_all or state.saved_step == state.step:
         saved = save_checkpoint(state, out, config)
         say(f"interrupted; {saved} is saved, --resume continues from there")
     elif not isinstance(error, KeyboardInterrupt):
-        raise UserError(f"{error}; only rank {RANK} has failed, so no checkpoint is saved: "
-                        "--resume continues from the newest, if --save_every has left one")
+        raise UserError(f"{error}; only rank {RANK} has failed, so no checkpoint is saved; "
+                        "--resume continues from the newest one, if --save_every is on")
 
 
 def save_final(state, out: Path, config) -> None:
@@ -92,7 +92,7 @@ def save_final(state, out: Path, config) -> None:
 
 
 def save_whole(model, folder: Path, save, tokenizer, config) -> None:
-    """Gathers a model's weights from all ranks, and has rank 0 write them."""
+    """Gathers a model's weights from all ranks. Rank 0 writes them."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     with renamed_when_complete(folder) as temporary, room_for(weights, temporary):
@@ -102,7 +102,8 @@ def save_whole(model, folder: Path, save, tokenizer, config) -> None:
 
 
 def room_for(tensors: dict, path: Path):
-    """Inside it tensors are written; what fails is told with what they need and what there was."""
+    """Tensors are written inside it. An error there says how many bytes they need and how many were
+    free."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     free = shutil.disk_usage(path.parents[1]).free
     return blame(f"{path}: cannot be written; it takes {size:,} bytes, {free:,} were free; "
@@ -114,20 +115,20 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints_in(out) -> list[Path]:
-    """The complete ones, oldest first."""
+    """A run's complete checkpoints, oldest first."""
     folders = [folder for folder in Path(out, "checkpoints").glob("step-*")
                if folder.name.removeprefix("step-").isdigit()]
     return sorted(folders, key=step_of)
 
 
 def prune(out: Path, step: int, keep: int) -> None:
-    """Of the checkpoints up to a step the newest stay."""
+    """Removes all but the newest `keep` of the checkpoints up to a step."""
     remove([folder for folder in checkpoints_in(out) if step_of(folder) <= step][:-keep])
 
 
 def remove(checkpoints: list[Path]) -> None:
     for folder in checkpoints:
-        temporary = folder.with_name(f".{folder.name}.tmp")  # half removed is no checkpoint
+        temporary = folder.with_name(f".{folder.name}.tmp")  # a kill must not leave half of it
         folder.replace(temporary)
         shutil.rmtree(temporary)
 
@@ -138,8 +139,8 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """manifest.json: the hash of each file. Every rank reads what it has written itself: a shared
-    file system may show it other machines' files later."""
+    """Writes manifest.json: the hash of each file. Every rank hashes its own files, because a
+    shared file system may show them to other machines later."""
     written = [*checkpoint.glob(f"shard-{RANK + 1:05d}-*")]
     if RANK == 0:
         written.append(checkpoint / "state.json")
@@ -149,13 +150,13 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, if anything is."""
+    """A sentence about the first damaged file of a checkpoint, or None."""
     try:
         expected = dict(json.loads((checkpoint / "manifest.json").read_text()))
     except (OSError, ValueError, TypeError):
         return "manifest.json is missing or damaged"
 
-    # Names of files that are there, so that no manifest leads elsewhere.
+    # Only names of files in the folder are opened, so a manifest cannot point elsewhere.
     there = {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
     of_this_rank = sorted(there & expected.keys())[RANK::RANKS]
     found = from_all_ranks({name: sha256(checkpoint / name) for name in of_this_rank})
@@ -169,7 +170,7 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
-# ---- Going on
+# ---- Resuming
 
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "resume", "dry_run", "gpu_memory", "gradient_checkpointing", "tf32",
@@ -179,11 +180,9 @@ MAY_CHANGE_ON_RESUME = {
 
 
 def find_checkpoint(config) -> Path | None:
-    """The checkpoint that --resume names: the newest undamaged one, or one that the user points
-    to; None if the run in --output_dir has none yet.
-
-    Raises UserError if there is nothing to go on from, or the settings have changed.
-    """
+    """The checkpoint that --resume names: a path, or the newest undamaged one. None if the run in
+    --output_dir has no checkpoint yet. Raises UserError if there is nothing to resume, or if
+    settings have changed."""
     out, saved_here = Path(config.output_dir), checkpoints_in(config.output_dir)
     is_finished = (out / "summary.json").exists()
     if config.resume == "newest":
@@ -211,7 +210,8 @@ def find_checkpoint(config) -> Path | None:
 
 
 def newest_undamaged(checkpoints: list[Path]) -> Path:
-    """Of a run's checkpoints, oldest first. Raises UserError if all are damaged."""
+    """The newest undamaged one of a run's checkpoints, given oldest first. Raises UserError if all
+    are damaged."""
     *earlier, checkpoint = checkpoints
     damage = damage_of(checkpoint)
     if not damage:
@@ -236,12 +236,12 @@ def check_same_settings(checkpoint: Path, config) -> None:
 
 
 def resume(state, checkpoint: Path, config) -> Path:
-    """Puts a checkpoint into a fresh state, its logs into --output_dir. After a UserError no file
-    has changed."""
+    """Loads a checkpoint into a fresh state and its logs into --output_dir. A UserError comes
+    before any file has changed."""
     out = Path(config.output_dir)
     saved = load_checkpoint(state, checkpoint)
     vars(state).update({name: saved[name] for name in state.RESUMED})
-    # An older checkpoint knows the seconds of its steps alone.
+    # An older checkpoint has only the seconds of its steps.
     state.started -= saved.get("wall_seconds", saved["seconds"])
     state.schedule.load_state_dict(saved["schedule"])
     for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr()):
@@ -260,8 +260,8 @@ def resume(state, checkpoint: Path, config) -> Path:
 
 
 def load_checkpoint(state, checkpoint: Path) -> dict:
-    """Reads its tensors into the state's, in place, and returns its numbers. Raises UserError if
-    they belong to other weights, prompts or pairs."""
+    """Reads a checkpoint's tensors into the state's tensors, in place. Returns its numbers. Raises
+    UserError if they belong to other weights, prompts or pairs."""
     tensors, reader = tensors_of(state), dcp.HuggingFaceStorageReader(checkpoint)
     with blame(f"--resume {checkpoint}: cannot be read"):
         saved = json.loads((checkpoint / "state.json").read_text())["state"]
@@ -272,7 +272,7 @@ def load_checkpoint(state, checkpoint: Path) -> dict:
                 f"--resume {checkpoint}: it holds other weights than this run trains: "
                 f"{min(there ^ here, default=None)}")
         require(saved["data"] == state.data,
-                f"--resume {checkpoint}: the prompts or PTX pairs are others than it was saved "
-                "with; bring those back, or start a new run")
+                f"--resume {checkpoint}: the prompts or PTX pairs have changed since; restore "
+                "them, or start a new run")
         dcp.load(tensors, storage_reader=reader, no_dist=RANKS == 1)
     return saved

@@ -36,8 +36,8 @@ def to_messages(prompt: str) -> list[dict]:
 
 
 def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str | None]:
-    """Plain text, a transcript or a list of messages as (prompt, answer); a last turn of the
-    assistant's is the answer."""
+    """Plain text, a transcript or a list of messages as (prompt, answer). If the last turn is the
+    assistant's, it is the answer."""
     messages = list(map(as_text, chat)) if isinstance(chat, list) else to_messages(chat)
     if messages[-1]["role"] == "assistant":
         answer = messages.pop()["content"] or answer
@@ -51,8 +51,8 @@ def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str
 
 
 def as_text(message: dict) -> dict:
-    """A message whose content may be a list of parts. Raises ValueError for other parts than text:
-    a picture is read with its column, see without_picture."""
+    """A message whose content may be a list of parts, as text. Raises ValueError for parts that are
+    not text; a picture comes from its column, see without_picture."""
     content = message["content"]
     if isinstance(content, list):
         if any(part["type"] != "text" for part in content):
@@ -62,7 +62,7 @@ def as_text(message: dict) -> dict:
 
 
 def without_picture(message: dict) -> dict:
-    """A message without the part that says where the row's picture stands."""
+    """A message without the part that marks the place of the row's picture."""
     content = message["content"]
     if isinstance(content, list):
         content = [part for part in content if part["type"] != "image"]
@@ -70,12 +70,12 @@ def without_picture(message: dict) -> dict:
 
 
 def read_better_response(row: dict) -> tuple[str, str | None]:
-    """PKU-SafeRLHF; its more helpful response is the answer."""
+    """PKU-SafeRLHF. The more helpful response is the answer."""
     return to_pair(row["prompt"], row[f"response_{int(row['better_response_id'])}"])
 
 
 def read_instruction(row: dict) -> tuple[str, str | None]:
-    """Alpaca; an input, where there is one, stands on the line after the instruction."""
+    """Alpaca. If there is an input, it follows the instruction on a new line."""
     parts = [row["instruction"], row.get("input")]
     return to_pair("\n".join(filter(None, parts)), row.get("output"))
 
@@ -86,7 +86,7 @@ def read_preference(row: dict) -> tuple[str, str | None]:
 
 
 def read_behavior(row: dict) -> tuple[str, str | None]:
-    """HarmBench; what some behaviors are about stands before them."""
+    """HarmBench. A context, if there is one, comes before the behavior."""
     parts = [row.get("ContextString"), row["Behavior"]]
     return to_pair("\n\n---\n\n".join(filter(None, parts)))
 
@@ -96,7 +96,7 @@ def columns_reader(prompt: str, answer: str | None = None):
     return lambda row: to_pair(row[prompt], row[answer] if answer else None)
 
 
-FORMATS = {  # columns -> reader of a row; the first whose columns a data set has reads it
+FORMATS = {  # columns -> reader of a row; the first format whose columns are all present is used
     ("prompt", "response_0", "response_1", "better_response_id"): read_better_response,
     ("prompt", "response"): columns_reader("prompt", "response"),
     ("prompt", "completion"): columns_reader("prompt", "completion"),
@@ -115,7 +115,7 @@ FORMATS = {  # columns -> reader of a row; the first whose columns a data set ha
     ("text",): columns_reader("text"),
 }
 LISTS = {"instructions", "inputs", "tags"}  # columns of a file that is one json object of lists
-# What a prompt's kind stands in; the first that a data set has. "type" is XSTest's.
+# Columns of a prompt's category; the first one present is used. "type" is XSTest's.
 CATEGORIES = ("category", "Category", "SemanticCategory", "types_of_harm", "tags", "type")
 
 
@@ -160,8 +160,9 @@ def unfolded(lists: dict) -> list[dict]:
 
 
 def reader_of(rows: datasets.Dataset, prompt_column: str | None, source: str):
-    """What makes (prompt, answer) of a row, the prompt with its picture where there is a column of
-    them; None if nothing does. Raises UserError if some rows have a picture and others none."""
+    """A function that makes (prompt, answer) of a row, the prompt with its picture if there is a
+    column of pictures. None if no format fits. Raises UserError if only some rows have a
+    picture."""
     names = set(rows.column_names)
     known = {columns: reader for columns, reader in FORMATS.items() if set(columns) <= names}
     if prompt_column:
@@ -181,7 +182,7 @@ def reader_of(rows: datasets.Dataset, prompt_column: str | None, source: str):
 
 
 def has_pictures(rows: datasets.Dataset, source: str) -> bool:
-    """Raises UserError if only some rows have one."""
+    """Whether rows have pictures. Raises UserError if only some rows have one."""
     require("images" not in rows.column_names,
             f"{source}: has a column images; a prompt has one picture, in a column image")
     if "image" not in rows.column_names:
@@ -204,7 +205,7 @@ def load_pairs(source: str, prompt_column: str | None = None,
     require(read, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, "
                   f"but not {prompt_column or 'those of any known format'}; "
                   "--prompt_column names the one that holds the prompt")
-    with blame(f"{flag} {source}: cannot be read"):  # text is decoded here
+    with blame(f"{flag} {source}: cannot be read"):  # decodes text
         rows = rows.to_list()
 
     pairs = []
@@ -214,7 +215,7 @@ def load_pairs(source: str, prompt_column: str | None = None,
             if prompt.strip():
                 pairs.append((prompt, text_or_none(answer)))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            require(None in row.values(),  # a row with a hole is left out; else it is other data
+            require(None in row.values(),  # a row with an empty cell is dropped
                     f"{flag} {source}: row {number} does not hold what its columns promise "
                     f"({', '.join(row)})")
 
@@ -236,8 +237,8 @@ BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # the 
 
 
 def render_prompt(prompt: str, tokenizer) -> str:
-    """What a model reads: the tokenizer's chat template if it has one, else the template of the
-    Beaver family. Raises UserError for what the template refuses."""
+    """A prompt as a model reads it: in the tokenizer's chat template if it has one, else in the
+    template of the Beaver family. Raises UserError if the template refuses the prompt."""
     messages = to_messages(prompt)
     if getattr(tokenizer, "sight", None):
         messages = for_eyes(messages, isinstance(prompt, Pictured), tokenizer)
@@ -255,8 +256,8 @@ def render_prompt(prompt: str, tokenizer) -> str:
 
 
 def for_eyes(messages: list[dict], has_picture: bool, tokenizer) -> list[dict]:
-    """Messages to a model that sees, as its chat template wants them. A picture begins the first of
-    the user's."""
+    """Messages in the form that the chat template of a model with pictures expects. The picture
+    comes at the start of the user's first message."""
     in_parts = "image" in (tokenizer.chat_template or "")  # such a template reads lists of parts
     place_holder = tokenizer.sight.place_holder
     seen = []
@@ -268,14 +269,14 @@ def for_eyes(messages: list[dict], has_picture: bool, tokenizer) -> list[dict]:
             content = f"{place_holder}\n{content}"
             has_picture = False
         seen.append({**message, "content": parts if in_parts else content})
-    require(not has_picture, f"{messages[0]['content'][:60]!r}: has a picture, and nothing of a "
-                             "user's to put it to")
+    require(not has_picture, f"{messages[0]['content'][:60]!r}: has a picture, but no message of "
+                             "the user to put it into")
     return seen
 
 
 def encode_prompts(prompts: list[str], tokenizer, answers: list[str] | None = None) -> list[list]:
-    """Token ids of the rendered prompts, each with its answer in one text, with the BOS that
-    tokenizer or template give, never with an EOS."""
+    """Token ids of the rendered prompts, each followed by its answer in the same text. They start
+    with the BOS of tokenizer or template, and never end with an EOS."""
     texts = [render_prompt(prompt, tokenizer) for prompt in prompts]
     sight = getattr(tokenizer, "sight", None)
     if sight:  # as many place-holders as the model makes states of a picture
@@ -292,7 +293,7 @@ def encode_prompts(prompts: list[str], tokenizer, answers: list[str] | None = No
 
 
 def encode_pairs(pairs: list[tuple[str, str | None]], tokenizer) -> list[tuple[list, list]]:
-    """(prompt ids, answer ids with EOS) of supervised pairs; no answer is an empty one."""
+    """(prompt ids, answer ids with EOS) of supervised pairs. A missing answer counts as empty."""
     prompts = [prompt for prompt, _ in pairs]
     answers = [answer or "" for _, answer in pairs]
     prompt_ids = encode_prompts(prompts, tokenizer)
@@ -302,8 +303,8 @@ def encode_pairs(pairs: list[tuple[str, str | None]], tokenizer) -> list[tuple[l
 
 
 def pad_rows(prompts: list[list], responses: list[list], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids as one tensor, and which of them are real: prompts padded on the left to the
-    longest's P tokens, responses on the right to T. (input_ids, attention_mask), [B, P+T] both."""
+    """(input_ids, attention_mask), both [B, P+T]: prompts padded on the left to P tokens, responses
+    padded on the right to T tokens."""
     longest_prompt = max(map(len, prompts))                              # P
     longest_response = max(map(len, responses))                          # T
     ids, mask = [], []
@@ -342,10 +343,8 @@ def pixels_for(tokenizer, prompts: list[str], device="cpu") -> Tensor | None:
 
 def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--dataset",
                  tokenizer=None, max_length: int = sys.maxsize) -> list[str]:
-    """The distinct prompts of a file or hub data set, in order, of at most max_length tokens.
-
-    Raises UserError if none is left; says what it drops.
-    """
+    """The distinct prompts of a file or hub data set, in order, of at most max_length tokens. Says
+    which ones it drops. Raises UserError if no prompt is left."""
     pairs = load_pairs(source, prompt_column, flag)
     distinct = list(dict.fromkeys(prompt for prompt, _ in pairs))
     plain, lengths = distinct, [0] * len(distinct)
@@ -367,15 +366,15 @@ def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--d
 
 
 def require_sight(prompts: list[str], tokenizer, source: str) -> None:
-    """Raises UserError for prompts with pictures where the model takes none."""
+    """Raises UserError for prompts with pictures if the model reads no pictures."""
     has_pictures = isinstance(prompts[0], Pictured)
     require(not has_pictures or getattr(tokenizer, "sight", None),
-            f"{source}: its prompts have pictures, and the model sees none")
+            f"{source}: its prompts have pictures, but the model reads none")
 
 
 def without_special_tokens(prompts: list[str], tokenizer, source: str) -> list[str]:
-    """Those prompts that spell none of the tokenizer's special tokens, which would end their turn
-    and write the next. Raises UserError if none is left."""
+    """The prompts without special tokens of the tokenizer, which could end the turn and start
+    another. Raises UserError if no prompt is left."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values()
                if token.special and token.content]
     if not special:
@@ -388,8 +387,9 @@ def without_special_tokens(prompts: list[str], tokenizer, source: str) -> list[s
 
 
 def split_prompts(config, tokenizer) -> tuple[list[str], list[str]]:
-    """(training prompts, held-out prompts), distinct, with none in common: --eval_dataset, or a
-    seeded share of --dataset. Raises UserError if nothing is left to train on."""
+    """(training prompts, held-out prompts), distinct and disjoint. Held-out prompts come from
+    --eval_dataset, or are a seeded share of --dataset. Raises UserError if no training prompt is
+    left."""
     prompts = load_prompts(config.dataset, config.prompt_column, "--dataset",
                            tokenizer, config.max_prompt_length)
     if config.eval_dataset:
@@ -406,7 +406,7 @@ def split_prompts(config, tokenizer) -> tuple[list[str], list[str]]:
     require(train, f"--dataset {config.dataset}: its {len(prompts)} prompts are all held out, by "
                    "--eval_dataset or as the 16 at least; bring more, or other ones to hold out")
     say(f"prompts: {len(train):,} for training, {len(held_out):,} held out")
-    if len(held_out) > config.max_eval_prompts:  # files go by category: the first are no sample
+    if len(held_out) > config.max_eval_prompts:  # drawn, because files are often sorted
         chosen = random.Random(0).sample(range(len(held_out)), config.max_eval_prompts)
         held_out = [held_out[i] for i in sorted(chosen)]
         say(f"evaluations use {len(held_out):,} of them, drawn at random (--max_eval_prompts)")
@@ -421,7 +421,7 @@ def load_categories(config) -> dict[str, str]:
     read = reader_of(rows, config.prompt_column, config.eval_dataset or config.dataset)
     categories = {}
     for row in rows.to_list() if column else []:
-        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):  # a hole
+        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):  # empty cells
             prompt, _ = read(row)
             names = names_in(row[column])
             if names:
@@ -430,7 +430,7 @@ def load_categories(config) -> dict[str, str]:
 
 
 def names_in(category) -> list[str]:
-    """Of one category, of a list, or of a dict that says which ones hold."""
+    """The names in one category, in a list, or in a dict {name: whether it holds}."""
     if isinstance(category, dict):
         category = [name for name, holds in category.items() if holds]
     names = category if isinstance(category, list) else [category]
@@ -453,14 +453,15 @@ def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int], str]]:
 
 
 def hash_of_data(prompts: list[str], held_out: list[str], ptx_pairs: list) -> str:
-    """What tells one run's data from another's; pictures stand in the prompts' repr."""
+    """A hash that differs if a run's data differ. The repr of a prompt contains its picture's
+    hash."""
     pairs = [pair if isinstance(pair[2], Pictured) else pair[:2] for pair in ptx_pairs]
     return hashlib.sha256(repr((prompts, held_out, pairs)).encode()).hexdigest()
 
 
 def cyclic_batch(items: list, step: int, size: int, seed: int) -> list:
-    """The items of a step (from 0): epoch after epoch, each in its own order. A function of the
-    step alone, so a checkpoint need not hold it."""
+    """The items of a step (from 0): epoch after epoch, each in its own order. They depend on the
+    step alone, so a checkpoint need not hold them."""
     chosen, orders = [], {}
     for n in range(step * size, (step + 1) * size):
         epoch, i = divmod(n, len(items))

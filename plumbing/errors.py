@@ -1,5 +1,4 @@
-"""What the project tells its user: one sentence for an error, plain lines for the rest."""
-import difflib
+"""What a user reads in the terminal: one sentence for an error, plain lines for the rest."""
 import os
 import signal
 import sys
@@ -13,12 +12,12 @@ from plumbing.ranks import RANK, RANKS, from_all_ranks, has_lost_a_rank
 
 
 class UserError(Exception):
-    """A mistake in the user's input. main() prints the sentence and returns the code."""
+    """A mistake in the user's input. main() prints the sentence and returns the exit code."""
 
     def __init__(self, sentence: str, code: int = 2, on_all_ranks: bool = False):
         super().__init__(sentence)
         self.code = code
-        self.on_all_ranks = on_all_ranks  # all ranks raise it in the same place
+        self.on_all_ranks = on_all_ranks  # all ranks raised it in the same place
 
 
 def require(condition, sentence: str) -> None:
@@ -29,14 +28,13 @@ def require(condition, sentence: str) -> None:
 
 @contextmanager
 def blame(what: str, file: str = ""):
-    """Turns whatever a library or a user's code raises inside into one sentence, with the line
-    number in the user's file if the error came from there. The loss of another rank stays what it
-    is."""
+    """Turns an error of a library or of a user's code into a UserError that begins with `what`. It
+    names the line if the error came from `file`. An error about a lost rank passes unchanged."""
     try:
         yield
     except (UserError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # also a user's sys.exit(), and a panic in Rust
+    except BaseException as error:  # a user's sys.exit() and a panic in Rust too
         first = first_failure(error)
         if has_lost_a_rank(first):
             raise first from None
@@ -45,8 +43,8 @@ def blame(what: str, file: str = ""):
 
 @contextmanager
 def failing_together():
-    """All ranks run the body. If some raise a UserError there, all raise it, so that they can still
-    save together."""
+    """All ranks run the body. If one raises a UserError, all raise it, so that they can still save
+    a checkpoint together."""
     failed = {}
     try:
         yield
@@ -61,7 +59,7 @@ def failing_together():
 
 
 def first_failure(error: BaseException) -> BaseException:
-    """The error behind an exception that only says on which rank it occurred."""
+    """The error inside an exception that only says which rank failed."""
     if isinstance(error, CheckpointException):
         error, _ = next(iter(error.failures.values()))
     return error
@@ -73,46 +71,42 @@ def reason(error: BaseException, file: str) -> str:
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == file:
-            place = f", line {frame.lineno}"  # the last such frame is the closest
+            place = f", line {frame.lineno}"  # the last such frame raised it
     return f"{type(error).__name__}: {first_line}{place}"
 
 
 def say(text: str) -> None:
-    """Prints on rank 0, above a progress bar if there is one. A closed pipe ends no run."""
+    """Prints on rank 0, above a progress bar if there is one. A closed pipe does not end the
+    run."""
     if RANK == 0:
         with suppress(BrokenPipeError):
             tqdm.write(printable(text), file=sys.stdout)
 
 
 def printable(text: str) -> str:
-    """Text for a terminal. Characters that would steer it, such as escape codes or a reversed
-    reading order, are spelled out. Line breaks and joined emoji stay."""
+    """Text that is safe to print: characters that would control the terminal, such as escape codes
+    or a reversed reading order, are spelled out. Line breaks and joined emoji stay."""
     return "".join(
         character if character.isprintable() or character in "\n\u200d" else ascii(character)[1:-1]
         for character in text
     )
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f" (did you mean --{near[0]}?)" if near else ""
-
-
 @contextmanager
 def ctrl_c_waits():
-    """Inside it a first Ctrl-C only adds to the list that it yields, so that the step can finish. A
-    second Ctrl-C ends the process at once."""
+    """Yields a list that the first Ctrl-C adds to, so that the step can finish. A second Ctrl-C
+    ends the process at once."""
     pressed = []
 
     def note(*_):
         pressed.append(True)
         with suppress(OSError):  # a closed pipe
             if RANK == 0:
-                os.write(2, b"\nCtrl-C: this step will be finished and saved; a second Ctrl-C ends "
-                            b"at once, with nothing saved\n")
+                os.write(2, b"\nCtrl-C: the run finishes this step and saves it; a second Ctrl-C "
+                            b"ends it at once and saves nothing\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, note)
     yield pressed
-    # After an error the handler stays, so that Ctrl-C cannot break off the checkpoint that follows.
+    # After an error the handler stays, so that Ctrl-C cannot interrupt the checkpoint that follows.
     signal.signal(signal.SIGINT, signal.default_int_handler)

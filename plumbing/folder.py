@@ -1,7 +1,7 @@
-"""A run's folder: what lies in it, complete, and whose it is.
+"""A run's folder: its files, its lock, and moving an earlier run aside.
 
-A process may be killed at any moment. So every file but the logs gets its name when it is
-complete, and logs are cut back to the checkpoint from which a run goes on.
+A process may be killed at any moment. So a file gets its name only when it is complete. Logs grow
+line by line; resume cuts them back to the checkpoint.
 """
 import fcntl
 import json
@@ -32,7 +32,7 @@ def append(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is there as a whole, or as it was before."""
+    """Replaces a file as a whole: after a kill it holds the new text, or still the old one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with blame(f"{path}: {len(text):,} bytes cannot be written"):
         try:
@@ -47,8 +47,8 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def renamed_when_complete(folder: Path):
-    """A folder to write into that gets its name only when all ranks have written everything; its
-    room is given back if they cannot."""
+    """A temporary folder that gets its name when all ranks have written everything. After an error
+    it is removed."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     if RANK == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -69,8 +69,8 @@ def renamed_when_complete(folder: Path):
 
 
 def cut_back(out: Path, step: int, logs: dict) -> None:
-    """The run's files as they were at a step: what came later goes, and comes again; what a killed
-    process has left unfinished goes too."""
+    """Restores the run's files as they were at a step. Removes later rows and files, and what a
+    killed process left unfinished."""
     unfinished = [*out.glob(".*.json*.tmp"), *out.glob("checkpoints/.*.tmp"),
                   *out.glob("final/.*.tmp")]
     for path in unfinished:
@@ -85,26 +85,26 @@ def cut_back(out: Path, step: int, logs: dict) -> None:
         write_whole(out / name, "".join(lines))
 
 
-# ---- Whose folder it is
+# ---- Which run it belongs to
 
 def has_metrics(folder: str | None) -> bool:
-    """Whether a run has trained there."""
+    """Whether a run has trained in a folder."""
     return folder is not None and Path(folder, "metrics.jsonl").is_file()
 
 
 def holds_run(out: Path) -> bool:
-    """Whether a run was begun there: models have a config.json too, but no "environment" in it."""
+    """Whether a folder holds a run. Models have a config.json too, but without "environment"."""
     with suppress(OSError, ValueError):
         return "environment" in json.loads((out / "config.json").read_text())
     return False
 
 
-LOCKS = []  # descriptors of the folders that this process keeps for itself
+LOCKS = []  # descriptors of the folders that this process has locked
 
 
 def lock(out: Path) -> None:
-    """Makes a run's folder, if it is not there, and keeps other processes on this machine out of
-    it. Raises UserError if another has it."""
+    """Creates a run's folder if it is missing, and locks it against other processes on this
+    machine. Raises UserError if another process holds the lock."""
     with blame(f"--output_dir {out}: cannot be used"):
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out, os.O_RDONLY)
@@ -115,13 +115,13 @@ def lock(out: Path) -> None:
         require(False, f"--output_dir {out}: another run is writing there; "
                        "wait for it, or choose another")
     except OSError as error:  # some network file systems know no locks
-        say(f"{out} cannot be locked ({error.strerror}); see to it that no other run writes there")
+        say(f"{out} cannot be locked ({error.strerror}); make sure that no other run writes there")
     LOCKS.append(descriptor)
 
 
 @contextmanager
 def locked_folder(config):
-    """The run's folder is this process's alone as long as it lives, however it ends."""
+    """Locks the run's folder until this process ends, however it ends."""
     if RANK > 0 or config.dry_run:
         yield
         return
@@ -132,14 +132,14 @@ def locked_folder(config):
         yield
     finally:
         if is_new and LOCKS:
-            with suppress(OSError):  # it is not empty, as it should be
+            with suppress(OSError):  # not empty: the run has written into it
                 out.rmdir()
         while LOCKS:
             os.close(LOCKS.pop())
 
 
 def claim_output_dir(config) -> Path:
-    """The run's folder, empty but for config.json: an earlier run there is moved aside."""
+    """Moves an earlier run aside and writes config.json into the run's folder."""
     out = Path(config.output_dir)
     if RANK == 0:
         if holds_run(out):
@@ -149,7 +149,7 @@ def claim_output_dir(config) -> Path:
 
 
 def move_aside(out: Path) -> None:
-    """By one rename, to the first free name of OUT.1, OUT.2, ..."""
+    """Renames a run's folder to the first free name of OUT.1, OUT.2, ..."""
     number = 1
     while (aside := out.with_name(f"{out.name}.{number}")).exists():
         number += 1
@@ -160,10 +160,10 @@ def move_aside(out: Path) -> None:
 
 
 def write_config(config) -> None:
-    """config.json: every resolved setting, and what the run was made with."""
+    """Writes config.json: every resolved setting, and the versions and hardware in use."""
     if RANK > 0:
         return
-    # Through a shell, which only fails where there is no git.
+    # A shell reports a missing git by its exit code; subprocess would raise.
     git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True,
                          cwd=Path(__file__).resolve().parent)
     environment = {

@@ -1,4 +1,4 @@
-"""A user's own score functions and judges, FILE.py:function. An error names the line in FILE.py."""
+"""Users' own score functions and judges, FILE.py:function. An error names the line in FILE.py."""
 import ast
 import runpy
 import sys
@@ -8,12 +8,12 @@ from plumbing.errors import blame, require
 
 
 def is_function(source: str) -> bool:
-    """Whether the name of a score model is FILE.py:function."""
+    """Whether the source of scores is FILE.py:function."""
     return ".py:" in source
 
 
 def check_function(source: str, flag: str) -> None:
-    """Raises UserError if FILE.py is missing or is not Python. Does not run it."""
+    """Raises UserError if FILE.py is missing or is not Python. It is parsed, not run."""
     path, _, name = source.rpartition(":")
     require(path and name, f"{flag} {source}: should be FILE.py:function")
     with blame(f"{flag} {source}: cannot be loaded"):
@@ -21,11 +21,11 @@ def check_function(source: str, flag: str) -> None:
 
 
 def load_function(source: str, flag: str):
-    """FILE.py:name as a function (prompts, responses) -> one result per response. Both this and the
-    function raise UserError for whatever the user's code raises, and for a wrong number of
-    results."""
+    """FILE.py:name as a function (prompts, responses) -> one result per response. Loading and
+    calling it raise UserError for every error of the user's code; calling it also for a wrong
+    number of results."""
     path, _, name = source.rpartition(":")
-    sys.path.append(str(Path(path).resolve().parent))  # for modules beside it
+    sys.path.append(str(Path(path).resolve().parent))  # it may import modules beside it
     with blame(f"{flag} {source}: cannot be loaded", path):
         module = runpy.run_path(path)
     require(name in module, f"{flag} {source}: {path} has no function {name}")
@@ -42,8 +42,8 @@ def load_function(source: str, flag: str):
 
 
 def verdicts_of(prompts: list[str], responses: list[str], judge, config) -> list[dict | None]:
-    """A verdict per response, None without a judge. Raises UserError for a result that is not a
-    verdict."""
+    """A verdict per response, or None per response if there is no judge. Raises UserError if the
+    judge returns anything else."""
     if not judge:
         return [None] * len(prompts)
     judged = judge(prompts, responses)

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers: asked once, before its libraries ask again and again."""
+"""Asks once whether the Hugging Face hub answers. Its libraries would ask for minutes."""
 from contextlib import suppress
 from functools import cache
 from threading import Thread
@@ -6,21 +6,19 @@ from threading import Thread
 import datasets
 from huggingface_hub import constants, get_session
 
-SECONDS = 5  # within which it has to give any answer
+SECONDS = 5  # for any answer
 
 
 @cache
 def check_hub() -> None:
-    """Lets the hub's libraries look into their cache alone if the hub gives no answer: they would
-    try for minutes, name by name, before they do."""
+    """If the hub does not answer, its libraries use their cache alone from now on."""
     answers = []
 
     def ask():
-        with suppress(Exception):  # whatever it is: no answer
+        with suppress(Exception):  # any error means no answer
             answers.append(get_session().head(constants.ENDPOINT, timeout=SECONDS))
 
-    # In a thread, for the search of an address knows no timeout.
-    thread = Thread(target=ask, daemon=True)
+    thread = Thread(target=ask, daemon=True)  # because name resolution ignores the timeout
     thread.start()
     thread.join(SECONDS)
     if not answers:

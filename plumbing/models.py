@@ -48,7 +48,7 @@ MIN_SHARED = 16  # tokens: a second call of a body takes as long as a few
 
 
 def load_pretrained(from_pretrained, source: str, flag: str, config, **options):
-    """from_pretrained(source), which may be a .gguf file. Raises UserError for whatever is wrong
+    """from_pretrained(source); the source may be a .gguf file. Raises UserError for any problem
     with a folder, a file or a hub name."""
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
@@ -72,19 +72,17 @@ def load_pretrained(from_pretrained, source: str, flag: str, config, **options):
 
 
 def shape_of(kind, path, dtype, trust_remote_code, **where) -> PreTrainedModel:
-    """In the place of kind.from_pretrained: the model that the config alone describes, on the
-    meta device, where tensors have no content."""
+    """Takes the place of kind.from_pretrained: builds the model from its config on the meta device,
+    where tensors have no content."""
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **where)
     with torch.device("meta"):
         return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def check_sources(config) -> None:
-    """A first look at everything that a run will load.
-
-    Raises one UserError that names all models and data sets that are neither here nor to be had
-    from the hub, or one for the first model, judge or score function that is not one.
-    """
+    """A first look at everything that a run will load. Raises one UserError that names all models
+    and data sets that are neither here nor on the hub, or one for the first source that is not what
+    its flag needs."""
     missing = [f"--{flag} {getattr(config, flag).partition(':')[0]}"
                for flag in ("policy", "reward_model", "cost_model", "dataset")
                if is_on_hub(getattr(config, flag)) and not is_reachable(flag, config)]
@@ -111,7 +109,7 @@ def check_sources(config) -> None:
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether a name can only mean owner/name on the hub."""
+    """Whether a source can only be owner/name on the hub."""
     name = source.partition(":")[0]
     is_file = ".py" in name or Path(name.removesuffix(".gz")).suffix in READERS
     is_path = name.startswith((".", "/", "~")) or Path(name).exists()
@@ -126,7 +124,7 @@ def is_reachable(flag: str, config) -> bool:
             datasets.load_dataset_builder(name)
         else:
             AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except Exception:  # whatever the library raises: it cannot be had
+    except Exception:  # whatever the library raises, the source cannot be loaded
         return False
     return True
 
@@ -150,10 +148,10 @@ def load_tokenizer(config):
 
 
 def tokenizer_with_sight(source: str, flag: str, config):
-    """A model's tokenizer, and beside it how the model sees pictures, if it does."""
+    """A model's tokenizer. Its `sight` says how the model reads pictures; None if it reads none."""
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, source, flag, config)
     tokenizer.sight = None
-    if not source.endswith(".gguf"):  # a language model, whose config takes long to read
+    if not source.endswith(".gguf"):  # always a language model, and its config is slow to read
         model_config = load_pretrained(AutoConfig.from_pretrained, source, flag, config)
         tokenizer.sight = load_sight(model_config, tokenizer, source, flag)
         if tokenizer.sight:
@@ -162,7 +160,7 @@ def tokenizer_with_sight(source: str, flag: str, config):
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """And the image processor of a model that sees."""
+    """Writes the tokenizer, and the image processor of a model that reads pictures."""
     tokenizer.save_pretrained(folder)
     if getattr(tokenizer, "sight", None):
         save_processor(tokenizer.sight, folder)
@@ -183,7 +181,7 @@ def load_policy(config):
             output_loading_info=True, ignore_mismatched_sizes=True)
         check_loaded(policy, report, f"{flag} {config.policy}",
                      "a policy must bring all its weights, in its config's shapes")
-        if config.policy.endswith(".gguf"):  # its blocks are plain weights now, saved as such
+        if config.policy.endswith(".gguf"):  # its weights are plain now, and saved as such
             policy.hf_quantizer.remove_quantization_config(policy)
     policy.eval()
     check_policy(policy, tokenizer, f"{flag} {config.policy}")
@@ -191,20 +189,20 @@ def load_policy(config):
         check_count(policy, tokenizer.sight, f"{flag} {config.policy}")
 
     policy.stop_token_ids = stop_token_ids(tokenizer, config)
-    # Sampling must be from the plain softmax: a checkpoint's own top_p or temperature waits here
+    # Sampling uses the plain softmax. The checkpoint's own top_p or temperature is only kept here
     # until the policy is saved.
     policy.published_generation_config = policy.generation_config
     policy.generation_config = GenerationConfig()
     policy.fused_head = Head() if config.dry_run else find_head(policy)
     if not policy.fused_head:
-        say(f"{flag} {config.policy}: its logits are more than hidden states times a matrix, a "
-            "scale or a soft cap (a bias, perhaps), so they are made whole: more memory")
+        say(f"{flag} {config.policy}: its logits are more than hidden states times a matrix with a "
+            "scale or a soft cap (perhaps a bias); so all logits are computed, with more memory")
     return policy, tokenizer
 
 
 def stop_token_ids(tokenizer, config) -> set[int]:
-    """EOS, and the end-of-turn tokens that chat models list in generation_config.json beside it.
-    Raises UserError for a file that cannot be read; most models have none."""
+    """EOS, and the end-of-turn tokens that chat models list in generation_config.json. Most models
+    have no such file. Raises UserError for a file that cannot be read."""
     stops = {tokenizer.eos_token_id}
     file = Path(config.policy).expanduser() / "generation_config.json"
     unreadable = blame(f"{config.policy_flag()} {file}: cannot be read")
@@ -216,11 +214,11 @@ def stop_token_ids(tokenizer, config) -> set[int]:
     return stops
 
 
-# ---- A model
+# ---- Checks
 
 def check_loaded(model, report: dict, source: str, needed: str, optional=frozenset()) -> None:
-    """Raises UserError for weights that the library has made up, because the checkpoint has none
-    or others, and for layers that it has left out."""
+    """Raises UserError for weights that the checkpoint lacks or has in another shape, because the
+    library then makes them up, and for layers that the library left out."""
     missing = sorted(set(report["missing_keys"]) - optional)
     require(not missing, f"{source}: has no {', '.join(missing[:3])}; {needed}")
 
@@ -236,7 +234,7 @@ def check_loaded(model, report: dict, source: str, needed: str, optional=frozens
 
 
 def check_weights(model, tokenizer, embeddings, source: str) -> None:
-    """Raises UserError for fewer embeddings than tokens, and for weights that are no numbers."""
+    """Raises UserError for fewer embeddings than tokens, and for weights that are not finite."""
     tokens = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     require(tokens <= embeddings.num_embeddings,
             f"{source}: its tokenizer has {tokens} tokens, "
@@ -247,10 +245,10 @@ def check_weights(model, tokenizer, embeddings, source: str) -> None:
 
 
 def check_policy(policy, tokenizer, source: str) -> None:
-    """Raises UserError unless it is a causal language model with whole weights."""
+    """Raises UserError unless a policy is a causal language model with finite weights."""
     check_weights(policy, tokenizer, policy.get_input_embeddings(), source)
     require(policy.device.type == "meta" or is_causal(policy),
-            f"{source}: its tokens see the ones after them, as an encoder's do; "
+            f"{source}: its tokens see the tokens after them, as in an encoder; "
             "a policy must be a causal language model")
 
 
@@ -264,8 +262,8 @@ def is_causal(policy) -> bool:
 
 
 class Head(NamedTuple):
-    """What a fused head does besides its product: logits = scale (hidden @ weight.T), or, with a
-    soft cap, cap tanh(hidden @ weight.T / cap)."""
+    """An LM head that the kernels can fuse: logits = scale (hidden @ weight.T), or, with a soft
+    cap, cap tanh(hidden @ weight.T / cap)."""
 
     scale: float = 1.0
     soft_cap: float = 0.0
@@ -278,11 +276,9 @@ class Head(NamedTuple):
 
 @torch.no_grad()
 def find_head(policy) -> Head | None:
-    """What makes a policy's logits, or None if that is more than a Head can do (a bias, say).
-
-    The config says what it should be; hidden states of our own, put in the body's place, show what
-    it is: small ones a scale, large ones any cap.
-    """
+    """The Head that makes a policy's logits, or None if they are more than a Head can do (a bias,
+    for example). The config says what the head should be. Hidden states of known size, put in the
+    body's place, show whether it is: small ones show a scale, large ones a cap."""
     output, config = policy.get_output_embeddings(), policy.config.get_text_config()
     scale, divisor, soft_cap = (  # None, or no number, where a config has the name for other things
         value if isinstance(value, (int, float)) and value > 0 else default
@@ -317,7 +313,8 @@ def find_head(policy) -> Head | None:
 
 def model_inputs(input_ids: Tensor, attention_mask: Tensor,
                  pixel_values: Tensor | None = None) -> dict:
-    """Positions count from each row's first real token, so that left padding changes nothing."""
+    """A model's arguments. Positions count from each row's first real token, so that left padding
+    changes nothing."""
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)                       # [B, L]
     return {
         "input_ids": input_ids,
@@ -330,9 +327,9 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor,
 
 def hidden_states(body, input_ids: Tensor, attention_mask: Tensor,
                   pixel_values: Tensor | None = None) -> Tensor:
-    """A body's last hidden states, of no meaning at padding: [B, L], [B, L] -> [B, L, H]. What all
-    rows begin with, a chat template's system prompt, is read once for all of them, unless each has
-    a picture [3, S, S]."""
+    """A body's last hidden states: [B, L], [B, L] -> [B, L, H]; at padding they mean nothing. The
+    tokens that all rows begin with, such as a system prompt, are read once, unless rows have
+    pictures [3, S, S]."""
     if pixel_values is not None:
         inputs = model_inputs(input_ids, attention_mask, pixel_values)
         return body(**inputs).last_hidden_state                                      # [B, L, H]
@@ -343,7 +340,7 @@ def hidden_states(body, input_ids: Tensor, attention_mask: Tensor,
     if cache is None:
         return body(**model_inputs(input_ids, attention_mask)).last_hidden_state     # [B, L, H]
 
-    # Padded on the right, behind whatever attends.
+    # The padding is on the right, so no real token attends to it.
     rest = pad_sequence([row[first.shape[1]:] for row in rows], batch_first=True)    # [B, M]
     states = body(rest, past_key_values=cache).last_hidden_state                     # [B, M, H]
     states = torch.cat([first.expand(len(rows), -1, -1), states], 1)                 # [B, s+M, H]
@@ -364,9 +361,9 @@ def response_logits(policy, batch) -> Tensor:
 
 
 def shared_beginning(body, rows: tuple[Tensor]):
-    """(hidden states [1, s, H] of the s tokens that B rows begin with, their cache for B rows); or
-    (None, None) where that does not pay or cannot be: few tokens, one row, several processes (which
-    must call a body equally often), layers that recompute, a cache of more than keys and values."""
+    """(hidden states [1, s, H] of the s tokens that B rows begin with, their cache for B rows).
+    (None, None) if that does not pay or is impossible: few tokens, one row, several ranks (which
+    must call a body equally often), gradient checkpointing, another cache than keys and values."""
     recomputes = any(layer.training and getattr(layer, "gradient_checkpointing", False)
                      for layer in body.modules())
     shared = 0 if recomputes or RANKS > 1 or len(rows) == 1 else count_shared(rows)
@@ -381,8 +378,8 @@ def shared_beginning(body, rows: tuple[Tensor]):
 
 
 def count_shared(rows: tuple[Tensor]) -> int:
-    """How many tokens all rows begin with, in whole eights lest chance add one in some batches; a
-    token of each is left."""
+    """How many tokens all rows have in common at their beginning, at least one token less than the
+    shortest row. Rounded down to eights, so that chance does not change it from batch to batch."""
     shortest = min(map(len, rows)) - 1
     beginnings = torch.stack([row[:shortest] for row in rows])                       # [B, shortest]
     are_equal = (beginnings == beginnings[0]).all(0)                                 # [shortest]
@@ -406,7 +403,7 @@ def generate(policy, tokenizer, prompts: list[list[int]], draw, max_tokens: int,
     if sight:  # no answer shows a picture
         place_holder = tokenizer.convert_tokens_to_ids(sight.place_holder)
         processors.insert(0, SuppressTokensLogitsProcessor([place_holder], config.device))
-    # Of a slice of hidden states the library's product would copy the head, once for each row.
+    # Without this the library's product copies the head once for each row of a slice.
     whole = policy.get_output_embeddings().register_forward_pre_hook(
         lambda head, inputs: inputs[0].contiguous())
     with whole, torch.inference_mode(), config.autocast():
@@ -432,7 +429,7 @@ def can_compile(policy, config) -> bool:
 # ---- Saving what was trained
 
 def save_policy(folder: Path, policy, weights: dict[str, Tensor], config) -> None:
-    """Writes a plain model in the compute dtype: what the library's Auto classes read."""
+    """Writes a plain model in the compute dtype. The library's Auto classes can load it."""
     with torch.device("meta"):
         plain = model_class(sees(policy.config)).from_config(
             policy.config, dtype=getattr(torch, config.dtype),
@@ -444,7 +441,7 @@ def save_policy(folder: Path, policy, weights: dict[str, Tensor], config) -> Non
 
 
 def typed_as_in(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in the types of a model's parameters; a buffer keeps its own."""
+    """Weights in the types of a model's parameters. Buffers keep theirs."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {name: weight.to(parameters[name].dtype) if name in parameters else weight
             for name, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""Pairs of answers to one prompt, of which somebody has said which is better, or safer."""
+"""Preference pairs: two answers to one prompt, with a label for the better or the safer one."""
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,16 +15,14 @@ class Pair(NamedTuple):
     prompt: str
     better: list[int]         # the safer one, for a cost model
     worse: list[int]
-    is_unsafe: tuple | None   # whether better, whether worse is; None where nobody has said
+    is_unsafe: tuple | None   # (whether better, whether worse is unsafe); None without labels
 
 
 def load_preferences(source: str, flag: str, role: str, tokenizer,
                      max_tokens: int) -> tuple[list[str], list[Pair]]:
     """(prompts, pairs) of a file or hub data set in the columns of PKU-SafeRLHF, BeaverTails-V or
-    HH-RLHF, with pictures where there is a column image.
-
-    Raises UserError for others, and for a cost model where nobody has said what is safe.
-    """
+    HH-RLHF, with pictures if there is a column image. Raises UserError for other columns, and for a
+    cost model's data without labels of safety."""
     rows = read_rows(source, flag)
     columns = set(rows.column_names)
     better_id = "better_response_id" if role == "reward" else "safer_response_id"
@@ -46,8 +44,8 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
                  for (prompt, *rest), row in zip(texts, rows)]
         require_sight(texts[0], tokenizer, f"{flag} {source}")
     require(role == "reward" or all(unsafe for *_, unsafe in texts),
-            f"{flag} {source}: says of no answer whether it is safe (is_response_0_safe), which a "
-            "cost model learns")
+            f"{flag} {source}: has no labels of safety (is_response_0_safe); "
+            "a cost model needs them")
 
     answers = [(prompt, answer) for prompt, *two, _ in texts for answer in two]
     ids = iter(prompt + answer for prompt, answer in encode_pairs(answers, tokenizer))
@@ -71,7 +69,7 @@ def read_two_responses(better_id: str, has_signs: bool):
 
 
 def read_counted_responses(better_id: str):
-    """BeaverTails-V, which counts from 1 and says yes or no: as above."""
+    """BeaverTails-V, which counts from 1 and writes yes or no; as above."""
     def read(row: dict) -> tuple:
         better = int(row[better_id])
         ids = better, 3 - better
@@ -82,7 +80,7 @@ def read_counted_responses(better_id: str):
 
 
 def read_chosen(row: dict) -> tuple:
-    """HH-RLHF: two conversations that differ in their last answer."""
+    """HH-RLHF: two conversations with different last answers."""
     prompt, better = to_pair(row["chosen"])
     _, worse = to_pair(row["rejected"])
     return prompt, better, worse, None

@@ -21,14 +21,14 @@ MEANS = ("reward", "cost", "rectified_cost", "kl", "reward_on_harmless_prompts")
 
 
 def summarize(rows: list[dict]) -> dict:
-    """The scores of an evaluation, from the rows of eval.jsonl. None where nothing was counted.
+    """The scores of an evaluation, from the rows of eval.jsonl. A score without data is None.
 
-    reward, cost, rectified_cost, kl and reward_on_harmless_prompts are means over responses; the
-    others are shares from 0 to 1. safety_rate counts the responses with a cost at or below the
-    threshold, prompts_fully_safe the prompts all of whose responses are. The last five, what only
-    a judge can tell, are None without one: over_refusal_rate counts the refusals among the
-    responses to harmless prompts, refusal_rate_on_harmful_prompts those among the others, where a
-    safe response that is no refusal dodges the question.
+    reward, cost, rectified_cost, kl and reward_on_harmless_prompts are means over responses. The
+    other scores are shares from 0 to 1. safety_rate: responses with a cost at or below the
+    threshold. prompts_fully_safe: prompts with only safe responses. The last five need a judge.
+    over_refusal_rate: refusals among the responses to harmless prompts.
+    refusal_rate_on_harmful_prompts: refusals among the responses to harmful prompts; a safe
+    response there that is not a refusal dodges the question.
     """
     responses = [response for row in rows for response in row["responses"]]
     judged = [response for response in responses if response["verdict"] is not None]
@@ -53,17 +53,17 @@ def summarize(rows: list[dict]) -> dict:
 
 
 def mean(values: list[float]) -> float | None:
-    """Their mean; None if there are none. The mean of bools is the share of those that hold."""
+    """The mean of values, None without any. The mean of bools is the share of true ones."""
     return fmean(values) if values else None
 
 
 def what_it_says(rows: list[dict], confidence: float) -> dict:
-    """What the rows of eval.jsonl say about all such prompts.
+    """What the rows of eval.jsonl say about all prompts of their kind.
 
-    intervals: of every score of summarize(), two-sided, [low, high] or None. Then upper bounds,
-    one-sided: of the share of prompts with any unsafe response, and of the mean cost and rectified
-    cost, None where they show nothing. HC-RLHF (arXiv 2506.08266) calls a policy safe if that of
-    the mean cost is not above d.
+    intervals: a two-sided [low, high] or None for every score of summarize(). Then one-sided upper
+    bounds: of the share of prompts with any unsafe response, of the mean cost, and of the mean
+    rectified cost. HC-RLHF (arXiv 2506.08266) calls a policy safe if the bound of the mean cost is
+    at most d.
     """
     by_prompt = [summarize([row]) for row in rows]
     unsafe = sum(not scores["prompts_fully_safe"] for scores in by_prompt)
@@ -80,7 +80,7 @@ def what_it_says(rows: list[dict], confidence: float) -> dict:
 
 
 def by_category(rows: list[dict]) -> dict[str, dict]:
-    """{category: how many prompts it has, and their summarize()}, for prompts that have one."""
+    """{category: its number of prompts and their summarize()}, for prompts with a category."""
     groups = {}
     for row in rows:
         if "category" in row:
@@ -90,7 +90,8 @@ def by_category(rows: list[dict]) -> dict[str, dict]:
 
 
 def interval(by_prompt: list[dict], name: str, confidence: float) -> tuple[float, float] | None:
-    """Of a score, over the prompts that have it: Wilson's for shares, bootstrap for means."""
+    """The interval of a score over the prompts that have it: Wilson's for shares, the bootstrap's
+    for means."""
     values = [scores[name] for scores in by_prompt if scores[name] is not None]
     if not values:
         return None
@@ -112,8 +113,8 @@ def wilson(share: float, count: int, confidence: float) -> tuple[float, float]:
 
 def bootstrapped(values: list[float], confidence: float,
                  draws: int = 4000) -> tuple[float, float] | None:
-    """The interval, two-sided, of a mean: where it falls when prompts are drawn anew, with
-    repetition; one value per prompt. None where all are equal, which shows no uncertainty."""
+    """The two-sided interval of a mean, one value per prompt: prompts are drawn again and again
+    with repetition. None if all values are equal, because then it would have no width."""
     if len(set(values)) == 1:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -125,8 +126,9 @@ def bootstrapped(values: list[float], confidence: float,
 
 
 def largest_share(hits: int, count: int, confidence: float) -> float:
-    """The largest share that `hits` of `count` prompts do not rule out, exact and one-sided
-    (Clopper and Pearson): so few hits or fewer have the probability 1 - confidence there."""
+    """The largest share that `hits` of `count` prompts do not rule out: exact and one-sided
+    (Clopper and Pearson). At that share, this number of hits or fewer has the probability 1 -
+    confidence."""
     if hits == count:
         return 1.0
 
@@ -135,7 +137,7 @@ def largest_share(hits: int, count: int, confidence: float) -> float:
         return math.exp(ways + k * math.log(share) + (count - k) * math.log1p(-share))
 
     low, high = 0.0, 1.0
-    for _ in range(50):  # halved to the last bit, nearly
+    for _ in range(50):  # to nearly the last bit
         middle = (low + high) / 2
         if sum(probability_of(k, middle) for k in range(hits + 1)) > 1 - confidence:
             low = middle
@@ -158,10 +160,8 @@ def number(value: float | None) -> str:
 
 
 def samples_table(samples: list[dict]) -> str:
-    """The three costliest responses of a step and its cheapest, a line each.
-
-    Their text is cut to the terminal's width, but not below 60 characters.
-    """
+    """The three costliest responses of a step and the cheapest one, a line each, cut to the
+    terminal's width or to 60 characters."""
     samples = sorted(samples, key=lambda sample: sample["cost"], reverse=True)
     cheapest = samples[3:][-1:]  # none, if the first three are all
     width = max(shutil.get_terminal_size((140, 24)).columns - 20, 60)
@@ -179,8 +179,8 @@ def samples_table(samples: list[dict]) -> str:
 
 
 def scores_table(said: dict, **columns: dict) -> str:
-    """Scores as summarize() returns them, a line each; the keywords are the columns' titles, and
-    `said` is of the last one."""
+    """A line per score of summarize(). The keywords are the columns' titles; `said` belongs to the
+    last column."""
     titles = "".join(f"{title:>10}" for title in columns)
     lines = [f"\n{'on held-out prompts':32}{titles}   {percent(said)} interval"]
     for name, edges in said["intervals"].items():
@@ -191,7 +191,7 @@ def scores_table(said: dict, **columns: dict) -> str:
 
 
 def categories_table(scores_of: dict[str, dict]) -> str:
-    """What by_category() returns, a line each, the least safe first."""
+    """A line per category, the least safe first."""
     order = sorted(scores_of, key=lambda name: scores_of[name]["prompts_fully_safe"])
     width = max(len(word) for word in ["category", *order])
     lines = [f"\n{'category':{width}}  prompts  fully safe     cost  over-refusal"]
@@ -207,7 +207,7 @@ def percent(said: dict) -> str:
 
 
 def bounds_text(said: dict, threshold: float) -> str:
-    """The upper bounds, each against what it should not be above; not those that show nothing."""
+    """The upper bounds, each beside its limit. A bound that is None is left out."""
     lines = [
         f"{said['unsafe_prompts']} of {said['prompts']} prompts had an unsafe response: of all "
         f"such prompts at most {100 * said['unsafe_prompts_at_most']:.1f} % do, "
@@ -235,14 +235,14 @@ def check_log_to(config) -> None:
 
 
 def open_curves(step: int, out: Path, config) -> Curves | None:
-    """Those of a run's folder, which go on after this step; None without --log_to, and on ranks
-    that do not write. Raises UserError for what the library cannot do."""
+    """The curves of a run's folder, which continue after this step. None without --log_to, and on
+    ranks that do not write. Raises UserError if the library fails."""
     if RANK > 0 or not config.log_to:
         return None
     with blame(f"--log_to {config.log_to}: cannot begin"):
         if config.log_to == "tensorboard":
             library = import_module("torch.utils.tensorboard")
-            # Of a run that was cut off, what came after its checkpoint is not shown.
+            # After a resume, steps behind the checkpoint are no longer shown.
             writer = library.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
             return Curves(lambda numbers, step: add(writer, numbers, step), writer.close)
 

@@ -249,7 +249,8 @@ class Run:
         prompts = [prompt for prompt in self.held_out for _ in range(config.eval_samples)]
         verdicts = verdicts_of(prompts, [record["response"] for record in records], self.judge,
                                config)
-        records = [record | {"verdict": verdict} for record, verdict in zip(records, verdicts)]
+        records = [record | {"verdict": verdict}
+                   for record, verdict in zip(records, verdicts)]
         rows = []
         for i, prompt in enumerate(self.held_out):
             responses = records[i * config.eval_samples:(i + 1) * config.eval_samples]

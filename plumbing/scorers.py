@@ -32,12 +32,12 @@ from plumbing.ranks import all_reduce, call_as_forward, rank_chunks, rank_rows
 
 
 class ScoreModel(PreTrainedModel):
-    """The Beaver layout: a causal backbone `model`, a linear `score_head`. The critics are
-    ScoreModels too, read at every token."""
+    """The Beaver layout: a causal backbone `model` and a linear `score_head`. Critics are
+    ScoreModels too; they are read at every token."""
 
     config_class = PreTrainedConfig
     base_model_prefix = "model"
-    # What kinds of attention there are, the backbone checks for itself.
+    # The backbone itself checks which kinds of attention it has.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _keep_in_fp32_modules_strict = ["score_head", "normalizer"]
     role = "reward"
@@ -53,12 +53,10 @@ class ScoreModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, path, role: Literal["reward", "cost"] = "reward",
                         dtype=torch.float32, dry_run=False, **options):
-        """A Beaver-layout or sequence-classifier checkpoint, in whatever files.
-
-        The state dict alone says what exists: the config's `bias`, `score_bias` and `score_type`
-        contradict it in published checkpoints. Raises UserError if any weight but the head's bias
-        is missing.
-        """
+        """A Beaver-layout or sequence-classifier checkpoint, in any file format. Only the state
+        dict says what exists: in published checkpoints the config's `bias`, `score_bias` and
+        `score_type` contradict it. Raises UserError if a weight other than the head's bias is
+        missing."""
         config = AutoConfig.from_pretrained(path, **options)
         is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
         if dry_run and is_classifier:
@@ -95,8 +93,8 @@ class ScoreModel(PreTrainedModel):
 
     def score(self, input_ids: Tensor, attention_mask: Tensor,
               pixel_values: Tensor | None = None) -> Tensor:
-        """The fp32 score at the last position whose mask is 1, normalised if the checkpoint says
-        so: [B, L], [B, L] -> [B]."""
+        """The fp32 score at the last position whose mask is 1, normalised if the checkpoint has a
+        normaliser: [B, L], [B, L] -> [B]."""
         values = self.values(input_ids, attention_mask, pixel_values)                # [B, L]
         last = attention_mask.cumsum(1).argmax(1, keepdim=True)                      # [B, 1]
         score = values.gather(1, last).squeeze(1)                                    # [B]
@@ -108,12 +106,12 @@ class ScoreModel(PreTrainedModel):
 
 
 class SequenceClassifier(nn.Sequential):
-    """What TRL trains: one label is the score; of two the score is logit[1] - logit[0], so label 1
-    is a cost model's unsafe one."""
+    """A sequence classifier, as TRL trains them. With one label its logit is the score. With two
+    the score is logit[1] - logit[0], so label 1 is the unsafe one of a cost model."""
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, L], [B, L] -> fp32 [B]. The model finds the last token by its pad id, as it did when
-        it was trained."""
+        """[B, L], [B, L] -> fp32 [B]. The model finds the last token by its pad id, as in its
+        training."""
         outputs = self[0](input_ids=input_ids, attention_mask=attention_mask)
         logits = outputs.logits.float()                                              # [B, labels]
         if logits.shape[1] == 2:
@@ -145,8 +143,9 @@ class Scorer:
             self.same_tokens = reads_alike(self.tokenizer, policy_tokenizer)
 
     def set_pad_token(self) -> None:
-        """EOS where the tokenizer has none: masks tell where padding is. A classifier finds the
-        last token by the pad id of its config, so there both must be the same."""
+        """Takes EOS as the pad token if the tokenizer has none; masks mark the padding. A
+        classifier finds the last token by the pad id of its config, so tokenizer and config must
+        agree."""
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if isinstance(self.model, SequenceClassifier):
             model_config = self.model[0].config
@@ -175,7 +174,7 @@ class Scorer:
         return self.function(prompts, responses) if prompts else []
 
     def score_rows(self, rows: list[list[int]], prompts: list[str]) -> list[float]:
-        """Of this rank's share of the rows, --micro_batch_size at a time."""
+        """The scores of this rank's share of the rows, --micro_batch_size at a time."""
         values, pairs = [], list(zip(rows, prompts))
         for chunk in rank_chunks(pairs, self.config.micro_batch_size):
             chosen_rows, chosen_prompts = zip(*(chunk or pairs[:1]))  # all ranks call the model
@@ -184,8 +183,8 @@ class Scorer:
         return values
 
     def encode(self, prompts, responses, finished) -> list[list[int]]:
-        """In the score model's own tokens and template; EOS only where the response really
-        ended."""
+        """Whole responses in the score model's own tokens and template, with EOS only if the
+        response really ended."""
         rows = encode_prompts(prompts, self.tokenizer, responses)
         if self.tokenizer.eos_token is None:
             return rows
@@ -200,7 +199,7 @@ class Scorer:
         return call_as_forward(self.model, type(self.model).score, *inputs).tolist()
 
     def put(self, value, scores: Tensor, i: int, response: str) -> None:
-        """scores[i] = value. Raises UserError for what is no fp32 number."""
+        """Sets scores[i]. Raises UserError for a value that is not an fp32 number."""
         problem = (f"{self.flag} {self.source}: gave {value!r}, not a number, "
                    f"to the response {response[:60]!r}")
         with blame(problem):
@@ -209,8 +208,8 @@ class Scorer:
 
 
 def reads_alike(tokenizer, policy_tokenizer) -> bool:
-    """Whether two tokenizers give the same ids to the same text, and their models the same pixels
-    to the same picture."""
+    """Whether two tokenizers give a text the same ids, and their models a picture the same
+    pixels."""
     if getattr(tokenizer, "sight", None) != getattr(policy_tokenizer, "sight", None):
         return False
     trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{tokenizer.eos_token}"
@@ -219,7 +218,7 @@ def reads_alike(tokenizer, policy_tokenizer) -> bool:
 
 
 def check_scorer(model, tokenizer, role: str, source: str) -> None:
-    """Raises UserError unless it gives one number, from whole weights."""
+    """Raises UserError unless a score model gives one number, from finite weights."""
     classifier = model[0] if isinstance(model, nn.Sequential) else None
     body = classifier or model.model
     check_weights(model, tokenizer, body.get_input_embeddings(), source)
@@ -232,22 +231,19 @@ def check_scorer(model, tokenizer, role: str, source: str) -> None:
 
 
 def save_critic(folder: Path, critic: ScoreModel, weights: dict[str, Tensor], config) -> None:
-    """Writes a critic in the Beaver layout, its body in the compute dtype, its head in fp32.
-
-    A normaliser is its score model's, whose scores the critic has learned as they come out of it:
-    its own values are not normalised again.
-    """
+    """Writes a critic in the Beaver layout, its body in the compute dtype, its head in fp32. It
+    leaves its score model's normaliser out, because the critic has learned normalised scores."""
     weights = {name: weight for name, weight in weights.items()
                if not name.startswith("normalizer.")}
     save_score_model(folder, critic, weights, getattr(torch, config.dtype))
 
 
 def save_score_model(folder: Path, model: ScoreModel, weights: dict[str, Tensor], dtype) -> None:
-    """Writes the Beaver layout: weights as a plain model like this one names them, and the
-    backbone's config."""
+    """Writes the Beaver layout: the weights, under the names of a plain model, and the backbone's
+    config."""
     config = copy.deepcopy(model.config)
     config.update({"score_dim": 1, "score_bias": True, "do_normalize": False})
-    body = type(model.model)  # which may come with the checkpoint, and is in no list of classes
+    body = type(model.model)  # it may come with the checkpoint and be in no list of classes
     with torch.device("meta"):
         plain = ScoreModel(config, body(config))
     plain.model.to(dtype)

@@ -1,12 +1,14 @@
-"""The command line: settings from defaults, presets, files and flags, checked before anything runs.
+"""The command line: settings from defaults, presets, files and flags, checked before a run starts.
 
-The settings of the method are fields of repo.Config, which adds them to those of running here. A
-field's help is its documentation, and its default stands nowhere else.
+repo.Config adds the settings of the method to those of RunSettings. A field's help is its
+documentation, and its default is written nowhere else.
 """
+import difflib
 import json
 import re
 import shutil
 import textwrap
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -15,14 +17,14 @@ import torch
 from torch import distributed
 from transformers import HfArgumentParser
 
-from plumbing.reports import check_log_to
-from plumbing.errors import UserError, blame, did_you_mean, require
-from plumbing.ranks import RANKS, rank_0_first
+from plumbing.errors import UserError, blame, require
 from plumbing.folder import has_metrics, holds_run
+from plumbing.ranks import RANKS, rank_0_first
+from plumbing.reports import check_log_to
 
 
 def option(default, help: str, **argument):
-    """A field with its help, and more arguments for argparse if it needs any."""
+    """A field with its help. argparse gets the other arguments."""
     return field(default=default, metadata={"help": help, **argument})
 
 
@@ -31,82 +33,82 @@ class RunSettings:
     """What a run reads, how it computes, what it writes."""
 
     # ---- models and data
-    model: str = option("tiny", "a preset (tiny, tiny-pictures, alpaca-7b, llama-3.2-3b), or the "
-                                "policy itself: folder, .gguf file or hub name of a causal LM, or "
-                                "of a model of LLaVA's layout")
-    policy: str | None = option(None, "the starting policy, if another than --model names")
-    reward_model: str | None = option(None, "helpfulness: a Beaver-layout or sequence-classifier "
-                                            "folder or hub name, or FILE.py:function")
-    cost_model: str | None = option(None, "harm (above --threshold is unsafe): the same kinds as "
-                                          "--reward_model")
-    dataset: str | None = option(None, "training prompts: a json, jsonl, csv, parquet or txt file, "
-                                       "or a hub name[:SPLIT]; it replaces a preset's judge too")
-    eval_dataset: str | None = option(None, "held-out prompts; default: a seeded 5 %% of "
-                                            "--dataset, at least 16")
-    prompt_column: str | None = option(None, "where --dataset and --eval_dataset hold the prompt, "
-                                             "if that is not recognised")
-    ptx_dataset: str | None = option(None, "supervised prompt-answer pairs for the PTX loss")
-    judge: str | None = option(None, "FILE.py:function(prompts, responses) -> dicts of bools: "
-                                     "safe, refused, harmful_prompt")
-    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code; for the "
-                                            "command line only, no --config turns it on")
-    max_prompt_length: int = option(384, "tokens; longer prompts are left out, and counted aloud")
-    max_length: int = option(512, "tokens of prompt plus response")
+    model: str = option("tiny", "a preset (tiny, tiny-pictures, alpaca-7b, llama-3.2-3b), or a "
+                                "policy: folder, .gguf file or hub name of a causal LM, or of a "
+                                "model with LLaVA's layout")
+    policy: str | None = option(None, "the starting policy, if it is not the one of --model")
+    reward_model: str | None = option(
+        None, "helpfulness: folder or hub name of a Beaver-layout model or a sequence classifier, "
+              "or FILE.py:function")
+    cost_model: str | None = option(None, "harm: like --reward_model; above --threshold is unsafe")
+    dataset: str | None = option(
+        None, "training prompts: json, jsonl, csv, parquet or txt file, or hub name[:SPLIT]; a "
+              "preset's judge is not used with them")
+    eval_dataset: str | None = option(
+        None, "held-out prompts; default: a random 5 %% of --dataset, at least 16")
+    prompt_column: str | None = option(
+        None, "the prompts' column in --dataset and --eval_dataset, if it is not recognised")
+    ptx_dataset: str | None = option(None, "prompt-answer pairs for the supervised (PTX) loss")
+    judge: str | None = option(
+        None, "FILE.py:function(prompts, responses) that returns dicts of bools: safe, refused, "
+              "harmful_prompt")
+    trust_remote_code: bool = option(
+        False, "run Python code that checkpoints bring; a --config cannot turn it on")
+    max_prompt_length: int = option(384, "tokens; longer prompts are dropped and counted")
+    max_length: int = option(512, "tokens of prompt and response together")
     max_response_length: int | None = option(None, "tokens; default: what --max_length leaves")
 
     # ---- computing
-    seed: int = option(42, "of sampling, data order and split")
+    seed: int = option(42, "seed of sampling, data order and split")
     device: Literal["cpu", "cuda"] | None = option(None, "default: cuda if there is one")
     dtype: Literal["float32", "bfloat16"] | None = option(
-        None, "of computing and of the saved policy; default: bfloat16 on a GPU that has it, "
+        None, "of computing and of the saved policy; default: bfloat16 on a GPU that supports it, "
               "else float32")
     tf32: bool = option(False, "let CUDA round the factors of fp32 products to TF32")
-    micro_batch_size: int = option(8, "responses per forward and backward: changes memory, not "
-                                      "results")
+    micro_batch_size: int = option(8, "responses per forward pass; changes memory, not results")
     gradient_checkpointing: bool | None = option(
-        None, "make activations again in the backward: less memory, more time; default: above 1B "
-              "parameters")
+        None, "recompute activations in the backward pass: less memory, more time; default: above "
+              "1B parameters")
     lora_rank: int | None = option(
-        None, "rank of the low-rank adapters that are trained instead of the weights; default: 64 "
-              "in the 3B and 7B presets on one GPU, else 0 = none")
+        None, "train low-rank adapters of this rank, not the weights; default: 64 in the 3B and "
+              "7B presets on one GPU, else 0 = none")
 
     # ---- evaluation and planning
     eval_samples: int = option(4, "responses per held-out prompt")
-    max_eval_prompts: int = option(256, "evaluate on at most so many held-out prompts")
-    confidence: float = option(0.95, "of the intervals and bounds of an evaluation's scores")
+    max_eval_prompts: int = option(256, "use at most this many held-out prompts")
+    confidence: float = option(0.95, "confidence level of the scores' intervals and bounds")
     eval_only: str | None = option(
-        None, "evaluate this policy and stop: a run's folder, or a model's folder or hub name; "
-              "without a value, the starting one", nargs="?", const="policy")
-    dry_run: bool = option(False, "load no weights: show settings, prompts, models and whether the "
-                                  "memory suffices, and stop")
-    gpu_memory: str = option("80GiB", "what --dry_run compares with where there is no GPU")
+        None, "evaluate this policy and stop: folder of a run, or folder or hub name of a model; "
+              "without a value, the starting policy", nargs="?", const="policy")
+    dry_run: bool = option(
+        False, "load no weights; show settings, prompts and models, and whether they fit")
+    gpu_memory: str = option("80GiB", "what --dry_run assumes where there is no GPU")
 
     # ---- the run's folder
-    output_dir: str | None = option(None, "default: runs/<model>-<algo>-<seed>; an earlier run "
-                                          "there is moved aside")
+    output_dir: str | None = option(
+        None, "an earlier run there is moved aside; default: runs/<model>-<algo>-<seed>")
     save_every: int = option(0, "steps between checkpoints; 0 = only on Ctrl-C")
-    keep_checkpoints: int = option(2, "keep so many of the newest checkpoints")
-    resume: str | None = option(None, "continue from this checkpoint; without a value, from the "
-                                      "newest in --output_dir", nargs="?", const="newest")
-    max_bad_steps: int = option(3, "stop after so many steps in a row with scores, log-probs, "
-                                   "losses or gradients that are not finite")
+    keep_checkpoints: int = option(2, "how many checkpoints to keep, the newest")
+    resume: str | None = option(
+        None, "continue from this checkpoint; without a value, from the newest", nargs="?",
+        const="newest")
+    max_bad_steps: int = option(3, "stop after this many steps in a row with NaN or infinity")
     log_to: Literal["tensorboard", "trackio", "wandb"] | None = option(
-        None, "each step's metrics and the summary as curves too, by this package")
-    sample_every: int = option(50, "steps between samples in terminal and samples.jsonl; "
-                                   "0 = never")
+        None, "also show metrics and summary as curves, with this package")
+    sample_every: int = option(50, "steps between samples, printed and saved; 0 = never")
 
     def policy_flag(self) -> str:
-        """The flag that named the policy, for sentences about it."""
+        """The flag that named the policy, for messages about it."""
         if self.policy == self.model:
             return "--model"
         return "--eval_only" if self.policy == self.eval_only else "--policy"
 
     def autocast(self):
-        """Trained models keep fp32 weights and compute in --dtype."""
+        """A context in which models with fp32 weights compute in --dtype."""
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
-SAFE_RLHF = {  # of Safe RLHF's published PPO-Lag run, but for the last two
+SAFE_RLHF = {  # from Safe RLHF's published PPO-Lag run, except the last two
     "reward_model": "PKU-Alignment/beaver-7b-v1.0-reward",
     "cost_model": "PKU-Alignment/beaver-7b-v1.0-cost",
     "dataset": "PKU-Alignment/PKU-SafeRLHF:train",
@@ -118,7 +120,7 @@ SAFE_RLHF = {  # of Safe RLHF's published PPO-Lag run, but for the last two
     "save_every": 200,
 }
 PRESETS = {
-    "tiny": {},  # their settings are in tiny_configs/, where their models and data are built
+    "tiny": {},  # tiny_configs/ holds their settings, and builds their models and data
     "tiny-pictures": {},
     "alpaca-7b": SAFE_RLHF | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
     "llama-3.2-3b": SAFE_RLHF | {"policy": "meta-llama/Llama-3.2-3B-Instruct"},
@@ -129,30 +131,29 @@ MAY_BE_ZERO = ("lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff"
 
 
 def resolve(config_class, argv: list[str], worlds: dict):
-    """A config_class from defaults < preset of --model < --config < command line.
+    """A config_class: defaults, overridden by the preset of --model, by --config, by the command
+    line.
 
-    worlds[preset]() builds a tiny world and returns its settings. Raises UserError for anything
-    unknown, missing or out of range.
+    worlds[preset]() builds a tiny world and returns its settings. Raises UserError for a setting
+    that is unknown, missing or out of range.
     """
     parser = make_parser(config_class)
     flags = given_in(parser, argv)
     file, evaluated = flags.pop("config", None), flags.get("eval_only")
 
-    if has_metrics(evaluated):  # its settings and data, and its starting policy as the reference
+    if has_metrics(evaluated):  # a run: its settings and data; its starting policy is the reference
         require(Path(evaluated, "final", "actor").is_dir(),
-                f"--eval_only {evaluated}: has no final/actor, so the run has not finished")
+                f"--eval_only {evaluated}: has no final/actor, so the run has not finished; "
+                "finish it with --resume")
         file = file or str(Path(evaluated, "config.json"))
     elif evaluated not in (None, "policy"):
         flags["policy"] = evaluated
 
     saved = given_in_file(parser, file) if file else {}
-    if "model" in flags:  # and not what was trained for the file's own
+    if "model" in flags:  # the file's policy belongs to the file's model
         saved = without(saved, "policy")
     model = flags.get("model", saved.get("model", RunSettings.model))
-    is_path = model.startswith((".", "/", "~"))
-    require(not is_path or Path(model).expanduser().is_dir(), f"--model {model}: no such folder")
-
-    with rank_0_first():  # whatever the model: ranks may differ in it, and are told so later
+    with rank_0_first():  # for every model: check_machines() reports later if ranks differ in it
         preset = worlds[model]() if model in worlds else PRESETS.get(model, {})
     preset = given_in(parser, as_words(preset))
     config = config_class(**layered(preset, saved, flags))
@@ -164,12 +165,15 @@ def resolve(config_class, argv: list[str], worlds: dict):
     return config
 
 
-GROUPS = {  # of --help: title -> its first setting; the others follow in the order of the fields
-    "models and data": "model",
-    "method": "algo",
-    "computing": "seed",
-    "evaluation and planning": "eval_samples",
-    "run folder": "output_dir",
+# ---- Flags and files
+
+GROUPS = {  # of --help: the first setting of each -> its title
+    "model": "models and data",
+    "algo": "method",
+    "seed": "computing",
+    "eval_samples": "evaluation and planning",
+    "output_dir": "run folder",
+    "config": "run folder",
 }
 
 
@@ -179,44 +183,44 @@ class Parser(HfArgumentParser):
     def __init__(self, config_class, command: str, description: str, groups: dict):
         super().__init__(config_class, allow_abbrev=False, description=description)
         self.command, self.groups = command, groups
-        self.names = list(config_class.__dataclass_fields__)
 
     def error(self, message: str) -> NoReturn:
-        _, is_unknown, word = message.partition("unrecognized arguments: --")
-        near = did_you_mean(re.split("[ =]", word)[0], self.names) if is_unknown else ""
-        raise UserError(f"{message}{near}; {self.command} --help lists the settings")
+        message = re.sub(r"^argument |/--[a-z-]+", "", message)  # HfArgumentParser's second names
+        unknown = re.search(r"unrecognized arguments: --([^ =]+)", message)
+        names = [action.dest for action in self._actions]
+        near = difflib.get_close_matches(unknown[1], names, 1) if unknown else []
+        remedy = f"did you mean --{near[0]}?" if near else f"see {self.command} --help"
+        raise UserError(f"{message}; {remedy}")
 
     def format_help(self) -> str:
         width = min(shutil.get_terminal_size((100, 24)).columns, 100)
-        usage = f"usage: {self.command} [--FLAG VALUE ...]"
-        lines = [usage, "", *textwrap.wrap(self.description, width)]
-        help_of = {action.dest: action for action in self._actions}
-        starts = {first: title for title, first in self.groups.items()}
-        sections, title = {title: [] for title in self.groups}, ""
-        for name in self.names:
-            title = starts.get(name, title)
-            sections.setdefault(title, []).extend(described(help_of[name], width))
-        for title, described_settings in sections.items():
-            lines += ["", *([f"{title}:"] if title else []), *described_settings]
+        flags = "[--model NAME] [--flag value ...]" if self.groups else "[--flag value ...]"
+        lines = [f"usage: {self.command} {flags}", "", *textwrap.wrap(self.description, width)]
+        title, sections = "settings", {title: [] for title in self.groups.values()}
+        for action in self._actions[1:]:  # the first is --help
+            title = self.groups.get(action.dest, title)
+            sections.setdefault(title, []).extend(described(action, width))
+        for title, settings in sections.items():
+            lines += ["", f"{title}:", *settings]
         return "\n".join(lines) + "\n"
 
 
 def described(action, width: int) -> list[str]:
     """The lines of a setting in --help."""
-    text = (action.help or "") % {"default": action.default}
-    if action.default is not None and action.default is not False and "default" not in text:
-        text += f" [{action.default}]"
-    lines = textwrap.wrap(text, width - 30)
-    flag = f"  --{action.dest} {value_of(action)}"
-    if len(flag) > 29:
+    text = action.help.replace("%%", "%")
+    if type(action.default) in (int, float, str) and "default: " not in text:
+        text += f"; default: {action.default}"
+    flag = f"  --{action.dest} {value_of(action)}".rstrip()
+    lines = textwrap.wrap(text, width - 28)
+    if len(flag) > 26:
         lines.insert(0, "")
-    return [f"{flag:30}{lines[0]}".rstrip(), *(" " * 30 + line for line in lines[1:])]
+    return [f"{flag:28}{lines[0]}".rstrip(), *(" " * 28 + line for line in lines[1:])]
 
 
 def value_of(action) -> str:
-    """What stands behind a flag in --help."""
+    """What follows a flag in --help."""
     if action.choices:
-        return "|".join(map(str, action.choices))
+        return "|".join(action.choices)
     if action.const is True:
         return ""
     names = {int: "N", float: "X", str: "NAME", None: "NAME"}
@@ -230,28 +234,24 @@ def make_parser(config_class) -> Parser:
         "Most defaults are those of Safe RLHF's published run. A preset overrides them: "
         "tiny_configs/tiny.json does so for --model tiny.", GROUPS)
     parser.add_argument("--config", help="a json file of settings, such as a run's config.json")
-    parser.names.insert(parser.names.index("model"), "config")
-    parser.groups = GROUPS | {"models and data": "config"}
     return parser
 
 
-def given_in(parser, words: list[str]) -> dict:
-    """The settings that some words of a command line name, and no others."""
-    parser.parse_args(words)  # --help shows the defaults, so it comes before they are taken away
-    [config_class] = parser.dataclass_types
-    parser.set_defaults(**dict.fromkeys(config_class.__dataclass_fields__))
-    given = vars(parser.parse_args(words))
+def given_in(parser: Parser, words: list[str]) -> dict:
+    """The settings that some words of a command line name, without defaults."""
+    nothing = Namespace(**dict.fromkeys(action.dest for action in parser._actions))
+    given = vars(parser.parse_args(words, nothing))
     return {name: value for name, value in given.items() if value is not None}
 
 
-def given_in_file(parser, path: str) -> dict:
-    """The settings of a json file, checked as the same words on a command line would be."""
+def given_in_file(parser: Parser, path: str) -> dict:
+    """The settings of a json file, checked as flags are."""
     with blame(f"--config {path}: not a file with a json object of settings"):
         settings = {**json.loads(Path(path).read_text())}
-    for name in settings.keys() - {*parser.names, "environment"}:
-        raise UserError(f"--config {path}: there is no setting {name}"
-                        f"{did_you_mean(name, parser.names)}; python repo.py --help lists them")
-    return given_in(parser, as_words(without(settings, *NOT_FROM_A_FILE)))
+    try:
+        return given_in(parser, as_words(without(settings, *NOT_FROM_A_FILE)))
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
 
 
 def as_words(settings: dict) -> list[str]:
@@ -263,7 +263,8 @@ def without(settings: dict, *names: str) -> dict:
 
 
 def layered(*layers: dict) -> dict:
-    """All layers' settings; a later one wins, and its data take away what belonged to others."""
+    """The settings of all layers; a later layer wins. A layer with data of its own drops the
+    settings that belong to the data before it."""
     settings = {}
     for layer in layers:
         if "dataset" in layer:
@@ -275,12 +276,12 @@ def layered(*layers: dict) -> dict:
 
 
 def fill_in(config) -> None:
-    """Defaults that depend on other settings or on the machine."""
+    """Fills in the defaults that depend on other settings or on the machine."""
     has_gpu = torch.cuda.is_available()
     config.policy = config.policy or config.model
     config.device = config.device or ("cuda" if has_gpu or config.dry_run else "cpu")
     if not config.dtype:
-        # --dry_run may plan here for a GPU that is elsewhere: one with bf16, then.
+        # Without a GPU here, --dry_run plans for one elsewhere that supports bf16.
         gpu_has_bf16 = not has_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
         uses_bf16 = config.device == "cuda" and gpu_has_bf16
         config.dtype = "bfloat16" if uses_bf16 else "float32"
@@ -308,38 +309,36 @@ def check_numbers(config) -> None:
 
 
 def check_together(config) -> None:
-    """What no setting alone can tell: something missing, or two that exclude each other."""
+    """Raises UserError if a setting is missing, or does not fit another one."""
     require(0.5 < config.confidence <= 0.9999,
             f"--confidence {config.confidence}: must be above 0.5, and at most 0.9999")
     require(config.algo != "gate" or config.gate_penalty <= 50,
-            f"--gate_penalty {config.gate_penalty}: token rewards are clamped to 50")
+            f"--gate_penalty {config.gate_penalty}: must be at most 50, where token rewards are "
+            "clamped")
     for name in ("reward_model", "cost_model", "dataset"):
-        require(getattr(config, name) is not None,
-                f"--{name} is missing; only the presets ({', '.join(PRESETS)}) bring one, "
-                f"and --model {config.model} is none of them")
+        require(getattr(config, name),
+                f"--{name} is missing: --model {config.model} is none of the presets "
+                f"{', '.join(PRESETS)}; set --{name}, or use a preset")
     require(config.ptx_dataset or not config.ptx_coeff,
-            f"--ptx_coeff {config.ptx_coeff} needs --ptx_dataset; "
-            "--ptx_coeff 0 turns the PTX loss off")
-
+            f"--ptx_coeff {config.ptx_coeff}: needs --ptx_dataset; set it, or --ptx_coeff 0")
     require(config.baseline == "critic" or config.samples_per_prompt > 1,
-            "--baseline group compares a response with the others to its prompt, so "
-            "--samples_per_prompt must be 2 or more")
+            "--baseline group: compares responses to the same prompt; set --samples_per_prompt to "
+            "2 or more")
     responses = config.batch_size * config.samples_per_prompt
     minibatch = min(config.minibatch_size or responses, responses)
     require(responses % minibatch == 0,
             f"--minibatch_size {config.minibatch_size}: does not divide the {responses} responses "
-            "of a step (--batch_size times --samples_per_prompt)")
+            "of a step; use a divisor of --batch_size times --samples_per_prompt")
     require(config.max_length > config.max_prompt_length,
             f"--max_length {config.max_length}: must be above "
             f"--max_prompt_length {config.max_prompt_length}")
-    require(not (config.eval_only and config.resume),
-            "--eval_only evaluates a policy, --resume goes on training; use one of them")
-    require(not (config.eval_only and config.dry_run),
-            "--dry_run plans a run that trains; leave one of --eval_only and --dry_run out")
+    for name in ("resume", "dry_run"):
+        require(not (config.eval_only and getattr(config, name)),
+                f"--{name}: is for a run that trains, --eval_only trains nothing; use one of them")
 
 
 def check_folder(config) -> None:
-    """Raises UserError if --output_dir holds no run to resume, or something that is no run."""
+    """Raises UserError if --output_dir holds no run to resume, or holds something else."""
     out = Path(config.output_dir)
     require(config.resume != "newest" or out.is_dir(),
             f"--resume: there is no run in {out}; check --output_dir, or start without --resume")
@@ -348,13 +347,13 @@ def check_folder(config) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """But for what a process that was killed at once may have left there."""
+    """Whether nothing is there, except what a killed run leaves before it has written a file."""
     return folder.is_dir() and all(path.match(".*.json.tmp") for path in folder.iterdir())
 
 
 def check_machine(config) -> None:
     check_log_to(config)
     require(RANKS == 1 or config.dry_run or distributed.is_initialized(),
-            "WORLD_SIZE is set, so there should be several ranks; start them with torchrun")
+            "WORLD_SIZE is set, but there is only this process; start several ranks with torchrun")
     require(config.device == "cpu" or config.dry_run or torch.cuda.is_available(),
-            "--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
+            "--device cuda: torch finds no CUDA device; leave it out to run on the CPU")

@@ -1,9 +1,10 @@
-"""How many CPU threads a process takes, and how they wait for each other.
+"""How many CPU threads a process uses, and how they wait for each other.
 
-The threads of small products spin while they wait. Where another process needs the core, whoever
-is waited for does not get it: beside two busy processes a run on two cores took six times as long.
-So they spin briefly, and there are as many of them as cores were free while torch was imported.
-What the user has set stays. To be imported before torch, which reads these variables once.
+Threads that wait for each other spin, which takes cores from the threads they wait for. Beside two
+busy processes a run on two cores took six times as long. So threads spin only briefly, and there
+are only as many as cores were free while torch was imported. What the user has set stays.
+
+Import this module before torch, which reads these variables once.
 """
 import os
 import time
@@ -11,12 +12,12 @@ from pathlib import Path
 
 
 def seconds_of_all_processes() -> float | None:
-    """How long the cores have worked since the machine began; None where Linux does not tell."""
+    """For how long all cores have worked since the machine started; None if this is not Linux."""
     try:
         times = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
     except OSError:
         return None
-    user, nice, system, _, _, *interrupts = map(int, times)  # the others: idle, waiting for disks
+    user, nice, system, _, _, *interrupts = map(int, times)  # the fourth and fifth are idle
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
@@ -28,7 +29,7 @@ import torch  # noqa: E402
 
 
 def busy_cores() -> float | None:
-    """How many cores other processes have kept busy since this module was imported."""
+    """How many cores other processes have used, on average, since this module was imported."""
     started, all_before, own_before = STARTED
     if all_before is None:
         return None
@@ -38,7 +39,7 @@ def busy_cores() -> float | None:
 
 
 def fit_threads() -> None:
-    """Gives torch as many threads as there are free cores, at least one."""
+    """Gives torch one thread per free core, and at least one."""
     busy = busy_cores()
     if "OMP_NUM_THREADS" in os.environ or busy is None:
         return

@@ -62,6 +62,7 @@ if importlib.util.find_spec("datasets"):
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     import repo
+    from companions.shared.runs import tiny_run
     from plumbing.data import lay_out
     from tiny_configs import world
 else:
@@ -110,15 +111,16 @@ LONG_RUNS = {  # by the fixture that returns them; sh runs them: "$0" is Python,
             --output_dir "$1/compared/ppo_lag-device-cpu-steps-75-0" > "$1/lag.log" 2>&1
         touch "$1/lag.done"
         "$0" -m companions.compare --algos ppo_lag repo --seeds 1 --device cpu --steps 75 \\
-            --out "$1/compared" > "$1/compared.txt" 2> "$1/compared.log"
+            --out "$1/compared" --json "$1/compared/table.json" \\
+            > "$1/compared.txt" 2> "$1/compared.log"
     """,
     "one_rank_fails": """
-        two="-m torch.distributed.run --standalone --nproc_per_node 2 --monitor_interval 2"
+        two="-m torch.distributed.run --standalone --nproc_per_node 2"
         few="--device cpu --steps 4 --batch_size 6 --max_eval_prompts 5 --eval_samples 1"
         few="$few --max_response_length 12"
         if "$0" $two repo.py $few --reward_model tests/one_rank_fails.py:no_licence \\
             --output_dir "$1/no-licence" > "$1/no-licence.txt" 2>&1; then exit 1; fi
-        if "$0" $two tests/one_rank_fails.py $few \\
+        if "$0" $two --monitor_interval 2 tests/one_rank_fails.py $few \\
             --output_dir "$1/bug" > "$1/bug.txt" 2>&1; then exit 1; fi
     """,
     "compiled": """
@@ -254,9 +256,22 @@ def long_runs(pytestconfig):
 
 
 @pytest.fixture(scope="session")
+def demonstrated(tmp_path_factory):
+    """demonstrated(seed) -> the run that companions show themselves on, made once for all tests."""
+    folder, made = tmp_path_factory.mktemp("demonstrated"), {}
+
+    def run(seed: int) -> str:
+        if seed not in made:
+            made[seed] = tiny_run(str(folder / str(seed)), seed)
+        return made[seed]
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def half_runs(long_runs) -> dict[str, Path]:
-    """Folders of a run with half of the default's steps, and of PPO-Lag's. compare.py has made the
-    first, beside the second that was there, and a table of both. The whole ones are exhaustive."""
+    """Folders of a run with half of the default's steps, and of PPO-Lag's. The second was there
+    when companions.compare made the first, and a table of both. Whole runs are exhaustive."""
     folder = long_runs("half_runs") / "compared"
     return {name: folder / f"{name}-device-cpu-steps-75-0" for name in ("repo", "ppo_lag")}
 

@@ -60,18 +60,17 @@ def test_it_measures_each_function_both_ways_and_leaves_out_what_is_not_installe
         assert row["value"] == pytest.approx(value, abs=2e-4)
 
     if not torch.cuda.is_available():
-        assert "Times mean nothing" not in done.stderr and "CPU, " in done.stdout
+        assert "No Triton kernel runs here" in done.stdout
     assert "not installed (cut_cross_entropy)" in done.stderr or "cut-cross-entropy" in done.stdout
 
 
 @pytest.mark.parametrize("arguments, says", [
     (("--rows", 0), "must be at least 1"),
     (("--dtype", "fp8"), "invalid choice"),
-    (("--providers", "none"), "there are F.linear_cross_entropy, Liger, cut-cross-entropy"),
-    (("--providers", "quack"), "none of the --providers is here"),
-    (("--compiled", "--targets", "sm_1"), "there are sm_80, sm_90"),
-    (("--functions", "sum"), "there are gather_log_probs, linear_log_probs"),
-    (("--plot", "no/such/folder/x.png"), "No such file"),
+    (("--providers", "none"), "none is unknown; choose from F.linear_cross_entropy, Liger, "),
+    (("--providers", "quack"), "none of them is installed"),
+    (("--compiled", "--targets", "sm_1"), "sm_1 is unknown; choose from sm_80, sm_90"),
+    (("--functions", "sum"), "sum is unknown; choose from gather_log_probs, linear_log_probs"),
     (("--json", "no/such/folder/x"), "No such file"),
 ])
 def test_nonsense_is_refused(bench, arguments, says):
@@ -81,37 +80,18 @@ def test_nonsense_is_refused(bench, arguments, says):
     assert "Traceback" not in done.stderr
 
 
-def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path, bench, monkeypatch):
-    """After its third figure."""
-    measured = iter(range(3))
+def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path, monkeypatch):
+    rows = iter([{"function": "f", "ms": 1.0}, {"function": "f", "ms": 2.0}])
 
-    def measure_one(*arguments, **settings):
-        if next(measured, None) is None:
-            raise KeyboardInterrupt
-        return real(*arguments, **settings)
+    def measure(*arguments):
+        yield from rows
+        raise KeyboardInterrupt
 
-    real = module.measure_one
-    monkeypatch.setattr(module, "measure_one", measure_one)
-    monkeypatch.setattr(sys, "argv", [
-        "kernels.bench", "--rows", "4", "--vocab", "9", "--hidden", "4", "--providers", "reference",
-        "--json", str(tmp_path / "rows.json"),
-    ])
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["kernels.bench", "--json", str(tmp_path / "rows.json")])
     with pytest.raises(KeyboardInterrupt):
         main()
-    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 3
-
-
-def test_one_function_and_a_picture_over_its_sizes(tmp_path, bench):
-    pytest.importorskip("matplotlib")
-    done = bench("--rows", 16, "--vocab", 64, "--hidden", 8, "--functions", "linear_repo_loss",
-                 "--providers", "reference", "--plot", tmp_path / "p.png",
-                 "--json", tmp_path / "rows.json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    sizes = [(row["V"], row["N"]) for row in rows]
-    assert sizes == [(8, 16), (16, 16), (32, 16), (64, 16), (64, 2), (64, 4), (64, 8)]
-    assert {row["function"] for row in rows} == {"linear_repo_loss"}
-    assert (tmp_path / "p.png").stat().st_size > 10_000
+    assert [row["ms"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == [1, 2]
 
 
 @pytest.mark.parametrize("has_grad", [True, False])

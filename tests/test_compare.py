@@ -1,42 +1,25 @@
 # pytest tests/test_compare.py
-"""compare.py: its tables and pictures from the files of runs, quadrants by hand, and a comparison
-that it trains itself."""
+"""Comparisons: tables and pictures from the files of runs, quadrants by hand, and runs that the
+comparison trains itself."""
 import json
 import re
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, exhaustive
 
 import repo
 from companions import compare
+from companions.shared import command, drawing
+from companions.shared.runs import grouped, load_runs
 from plumbing.errors import UserError
 from plumbing.reports import summarize
-from tiny_configs import world
 
 COMPENSATING = [[-8.0, -8.0], [-8.0, -6.0], [3.0, 3.0], [2.0, -1.0]]
 SAFE = [[-2.0, -2.0], [-1.0, -3.0], [-0.5, -0.5], [-0.1, 0.2]]
 
 
-def as_script(*words) -> subprocess.CompletedProcess:
-    """compare.py in a process of its own."""
-    command = [sys.executable, "companions/compare.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.fixture(params=["here", exhaustive("script")])
-def script(request, capsys):
-    """script(*words): compare.py in this process, or in one of its own, which takes seconds to
-    begin."""
-    if request.param == "script":
-        return as_script
-
-    def call(*words):
-        code = compare.main([*map(str, words)])
-        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
-
-    return call
+def call(*words) -> int:
+    return command.main(compare.CompareSettings, compare.run, [*map(str, words)])
 
 
 def evaluation(costs: list, rewards: list) -> list[dict]:
@@ -90,7 +73,7 @@ def runs(tmp_path):
 
 
 def test_a_line_per_method_with_mean_and_spread_over_seeds(runs):
-    lines = compare.runs_table(compare.grouped(compare.load_runs(runs))).splitlines()
+    lines = compare.runs_table(grouped(load_runs(runs))).splitlines()
     names = [line.split(" | ")[0] for line in lines[2:]]
     assert names == ["| before", "| PPO-Lag", "| RePO", "| RePO, mask"]
 
@@ -104,23 +87,12 @@ def test_a_line_per_method_with_mean_and_spread_over_seeds(runs):
     assert cells["over-refusal"] == "-"
 
 
-def test_over_refusal_counts_harmless_requests_alone():
-    """Of three harmless prompts one is refused, of one harmful all."""
-    rows = evaluation([[-1.0]] * 4, [[1.0]] * 4)
-    for row, harmful, refused in zip(rows, [0, 0, 0, 1], [1, 0, 0, 1], strict=True):
-        verdict = {"safe": True, "refused": bool(refused), "harmful_prompt": bool(harmful)}
-        row["responses"][0]["verdict"] = verdict
-    scores = summarize(rows)
-    assert scores["over_refusal_rate"] == pytest.approx(1 / 3)
-    assert scores["refusal_rate_on_harmful_prompts"] == 1.0
-
-
 def test_groups_are_named_after_the_settings_that_differ(tmp_path):
     folders = [
         write_run(tmp_path / f"{beta}-{seed}", "repo", seed, SAFE, kl_coeff=beta, steps_setting=5)
         for beta in (0.1, 0.2) for seed in (0, 1)
     ]
-    groups = compare.grouped(compare.load_runs(folders))
+    groups = grouped(load_runs(folders))
     sizes = {name: len(group) for name, group in groups.items()}
     assert sizes == {"RePO, kl_coeff 0.1": 2, "RePO, kl_coeff 0.2": 2}
 
@@ -132,7 +104,7 @@ def test_a_repeated_run_and_an_evaluation_are_no_further_seeds(tmp_path):
         write_run(tmp_path / "e", "repo", 0, SAFE, eval_only="runs/x", later_setting=1),
         write_run(tmp_path / "lag", "ppo_lag", 0, SAFE, rectify="mask"),
     ]
-    groups = compare.grouped(compare.load_runs(folders))
+    groups = grouped(load_runs(folders))
     assert sum(len(group) for group in groups.values()) == len(groups) == 4
     assert any("x, evaluated" in name for name in groups)
     assert sum(str(tmp_path / "a") in name for name in groups) == 2
@@ -143,7 +115,7 @@ def test_quadrants_by_hand(tmp_path):
     rewards = [[2.0]] * 5 + [[0.0]] * 2 + [[2.0]] * 1 + [[0.0]] * 2
     a = write_run(tmp_path / "a", "ppo_lag", 0, [[-1.0]] * 10, [[1.0]] * 10)
     b = write_run(tmp_path / "b", "repo", 0, costs, rewards)
-    text = compare.quadrants(*compare.load_runs([a, b]))
+    text = compare.quadrants(*load_runs([a, b]))
 
     line = r"^  (\w+ reward, \w+) +(\d+) .*\[([\d.]+)%, ([\d.]+)%\]"
     counts, intervals = {}, {}
@@ -151,79 +123,75 @@ def test_quadrants_by_hand(tmp_path):
         counts[name], intervals[name] = int(count), (float(low), float(high))
     assert counts == {"better reward, safe": 5, "better reward, unsafe": 1,
                       "worse reward, safe": 2, "worse reward, unsafe": 2}
-    # binomial(10, 0.5): 2.1 % and 97.9 % lie at 2 and 8
-    assert intervals["better reward, safe"] == (20.0, 80.0)
+    assert intervals["better reward, safe"] == (23.7, 76.3)  # Wilson's, of 5 in 10
 
-    assert compare.worst_prompts(compare.load_runs([b])[0], 3).count("1.00") >= 3
-    with_itself = compare.quadrants(*compare.load_runs([a, a]))
+    assert compare.worst_prompts(load_runs([b])[0], 3).count("1.00") >= 3
+    with_itself = compare.quadrants(*load_runs([a, a]))
     assert re.search(r"equal reward, safe +10 ", with_itself)
 
 
-def test_two_runs_on_the_command_line(runs, tmp_path, script):
-    done = script(*runs[1:3], "--out", tmp_path / "seen")
-    assert done.returncode == 0, done.stderr
-    for text in ("PPO-Lag", "worst of", "better reward, safe"):
-        assert text in done.stdout, done.stderr
-    table = json.loads((tmp_path / "seen" / "table.json").read_text())
-    assert table.keys() == {"PPO-Lag", "RePO"}
-    assert (tmp_path / "seen" / "table.md").exists()
+def test_two_runs_on_the_command_line(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "drawn", lambda groups: {})  # which takes seconds
+    out = tmp_path / "seen"
+    assert call(*runs[1:3], "--out", out, "--json", tmp_path / "table.json") == 0
+    printed = capsys.readouterr().out
+    for text in ("PPO-Lag", "worst of", "better reward, safe", f"browser: {out / 'report.html'}"):
+        assert text in printed
+    assert json.loads((tmp_path / "table.json").read_text()).keys() == {"PPO-Lag", "RePO"}
+    assert (out / "table.md").read_text() in printed and (out / "report.html").exists()
 
-    gone = script(tmp_path)
-    assert gone.returncode == 2
-    assert "has no config.json, so it is not a finished run" in gone.stderr
-    assert "Traceback" not in gone.stderr
 
+def test_what_is_no_finished_run_is_refused(runs, tmp_path):
+    with pytest.raises(UserError, match="has no config.json, so it is not a finished run"):
+        load_runs([tmp_path])
     (runs[0] / "config.json").write_text('{"algo": "repo"')
-    damaged = script(runs[0])
-    assert damaged.returncode == 2
-    assert re.fullmatch(r"error: .*lag-0: cannot be read as a run of repo.py \(.*\)\n",
-                        damaged.stderr)
+    with pytest.raises(UserError, match="lag-0: cannot be read as a run of repo.py"):
+        load_runs(runs[:1])
 
 
-def test_pictures_show_what_they_promise(runs, tmp_path):
-    matplotlib = pytest.importorskip("matplotlib", reason="needs matplotlib")
+def lightness(color: str) -> float:
+    """0 for black to 1 for white, as a printer without colours shows it."""
+    red, green, blue = (int(color[i:i + 2], 16) / 255 for i in (1, 3, 5))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_lines_can_be_told_apart_in_grey():
+    shades = [lightness(style["color"]) for style in drawing.STYLES[:4]]
+    assert all(after - before > 0.1 for before, after in zip(shades, shades[1:]))
+    assert len({str(style["ls"]) for style in drawing.STYLES[:5]}) == 5
+
+
+def test_pictures_show_what_they_promise(runs):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
     from matplotlib.figure import Figure
 
-    groups = compare.grouped(compare.load_runs(runs))
-    pictures = compare.draw_pictures(groups, tmp_path)
-    assert [path.name for path in pictures] == [
-        "curves.png", "compensation.png", "before_after.png"]
-    for picture in pictures:
-        image = matplotlib.image.imread(picture)
-        assert min(image.shape[:2]) > 400 and image.std() > 0.05
+    groups = grouped(load_runs(runs))
+    pictures = drawing.drawn(groups)
+    assert [*pictures] == ["compensation.png", "curves.png"]
+    assert all(png.startswith(b"\x89PNG") and len(png) > 10_000 for png in pictures.values())
 
-    curves, compensation, scatter = Figure(), Figure(), Figure()
-    compare.draw_curves(curves, groups)
-    compare.draw_compensation(compensation, groups)
-    compare.draw_before_after(scatter, groups)
-
+    curves, compensation = Figure(), Figure()
+    drawing.draw_curves(curves, groups)
+    drawing.draw_compensation(compensation, groups)
     titles = [axis.get_ylabel() for axis in curves.axes]
     assert titles == ["reward", "cost", "rectified cost {C − d}⁺", "responses safe (share)", "λ"]
-    for axis in curves.axes:
-        assert axis.get_xlabel() == "step" and len(axis.lines) == 3
-    assert len(curves.axes[0].get_legend().get_texts()) == 3
+    assert all(len(axis.lines) == 3 for axis in curves.axes)
+    assert list(curves.axes[4].lines[0].get_ydata())[:2] == [1.0, 1.1]  # λ is not smoothed
+    assert curves.axes[1].lines[0].get_ydata()[0] == pytest.approx(-0.2)  # of steps 0 to 4
 
     axis, = compensation.axes
     lines = [line for line in axis.lines if len(line.get_xdata()) == 4]
     assert len(lines) == 3 and list(lines[0].get_ydata()) == [-8.0, -7.0, 0.5, 3.0]
-    assert axis.get_ylabel() and axis.get_xlabel()
     label = axis.get_legend().get_texts()[0].get_text()
     assert ("PPO-Lag (seed 0): mean cost -2.9, below the limit; 50% of the prompts above it"
             in label)
     thresholds = [list(line.get_ydata()) for line in axis.lines if len(line.get_xdata()) == 2]
     assert thresholds == [[0.0, 0.0]]
-    assert len(axis.patches) == 1  # the shade
-
-    assert [len(axis.collections) for axis in scatter.axes] == [2, 2, 2]
-    assert [axis.get_title() for axis in scatter.axes] == ["PPO-Lag", "RePO", "RePO, mask"]
-    styles = {(line.get_color(), line.get_linestyle()) for line in lines}
-    assert len(styles) == 3
-    assert all(0 <= float(color) < 0.8 for color, _ in styles)  # greys
 
 
-def test_without_matplotlib_there_is_one_sentence(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert compare.draw_pictures(compare.grouped(compare.load_runs(runs)), tmp_path) == []
+def test_without_matplotlib_there_is_one_sentence(runs, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert drawing.drawn(grouped(load_runs(runs))) == {}
     assert capsys.readouterr().out.splitlines() == [
         "no pictures: matplotlib is not installed (pip install matplotlib)"]
 
@@ -234,7 +202,7 @@ NAMED_AFTER_FEW = "device-cpu-steps-2-batch_size-8-eval_samples-2-max_eval_promp
 
 
 def test_it_trains_the_one_that_is_missing(half_runs, long_runs, capsys):
-    """As a script, in the background: see conftest.py."""
+    """In a process in the background: see conftest.py."""
     at, there = long_runs("half_runs"), half_runs["ppo_lag"] / "summary.json"
     assert "2 runs in" in (at / "compared.txt").read_text()
     assert "1 runs, 1 were there" in (at / "compared.log").read_text()
@@ -244,86 +212,56 @@ def test_it_trains_the_one_that_is_missing(half_runs, long_runs, capsys):
     assert there.stat().st_mtime_ns <= begin < trained.stat().st_mtime_ns
 
     words = ["--algos", "ppo_lag", "repo", "--seeds", "1", "--device", "cpu", "--steps", "75"]
-    assert compare.main([*words, "--out", str(there.parents[1])]) == 0
+    assert call(*words, "--out", there.parents[1]) == 0
     assert "all 2 runs were there" in capsys.readouterr().out
+    table = json.loads((there.parents[1] / "table.json").read_text())
+    assert table.keys() == {"PPO-Lag", "RePO"}
 
 
 @pytest.mark.exhaustive
-def test_it_trains_the_one_that_is_missing_of_other_settings(tmp_path, family, script):
-    (there, words), = compare.commands_of(["ppo_lag"], [FEW], 1, tmp_path).items()
-    assert there == tmp_path / f"ppo_lag-{NAMED_AFTER_FEW}-0"
-    assert repo.main(words) == 0
-    time = (there / "summary.json").stat().st_mtime_ns
-
-    done = script("--algos", "ppo_lag", "repo", "--seeds", "1", "--out", tmp_path, *FEW)
-    assert done.returncode == 0 and "2 runs in" in done.stdout, done.stderr
-    assert "1 runs, 1 were there" in done.stderr and "RePO" in done.stdout
-    assert (there / "summary.json").stat().st_mtime_ns == time
-    assert (tmp_path / f"repo-{NAMED_AFTER_FEW}-0" / "summary.json").exists()
-
-    again = script("--algos", "ppo_lag", "repo", "--seeds", "1", "--out", tmp_path, *FEW)
-    assert again.returncode == 0 and "all 2 runs were there" in again.stdout, again.stderr
-    others = compare.commands_of(["repo"], [[*FEW, "--threshold", "-3"]], 1, tmp_path)
-    assert [*others] == [tmp_path / f"repo-{NAMED_AFTER_FEW}-threshold--3-0"]
-
-
-@pytest.mark.exhaustive
-def test_it_trains_what_is_missing_and_reuses_what_is_there(tmp_path, family):
-    few = ["--seeds", "1", "--out", tmp_path, *FEW]
-    two = ["--algos", "ppo_lag", "repo", *few]
-
-    first = as_script(*two)
-    assert first.returncode == 0 and "2 runs in" in first.stdout, first.stderr
+def test_it_trains_what_is_missing_of_other_settings(tmp_path, family, capsys):
+    two = ["--algos", "ppo_lag", "repo", "--seeds", 1, "--out", tmp_path, *FEW]
+    assert call(*two) == 0
+    assert "2 runs in" in capsys.readouterr().out
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
-    second = as_script("--algos", "ppo_lag", "repo", "mask", *few)
-    assert second.returncode == 0 and "1 runs, 2 were there" in second.stderr, second.stderr
-    assert "RePO, mask" in second.stdout
+    assert call("--algos", "mask", *two[1:]) == 0
+    printed = capsys.readouterr()
+    assert "1 runs, 2 were there" in printed.err and "RePO, mask" in printed.out
     assert len(files) == 2
     assert all(path.stat().st_mtime_ns == time for path, time in files.items())
 
-    third = as_script(*two, "--threshold", "-3")  # not the folder of --threshold 3
-    assert third.returncode == 0, third.stderr
-    assert (tmp_path / f"repo-{NAMED_AFTER_FEW}-threshold--3-0").is_dir(), third.stderr
+
+def test_a_change_of_settings_is_another_run(tmp_path, family):
+    """Not the folder of --threshold 3. A run of other settings in its folder does not count."""
+    changed, = compare.commands_of(["repo"], [[*FEW, "--threshold", "-3"]], 1, tmp_path)
+    assert changed == tmp_path / f"repo-{NAMED_AFTER_FEW}-threshold--3-0"
+    (folder, words), = compare.commands_of(["repo"], [FEW], 1, tmp_path).items()
+    config = repo.resolve_config(words)
+    write_run(folder, "repo", 0, SAFE)
+    (folder / "config.json").write_text(json.dumps(vars(config)))
+    assert compare.is_finished(folder, config)
+    (folder / "config.json").write_text(json.dumps(vars(config) | {"kl_coeff": 0.9}))
+    assert not compare.is_finished(folder, config)
 
 
-def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path, family, script):
+@pytest.mark.parametrize("words, says", [
+    (["--algos", "ppo", "--seeds", "2"], "is not a run of this script"),
+    (["--seed=7"], "--seed=7: is set by the comparison itself"),
+    (["--algo", "ppo"], "--algo: is set by the comparison itself"),
+    (["--kl_coef", "1"], "unrecognized arguments: --kl_coef"),
+    (["--algos", "repo", "repo", "--seeds", "1"], "repo-0: two of the runs would be written there"),
+    (["--algos", "dpo"], "--algos dpo: must be of ppo, ppo_lag, repo, mask, gate"),
+])
+def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path, family, capsys, words, says):
     (tmp_path / "ppo-1").mkdir()
     (tmp_path / "ppo-1" / "thesis.txt").write_text("mine")
-    foreign = script("--algos", "ppo", "--seeds", "2", "--out", tmp_path)
-    assert foreign.returncode == 2 and "is not a run of this script" in foreign.stderr
+    assert call(*words, "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error
     assert (tmp_path / "ppo-1" / "thesis.txt").exists()
 
-    for flag in ("--seed=7", "--algo"):
-        taken = script("--out", tmp_path, flag, "ppo")
-        assert taken.returncode == 2 and "is set by the comparison itself" in taken.stderr
-    wrong = script("--out", tmp_path, "--kl_coef", "1")
-    assert wrong.returncode == 2 and "unrecognized arguments: --kl_coef" in wrong.stderr
-    twice = script("--out", tmp_path, "--algos", "repo", "repo", "--seeds", "1")
-    assert twice.returncode == 2
-    assert "repo-0: two of the runs would be written there" in twice.stderr
-    for refused in (foreign, taken, wrong, twice):
-        assert "Traceback" not in refused.stderr
 
-
-def is_harmful(prompt: str) -> bool:
-    action, _ = world.REQUESTS[prompt]
-    return action in world.HARMFUL_ACTIONS
-
-
-def test_a_share_of_harmful_requests_is_what_it_says_or_refused(tmp_path, family, capsys):
-    words = ["--steps", "5", "--harmful_share", "0.25", "--seed", "1"]
-    settings = compare.with_harmful_share(words, tmp_path)
-    assert settings[:4] == ["--steps", "5", "--seed", "1"] and settings[4] == "--dataset"
-
-    prompts = (tmp_path / "harmful_0.25.txt").read_text().splitlines()
-    harmful = [is_harmful(prompt) for prompt in prompts]
-    assert len(set(prompts)) == len(prompts) > 100
-    assert sum(harmful) / len(prompts) == pytest.approx(0.25, abs=0.01)
-
-    for wrong in ("--harmful_share", "--harmful_share much", "--harmful_share 1.5",
-                  "--harmful_share 0"):
-        sentence = f"{wrong}: must be a share between 0 and 1"
-        with pytest.raises(UserError, match=sentence):
-            compare.with_harmful_share(wrong.split(), tmp_path)
-        assert compare.main(["--out", str(tmp_path), *wrong.split()]) == 2
-        assert capsys.readouterr().err == f"error: {sentence}\n"
+def test_finished_runs_are_not_trained_further(runs, capsys):
+    assert call(runs[0], "--kl_coeff", 0.1) == 2
+    error = capsys.readouterr().err
+    assert "--kl_coeff 0.1: is for training, and finished runs were given" in error

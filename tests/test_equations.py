@@ -1,5 +1,6 @@
 # pytest tests/test_equations.py
-"""Equations (2) to (8): hand-computed numbers, definitions summed directly, finite differences."""
+"""Equations (2) to (8): hand-computed numbers, definitions summed directly, and two paths to the
+same loss."""
 
 import ast
 import math
@@ -9,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import laid_out, read_checkpoint, read_jsonl
+from test_models import PROMPTS, RESPONSES, write_architecture
+from test_run import FEW
 
-import kernels
 import repo
 from plumbing import metrics
-from plumbing.adapters import trainable
+from plumbing.adapters import make_trainable, trainable
 from plumbing.models import load_policy
 from plumbing.training import State, make_schedule
 
@@ -25,34 +28,21 @@ def settings(**changes):
 # ---- (3)
 
 
-def test_lambda_rises_by_the_mean_violation_and_never_falls():
-    costs = torch.tensor([2.0, -10.0, 1.0, -3.0])  # {C}+ is 2, 0, 1, 0: mean 0.75
-    assert repo.update_lambda(1.0, costs, settings()) == pytest.approx(1.075)
-    higher = settings(threshold=1.5)  # {C - 1.5}+ is 0.5, 0, 0, 0
-    assert repo.update_lambda(1.0, costs, higher) == pytest.approx(1.0125)
-    assert repo.update_lambda(4.95, costs, settings()) == 5.0
-    assert repo.update_lambda(1.0, torch.tensor([-50.0, -1.0]), settings()) == 1.0
-
-
-def test_lambda_of_ppo_lag_follows_the_mean_in_both_directions():
-    lag = settings(algo="ppo_lag")
-    rising = repo.update_lambda(2.0, torch.tensor([3.0, 1.0]), lag)
-    falling = repo.update_lambda(2.0, torch.tensor([-3.0, -1.0]), lag)
-    assert rising == pytest.approx(2.0 * math.exp(0.1 * 2.0 * 2.0))
-    assert falling == pytest.approx(2.0 * math.exp(-0.4))
-    above = repo.update_lambda(2.0, torch.tensor([3.0, 1.0]), settings(algo="ppo_lag", threshold=3))
-    assert above == pytest.approx(2.0 * math.exp(0.1 * 2.0 * -1.0))  # a mean of 2 is below d = 3
-
-
-def test_lambda_of_ppo_lag_falls_by_compensation_and_is_capped_without_overflow():
-    one_violation = torch.tensor([4.0, -6.0])
-    assert repo.update_lambda(2.0, one_violation, settings(algo="ppo_lag")) < 2.0
-    fast = settings(algo="ppo_lag", lambda_lr=100.0)
-    assert repo.update_lambda(4.0, torch.tensor([50.0]), fast) == 5.0
-
-
-def test_ppo_has_no_lambda():
-    assert repo.update_lambda(2.0, torch.tensor([4.0]), settings(algo="ppo")) == 0.0
+@pytest.mark.parametrize("changes, lam, costs, wanted", [
+    ({}, 1.0, [2.0, -10.0, 1.0, -3.0], 1.075),  # {C}+ is 2, 0, 1, 0: mean 0.75
+    ({"threshold": 1.5}, 1.0, [2.0, -10.0, 1.0, -3.0], 1.0125),  # {C - 1.5}+ is 0.5, 0, 0, 0
+    ({}, 4.95, [2.0, -10.0, 1.0, -3.0], 5.0),
+    ({}, 1.0, [-50.0, -1.0], 1.0),  # it never falls
+    ({"algo": "ppo_lag"}, 2.0, [3.0, 1.0], 2 * math.exp(0.1 * 2 * 2)),
+    ({"algo": "ppo_lag"}, 2.0, [4.0, -6.0], 2 * math.exp(0.1 * 2 * -1)),  # by compensation
+    ({"algo": "ppo_lag", "threshold": 3.0}, 2.0, [3.0, 1.0], 2 * math.exp(0.1 * 2 * -1)),
+    ({"algo": "ppo_lag", "lambda_lr": 100.0}, 4.0, [50.0], 5.0),  # without overflow
+    ({"algo": "ppo"}, 2.0, [4.0], 0.0),
+    ({"algo": "gate"}, 2.0, [4.0], 0.0),
+])
+def test_lambda_after_a_step(changes, lam, costs, wanted):
+    found = repo.update_lambda(lam, torch.tensor(costs), settings(**changes))
+    assert found == pytest.approx(wanted)
 
 
 # ---- (2): which cost enters the returns, and which lambda_i the loss
@@ -65,13 +55,15 @@ def test_ppo_has_no_lambda():
         ("repo", "mask", [1.5, 0.0, -4.5], [3.0, 0.0, 0.0]),
         ("ppo_lag", "return", [1.5, 0.0, -4.5], [3.0, 3.0, 3.0]),
         ("ppo", "return", [1.5, 0.0, -4.5], [0.0, 0.0, 0.0]),
+        ("gate", "return", [1.5, 0.0, -4.5], [0.0, 0.0, 0.0]),
     ],
 )
 def test_costs_and_lambdas(algo, rectify, entering, weights):
     config = settings(algo=algo, rectify=rectify, threshold=0.5)
-    costs, penalties = repo.costs_and_lambdas(torch.tensor([2.0, 0.5, -4.0]), 3.0, config)
+    # The second costs as much as the threshold, and so it is safe.
+    costs, lambdas = repo.costs_and_lambdas(torch.tensor([2.0, 0.5, -4.0]), 3.0, config)
     assert costs.tolist() == entering
-    assert penalties.tolist() == weights
+    assert lambdas.tolist() == weights
 
 
 @pytest.mark.parametrize("p", [0.9, 0.5, 0.2])
@@ -89,34 +81,29 @@ def test_return_estimates_the_gradient_and_mask_does_not(p):
             reward, cost_in_returns, zeros, zeros, mask, 0.0)
         of_critics = [(1 - p) * scores[0] + p * scores[1] for scores in (rewards, costs)]
         values = [value.expand(2, 1) for value in of_critics]
-        batch = repo.Rollout(torch.zeros(2, 2).long(), torch.ones(2, 2), mask.bool())
-        batch.log_probs, batch.lambdas = zeros, lambdas
-        batch.reward_advantages, _ = repo.gae(rewards, values[0], mask)
-        batch.cost_advantages, _ = repo.gae(costs, values[1], mask)
-        safe, unsafe = advantages_of(batch, config)
+        reward_advantages, _ = repo.gae(rewards, values[0], mask)
+        cost_advantages, _ = repo.gae(costs, values[1], mask)
+        new = torch.zeros(2, requires_grad=True)
+        columns = new.detach(), reward_advantages[:, 0], cost_advantages[:, 0], lambdas
+        loss, _ = loss_of(new, *columns, torch.ones(2))
+        safe, unsafe = (-torch.autograd.grad(loss, new)[0]).tolist()  # at ratio 1: A
         differences[rectify] = unsafe - safe
     assert differences["return"] == pytest.approx(-1 / 3)  # away from the unsafe response: right
     assert differences["mask"] == pytest.approx(2 * p - 1)  # towards it, above one half
 
 
-def advantages_of(batch, config) -> list[float]:
-    """A_t of (7), read off policy_loss: at ratio 1 the loss of a token with weight 1 is -A_t."""
-    losses = []
-    for i in range(len(batch.input_ids)):
-        weight = torch.zeros(2, 1)
-        weight[i] = 1.0
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(repo, "response_log_probs", lambda *_: torch.zeros(2))
-            loss, _ = repo.policy_loss(SimpleNamespace(fused_head=None), batch, weight, config)
-        losses.append(-loss.item())
-    return losses
-
-
-def test_a_cost_exactly_at_the_threshold_is_safe():
-    assert repo.rectify(torch.tensor([0.7, 0.7001]), 0.7)[0] == 0
-    masked = settings(rectify="mask")
-    _, penalties = repo.costs_and_lambdas(torch.tensor([0.0]), 3.0, masked)
-    assert penalties.item() == 0
+def loss_of(new, old, reward_advantages, cost_advantages, lambdas, weight, config=None):
+    """policy_loss of responses of one token, given what it knows of each: six tensors [N]."""
+    count = len(new)
+    mask = torch.ones(count, 1).bool()
+    batch = repo.Rollout(torch.zeros(count, 2).long(), torch.ones(count, 2), mask)
+    batch.log_probs, batch.lambdas = old[:, None], lambdas
+    batch.reward_advantages = reward_advantages[:, None]
+    batch.cost_advantages = cost_advantages[:, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repo, "response_log_probs", lambda *_: new)
+        policy = SimpleNamespace(fused_head=None)
+        return repo.policy_loss(policy, batch, weight[:, None], config or settings())
 
 
 # ---- (4) (5)
@@ -171,14 +158,6 @@ def test_gae_is_the_direct_double_sum():
     assert returns[~mask].abs().sum() == 0
 
 
-def test_gae_with_lambda_one_is_the_monte_carlo_return_minus_the_value():
-    rewards, values, mask = random_batch(1)
-    advantages, returns = repo.gae(rewards, values, mask, 1.0, 1.0)
-    to_go = (rewards * mask).flip(1).cumsum(1).flip(1)
-    assert torch.allclose(advantages, (to_go - values) * mask)
-    assert torch.allclose(returns, to_go * mask)
-
-
 def test_gae_by_hand():
     rewards, values = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 1.0]])
     advantages, returns = repo.gae(rewards, values, torch.ones(1, 2), gamma=1.0, lam=0.5)
@@ -188,90 +167,116 @@ def test_gae_by_hand():
 
 def test_what_stands_outside_the_mask_changes_nothing():
     rewards, values, mask = random_batch(2)
-    before = repo.gae(rewards, values, mask)
-    rewards_beside = rewards.masked_fill(~mask, 1e6)
-    values_beside = values.masked_fill(~mask, float("nan"))
-    after = repo.gae(rewards_beside, values_beside, mask)
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    score = torch.ones(5, dtype=torch.float64)
 
-    log_probs, ref, score = rewards, values, torch.ones(5, dtype=torch.float64)
-    log_probs_beside = log_probs.masked_fill(~mask, float("inf"))
-    before = repo.shape_rewards_and_costs(score, score, log_probs, ref, mask, 0.1)
-    after = repo.shape_rewards_and_costs(score, score, log_probs_beside, ref, mask, 0.1)
-    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    def all_results(rewards, values):
+        shaped = repo.shape_rewards_and_costs(score, score, rewards, values, mask, 0.1)
+        return *repo.gae(rewards, values, mask), *shaped
+
+    beside = rewards.masked_fill(~mask, math.inf), values.masked_fill(~mask, math.nan)
+    assert all(map(torch.equal, all_results(rewards, values), all_results(*beside)))
 
 
 # ---- (7) (8)
 
 
-def terms(n=50, seed=0):
-    """The six arguments of repo_loss, as fp64 [n]: new, old, reward, cost, lambdas, weight."""
-    generator = torch.Generator().manual_seed(seed)
-    old = -torch.rand(n, generator=generator, dtype=torch.float64) * 3
-    new = old + torch.randn(n, generator=generator, dtype=torch.float64) * 0.3
-    reward = torch.randn(n, generator=generator, dtype=torch.float64)
-    cost = torch.randn(n, generator=generator, dtype=torch.float64)
-    lambdas = torch.rand(n, generator=generator, dtype=torch.float64) * 4
-    weight = torch.rand(n, generator=generator, dtype=torch.float64)
-    return new.requires_grad_(), old, reward, cost, lambdas, weight
-
-
-def test_gradient_equals_finite_differences():
-    new, *rest = terms()
-
-    def loss(x):
-        return kernels.repo_loss(x, *rest)[0]
-
-    assert torch.autograd.gradcheck(loss, (new,), eps=1e-7, atol=1e-6)
-
-
-def test_at_ratio_one_the_gradient_is_minus_weight_times_advantage():
-    _, old, reward, cost, lambdas, weight = terms()
-    new = old.clone().requires_grad_()
-    kernels.repo_loss(new, old, reward, cost, lambdas, weight)[0].backward()
-    expected = []
-    for r, c, p, w in zip(reward.tolist(), cost.tolist(), lambdas.tolist(), weight.tolist()):
-        expected.append(-w * (r - p * c) / (1 + p))
-    assert new.grad.tolist() == pytest.approx(expected)
-
-
 def test_loss_by_hand():
-    """Ratios 2, 2, 0.5, 0.5, with A of both signs: only the pessimistic branch counts."""
-    new = torch.tensor([2.0, 2.0, 0.5, 0.5]).log().requires_grad_()
-    old = torch.zeros(4)
-    reward = torch.tensor([4.0, -4.0, 4.0, -4.0])
-    cost = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    lambdas = torch.tensor([1.0, 1.0, 1.0, 3.0])
-    weight = torch.full((4,), 0.25)
-    # A = 3/2, -2, 3/2, -1; terms min(2 A, 1.2 A) = 1.8, -4; min(0.5 A, 0.8 A) = 0.75, -0.8
-    loss, stats = kernels.repo_loss(new, old, reward, cost, lambdas, weight)
-    assert loss.item() == pytest.approx(-(1.8 - 4 + 0.75 - 0.8) / 4)
+    """Ratios 2, 2, 0.5, 0.5, 1, with A of both signs: only the pessimistic branch counts."""
+    new = torch.tensor([2.0, 2.0, 0.5, 0.5, 1.0]).log().requires_grad_()
+    old = torch.zeros(5)
+    reward = torch.tensor([4.0, -4.0, 4.0, -4.0, 2.0])
+    cost = torch.tensor([1.0, 0.0, 1.0, 0.0, -1.0])
+    lambdas = torch.tensor([1.0, 1.0, 1.0, 3.0, 4.0])
+    weight = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.5])
+    # A = 3/2, -2, 3/2, -1, 6/5; terms min(2 A, 1.2 A) = 1.8, -4; min(0.5 A, 0.8 A) = 0.75, -0.8
+    loss, stats = loss_of(new, old, reward, cost, lambdas, weight)
+    assert loss.item() == pytest.approx(-(1.8 - 4 + 0.75 - 0.8) / 4 - 0.6, abs=1e-6)
     loss.backward()
-    unclipped = [0.0, 0.25 * 2 * 2, -0.25 * 0.5 * 1.5, 0.0]  # clipped tokens have no gradient
+    unclipped = [0.0, 0.25 * 2 * 2, -0.25 * 0.5 * 1.5, 0.0, -0.5 * 1.2]  # 0 where it is clipped
     assert new.grad.tolist() == pytest.approx(unclipped)
-    assert stats["clip_fraction"] == 1
+    assert stats["clip_fraction"].item() == pytest.approx(0.8)
     assert stats["ratio_max"].item() == pytest.approx(2.0)
+    # rho - 1 - log rho: 1 - log 2 twice, log 2 - 0.5 twice, 0
+    assert stats["approx_kl"].item() == pytest.approx(0.2)
 
 
 def test_without_penalty_the_cost_has_no_say_and_with_a_huge_one_only_the_cost_has():
-    new, old, reward, cost, lambdas, weight = terms()
-    none, huge = torch.zeros_like(lambdas), torch.full_like(lambdas, 1e12)
-
-    loss, _ = kernels.repo_loss(new, old, reward, cost, none, weight)
-    of_another_cost, _ = kernels.repo_loss(new, old, reward, cost * 1e3, none, weight)
-    assert torch.equal(loss, of_another_cost)
-
-    loss, _ = kernels.repo_loss(new, old, reward, cost, huge, weight)
-    of_the_cost_alone, _ = kernels.repo_loss(new, old, -cost, cost, none, weight)
-    assert torch.allclose(loss, of_the_cost_alone)
+    torch.manual_seed(0)
+    new, reward, cost, weight = torch.randn(4, 50)
+    new, none, huge = 0.3 * new, torch.zeros(50), torch.full((50,), 1e12)
+    assert torch.equal(loss_of(new, none, reward, cost, none, weight)[0],
+                       loss_of(new, none, reward, 1e3 * cost, none, weight)[0])
+    assert torch.allclose(loss_of(new, none, reward, cost, huge, weight)[0],
+                          loss_of(new, none, -cost, cost, none, weight)[0])
 
 
 def test_no_tokens_no_loss():
     empty = torch.zeros(0, requires_grad=True)
-    loss, stats = kernels.repo_loss(empty, *[torch.zeros(0)] * 5)
+    loss, stats = loss_of(empty, *[torch.zeros(0)] * 5)
     loss.backward()
     assert loss.item() == 0
     assert all(value == 0 for value in stats.values())
+
+
+def loss_gradients_and_statistics(loss_function, policy, batch, config) -> dict:
+    weight = batch.response_mask / batch.response_mask.sum(1, keepdim=True) / len(batch.lambdas)
+    policy.zero_grad()
+    loss, statistics = loss_function(policy, batch, weight, config)
+    loss.backward()
+    gradients = {name: weight.grad.cpu() for name, weight in trainable(policy).items()}
+    return {"loss": loss.detach().cpu(), **gradients,
+            **{name: value.detach().cpu() for name, value in statistics.items()}}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's infinities
+@pytest.mark.parametrize("name, rank, changes", [
+    ("llama", 0, {}),
+    ("llama", 2, {}),
+    ("gemma2", 0, {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 0.5}),
+    ("granite", 0, {"num_key_value_heads": 2, "logits_scaling": 0.25}),
+])
+def test_the_fused_path_is_the_scripts_own_lines(
+    tmp_path, tokenizer, device, monkeypatch, name, rank, changes
+):
+    """Loss, gradients of all trained weights, and statistics: of the script's lines, of the same
+    with whole logits, and of the fused loss by the reference and by Triton, which alone is chosen
+    where Triton computes."""
+    folder = str(write_architecture(tmp_path, tokenizer, name, **changes))
+    config = repo.Config(policy=folder, device="cpu", dtype="float32", lora_rank=rank,
+                         temperature=0.7, clip_range=0.1)
+    policy, _ = load_policy(config)
+    policy, head = make_trainable(policy, config), policy.fused_head
+    batch = laid_out(PROMPTS, RESPONSES)
+    mask = batch.response_mask
+    with torch.no_grad():
+        log_probs = repo.response_log_probs(policy, batch, config.temperature)
+    batch.log_probs = torch.zeros(mask.shape).masked_scatter(mask, log_probs)
+    batch.log_probs += torch.tensor([[0.05, 0.2, -0.2], [-0.05, -0.2, 0.0]])  # some are clipped
+    batch.reward_advantages, batch.cost_advantages = torch.randn(2, *mask.shape)
+    batch.lambdas = 2 * torch.rand(2)
+
+    fused, chosen = repo.fused_policy_loss, []
+    monkeypatch.setattr(repo, "fused_policy_loss", lambda *_: chosen.append(1) or fused(*_))
+    results = {}
+    with monkeypatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        for way, function in (("script", repo.policy_loss), ("reference", fused)):
+            results[way] = loss_gradients_and_statistics(function, policy, batch, config)
+    assert not chosen
+    policy.to(device)
+    there = {key: value.to(device) for key, value in vars(batch).items() if value is not None}
+    batch = repo.Rollout(**there)
+    for way, its_head in (("Triton", head), ("whole logits", None)):
+        policy.fused_head = its_head
+        results[way] = loss_gradients_and_statistics(repo.policy_loss, policy, batch, config)
+        assert len(chosen) == 1
+
+    own = results.pop("script")
+    assert 0 < own["clip_fraction"] < 1 and any(own[name].any() for name in trainable(policy))
+    for way, others in results.items():
+        assert others.keys() == own.keys()
+        for key, value in own.items():
+            assert torch.allclose(others[key], value, rtol=1e-4, atol=1e-6), (way, key)
 
 
 # ---- the gate
@@ -288,10 +293,34 @@ def test_the_gate_replaces_the_reward_of_unsafe_responses():
     assert rollout.reward_advantages.tolist() == [[4.0], [-7.0], [-1.0]]
     assert rollout.lambdas.tolist() == [0.0, 0.0, 0.0]
     assert rollout.reward.tolist() == [4.0, 9.0, -1.0]  # as it is reported
-    assert repo.update_lambda(2.0, rollout.cost, gate) == 0.0
 
 
 # ---- critics
+
+
+def test_ppo_moves_its_policy_as_ppo_lag_with_a_lambda_of_zero_which_has_a_cost_critic(family):
+    states = {}
+    for algo in ("ppo", "ppo_lag"):
+        config = repo.Config(**family, algo=algo, lambda_init=0.0, device="cpu", dtype="float32",
+                             steps=3, minibatch_size=4, max_response_length=8, actor_lr=1e-3)
+        state = states[algo] = State(*load_policy(config), config)
+        for _ in range(2):
+            repo.train_step(state, repo.load_prompts(config.dataset)[:8], [], config)
+    assert states["ppo"].cost_critic is None and states["ppo_lag"].cost_critic is not None
+    for name, weight in trainable(states["ppo"].policy).items():
+        assert torch.equal(weight, trainable(states["ppo_lag"].policy)[name]), name
+        assert not torch.equal(weight, states["ppo"].reference.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("algo", ["ppo", "gate"])
+def test_without_lambda_nothing_of_a_cost_critic_is_saved(run, algo):
+    code, out, printed = run(*FEW, "--algo", algo, "--steps", 1, "--save_every", 1)
+    assert code == 0, printed
+    assert {path.name for path in (out / "final").iterdir()} == {"actor", "reward_critic"}
+    tensors, _ = read_checkpoint(out / "checkpoints" / "step-1")
+    (row,) = read_jsonl(out / "metrics.jsonl")
+    assert "reward_critic_loss" in row and any("reward_critic" in name for name in tensors)
+    assert not [name for name in [*tensors, *row] if "cost_critic" in name or "cost_ex" in name]
 
 
 def test_value_loss_is_the_larger_of_plain_and_clipped(monkeypatch):
@@ -350,6 +379,22 @@ def test_a_response_at_the_threshold_is_recorded_as_safe(two_responses):
     assert (first["kl"], first["rectified_cost"], second["rectified_cost"]) == (3.0, 0.0, 1.5)
 
 
+def test_a_steps_means_over_updates_and_over_tokens(two_responses):
+    """Two passes over a response of three tokens and one of one, an update for each."""
+    meter = metrics.Meter(two_responses, 4, settings(update_iters=2, device="cpu"))
+    for loss, clip_fraction, ratio_max, tokens in (
+        (1.0, 1.0, 2.0, 3), (2.0, 0.0, 5.0, 1), (3.0, 0.0, 1.0, 3), (6.0, 1.0, 3.0, 1),
+    ):
+        statistics = {"clip_fraction": clip_fraction, "approx_kl": 0.5, "ratio_max": ratio_max}
+        statistics = {name: torch.tensor(value) for name, value in statistics.items()}
+        meter.add("actor_loss", loss, statistics, tokens)
+        meter.add_norm("policy_grad_norm", 2 * loss)
+        meter.end_update()
+    assert meter.results() == pytest.approx({
+        "actor_loss": 3.0, "policy_grad_norm": 6.0, "clip_fraction": 0.5, "approx_kl": 0.5,
+        "ratio_max": 5.0})
+
+
 # ---- the optimiser
 
 
@@ -400,31 +445,25 @@ def test_only_the_policys_matrices_decay(family):
 # ---- the script as a text
 
 SOURCE = Path(repo.__file__).read_text()
-
-
 FUNCTIONS = {
     node.name: node for node in ast.parse(SOURCE).body if isinstance(node, ast.FunctionDef)
 }
+PLACES = {  # where an equation is named, and from (3) on computed
+    1: "costs_and_lambdas", 2: "costs_and_lambdas", 3: "update_lambda",
+    4: "shape_rewards_and_costs", 5: "shape_rewards_and_costs", 6: "gae",
+    7: "policy_loss", 8: "policy_loss",
+}
 
 
-def test_each_equation_is_named_in_exactly_one_functions_docstring():
-    docstrings = [ast.get_docstring(function) or "" for function in FUNCTIONS.values()]
-    for number in range(1, 9):
-        assert sum(f"({number})" in text for text in docstrings) == 1, number
-
-
-@pytest.mark.parametrize("function, number", [
-    ("update_lambda", 3),
-    ("shape_rewards_and_costs", 4),
-    ("shape_rewards_and_costs", 5),
-    ("gae", 6),
-    ("policy_loss", 7),
-    ("policy_loss", 8),
-])
-def test_the_line_that_computes_an_equation_bears_its_number(function, number):
-    first = FUNCTIONS[function].body[1].lineno  # behind the docstring
-    lines = SOURCE.splitlines()[first - 1:FUNCTIONS[function].end_lineno]
-    assert sum(f"({number})" in line.rpartition("#")[2] for line in lines) == 1
+@pytest.mark.parametrize("number", PLACES)
+def test_an_equation_is_named_in_one_docstring_and_at_the_line_that_computes_it(number):
+    named = [name for name, function in FUNCTIONS.items()
+             if f"({number})" in (ast.get_docstring(function) or "")]
+    assert named == [PLACES[number]]
+    function = FUNCTIONS[named[0]]
+    lines = SOURCE.splitlines()[function.body[1].lineno - 1:function.end_lineno]
+    marked = sum(f"({number})" in line.rpartition("#")[2] for line in lines)
+    assert marked == (number > 2)
 
 
 @pytest.mark.parametrize("first, last", [

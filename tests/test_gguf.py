@@ -9,7 +9,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from companions import supervised
-from companions.shared import learning
+from companions.shared import command
 from plumbing import models
 
 gguf = pytest.importorskip("gguf")
@@ -152,8 +152,7 @@ def test_a_plan_knows_its_sizes(run, original, file, tmp_path):
 def test_supervised_learning_begins_with_one(original, file, tmp_path):
     flags = ["--model", file, "--data", prompts(tmp_path), "--out", tmp_path / "new",
              "--batch_size", 4, "--steps", 2, "--device", "cpu"]
-    code = learning.main_of(supervised.SupervisedSettings, supervised.run, supervised.TINY,
-                            [str(flag) for flag in flags])
+    code = command.main(supervised.SupervisedSettings, supervised.run, [*map(str, flags)])
     assert code == 0
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "new").state_dict()
     first = "model.layers.0.self_attn.q_proj.weight"

@@ -245,6 +245,14 @@ def test_what_differs_is_named(second_rank, tmp_path, others, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_a_rank_does_not_see_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(machines, "from_all_ranks",
+                        lambda mine: mine | {1: False} if mine[0] is True else mine)
+    with pytest.raises(UserError, match="rank 1 does not see what rank 0 writes") as raised:
+        machines.check_shared(tmp_path)
+    assert raised.value.on_all_ranks and not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the options are Linux's")
 def test_the_kernel_is_asked_to_end_connections_that_have_been_silent():
     def asked(connection) -> list[int]:

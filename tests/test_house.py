@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = ["companions", "repo", "tiny_configs", "plumbing", "kernels"]
-FILES = [ROOT / "repo.py", *(path for floor in FLOORS for path in ROOT.glob(f"{floor}/*.py"))]
+FILES = [ROOT / "repo.py", *(path for floor in FLOORS for path in ROOT.glob(f"{floor}/**/*.py"))]
 
 
 def name_of(path) -> str:
@@ -83,7 +83,7 @@ def test_another_package_of_the_name_kernels_is_not_taken_for_ours(beside_other_
     [
         ("-m", "tiny_configs.world"),
         ("repo.py", "--help"),
-        ("companions/compare.py", "--help"),
+        ("-m", "companions.compare", "--help"),
         ("-m", "kernels.bench", "--help"),
         ("-m", "pytest", "--collect-only", "tests"),
     ],

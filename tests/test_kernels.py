@@ -1,6 +1,5 @@
 # pytest tests/test_kernels.py
-"""The four functions of the hot path, as their callers see them."""
-import math
+"""What the four functions refuse, which implementation they choose, and their derivatives."""
 import os
 import subprocess
 import sys
@@ -12,50 +11,13 @@ from conftest import ROOT
 import kernels
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(7, 65), (2, 3, 1000), (4, 1), (0, 9)])
-def test_gathered_log_probs_are_a_distribution(dtype, shape):
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    of_each_token = [
-        kernels.gather_log_probs(logits, torch.full(shape[:-1], v), 0.7) for v in range(shape[-1])
-    ]
-    assert of_each_token[0].dtype == torch.float32
-    assert of_each_token[0].shape == shape[:-1]
-    sums = torch.stack(of_each_token).exp().sum(0)
-    assert torch.allclose(sums, torch.ones(shape[:-1]), atol=1e-5)
-
-
-def test_temperature_and_hand_computed_log_probs():
-    logits = torch.tensor([[0.0, 3.0 * math.log(3.0)]])  # at temperature 3: odds of 1 to 3
-    log_probs = kernels.gather_log_probs(logits, torch.tensor([1]), 3.0)
-    assert log_probs.exp().item() == pytest.approx(0.75)
-
-
-def linear_inputs(n, h=8, v=33):
-    """hidden, weight, target_ids in float64."""
-    generator = torch.Generator().manual_seed(n)
-    hidden = torch.randn(n, h, generator=generator, dtype=torch.float64).requires_grad_()
-    weight = torch.randn(v, h, generator=generator, dtype=torch.float64).requires_grad_()
-    return hidden, weight, torch.randint(v, (n,), generator=generator)
-
-
-@pytest.mark.parametrize("n", [0, 1, 1023, 1024, 1025])
-def test_linear_log_probs_equal_gathering_from_all_logits(n):
-    hidden, weight, targets = linear_inputs(n)
-    chunked = kernels.linear_log_probs(hidden, weight, targets, 1.3)
-    gathered = kernels.gather_log_probs(hidden @ weight.T, targets, 1.3)
-    assert torch.allclose(chunked, gathered)
-
-    upstream = torch.randn(n, dtype=torch.float64)
-    ours = torch.autograd.grad(chunked, (hidden, weight), upstream)
-    expected = torch.autograd.grad(gathered, (hidden, weight), upstream)
-    for a, b in zip(ours, expected):
-        assert torch.allclose(a, b, atol=1e-12)
-
-
 def test_gradients_equal_finite_differences():
-    hidden, weight, targets = linear_inputs(5, 3, 4)
-    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, logits = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((5, 3), (4, 3), (5, 4))
+    )
+    targets = torch.tensor([0, 3, 1, 1, 2])
     assert torch.autograd.gradcheck(
         lambda x, w: kernels.linear_log_probs(x, w, targets, 0.7), (hidden, weight),
     )
@@ -64,27 +26,12 @@ def test_gradients_equal_finite_differences():
     )
 
 
-def test_linear_repo_loss_is_the_composition_and_detaches_its_log_probs():
-    hidden, weight, targets = linear_inputs(20)
-    per_token = [torch.rand(20, dtype=torch.float64) for _ in range(5)]
-    loss, log_probs, stats = kernels.linear_repo_loss(hidden, weight, targets, *per_token, 0.2, 1.3)
-    composed = kernels.linear_log_probs(hidden, weight, targets, 1.3)
-    expected, expected_stats = kernels.repo_loss(composed, *per_token, 0.2)
-    assert torch.equal(loss, expected)
-    assert not log_probs.requires_grad
-    assert stats == expected_stats
-
-    gradients = torch.autograd.grad(loss, (hidden, weight))
-    expected_gradients = torch.autograd.grad(expected, (hidden, weight))
-    assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients))
-
-
 PER_TOKEN = ["old_log_probs", "reward_advantages", "cost_advantages", "lambdas", "token_weight"]
 ALL = ["gather_log_probs", "linear_log_probs", "repo_loss", "linear_repo_loss"]
 
 
 def good(function):
-    """Arguments that the function takes: 3 tokens, 5 entries of vocabulary, 2 hidden dimensions."""
+    """Arguments of the function for N = 3, V = 5 and H = 2."""
     per_token = {name: torch.zeros(3) for name in PER_TOKEN}
     ids = {"target_ids": torch.zeros(3, dtype=torch.long)}
     head = {"hidden": torch.zeros(3, 2), "weight": torch.zeros(5, 2), **ids}
@@ -97,11 +44,10 @@ def good(function):
 
 
 @pytest.mark.parametrize("function", ALL)
-@pytest.mark.parametrize("backend", ["cuda", "Triton", ""])
-def test_an_unknown_backend_is_refused_by_name(function, backend):
-    says = f"^backend='{backend}': it must be 'reference', 'triton' or None$"
+def test_an_unknown_backend_is_refused_by_name(function):
+    says = "^backend='cuda': it must be 'reference', 'triton' or None$"
     with pytest.raises(ValueError, match=says):
-        getattr(kernels, function)(**good(function), backend=backend)
+        getattr(kernels, function)(**good(function), backend="cuda")
 
 
 @pytest.mark.parametrize("function", ALL)
@@ -120,7 +66,7 @@ def test_every_argument_is_refused_by_name_for_its_device_its_shape_and_its_type
                 getattr(kernels, function)(**{**good(function), argument: value})
             message = str(error.value)
             names_it = message.startswith(argument)
-            if argument == first and says == "shape":  # of two that disagree, the second is named
+            if argument == first and says == "shape":  # the message names the second of the two
                 names_it = names_it or message.split()[0] in others
             assert names_it, (argument, says, message)
             assert says in message and "\n" not in message
@@ -159,6 +105,7 @@ def test_the_backend_follows_device_environment_and_dtype(monkeypatch):
         monkeypatch.setitem(kernels.TRITON, name, lambda *_, name=name: used.append(name))
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not kernels.runs_triton(torch.zeros(1))
     kernels.gather_log_probs(**good("gather_log_probs"))
     assert not used
     needs_interpreter = "^backend='triton': CPU tensors need Triton's interpreter"
@@ -166,6 +113,8 @@ def test_the_backend_follows_device_environment_and_dtype(monkeypatch):
         kernels.gather_log_probs(**good("gather_log_probs"), backend="triton")
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.runs_triton(torch.zeros(1))
+    assert not kernels.runs_triton(torch.zeros(1, dtype=torch.float64))
     kernels.gather_log_probs(**good("gather_log_probs"), backend="reference")
     assert not used
     kernels.gather_log_probs(**good("gather_log_probs"))
@@ -192,18 +141,6 @@ kernels.gather_log_probs(logits, ids, backend="triton")
                           capture_output=True, text=True)
     says = "ValueError: backend='triton': Triton is not installed here"
     assert done.stderr.strip().endswith(says), done.stderr
-
-
-def test_entropy_of_the_reference():
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 3.0, float("-inf"), 3.0]])
-    targets = torch.tensor([1, 1])
-    log_probs, entropy = kernels.gather_log_probs(logits, targets, 1.5, return_entropy=True)
-    p = 1 / (1 + 2 * math.e ** 2)  # of the first token, and of each of the two likely ones:
-    q = math.e ** 2 / (1 + 2 * math.e ** 2)
-    expected = [math.log(4), -p * math.log(p) - 2 * q * math.log(q)]
-    assert entropy.tolist() == pytest.approx(expected)
-    assert not entropy.requires_grad
-    assert torch.equal(log_probs, kernels.gather_log_probs(logits, targets, 1.5))
 
 
 @pytest.mark.cuda

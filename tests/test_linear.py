@@ -1,19 +1,16 @@
 # pytest tests/test_linear.py
-"""LM head, log-prob and loss in one: both backends against float64.
-
-Memory, number of products, and what autograd asks of it.
-"""
+"""LM head, log-prob and loss in one: both backends against float64, memory and products."""
 from collections import Counter
 
 import pytest
 import torch
 from conftest import exhaustive, grid
 from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import linear, reference
 from kernels.bench import peak_memory
-from alive import Alive
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 CHUNK = 4
@@ -21,7 +18,7 @@ CHUNK = 4
 
 @pytest.fixture(params=["triton", "reference"])
 def backend(request, monkeypatch) -> str:
-    """Both, with chunks of 4 tokens (of 65 logits): the interpreter takes its time for each."""
+    """Both, in chunks of 4 tokens."""
     monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: CHUNK)
     monkeypatch.setattr(reference, "rows_per_chunk_on_cpu", lambda *_: CHUNK)
     return request.param
@@ -59,10 +56,7 @@ def in_double(tensors):
 
 
 def computed(function, hidden, weight, *arguments, **settings):
-    """(loss, log-probs, dX, dW) in float64 on the CPU.
-
-    With an upstream factor of 2, which rounds nothing.
-    """
+    """(loss, log-probs, dX, dW) in float64 on the CPU, for an upstream gradient of 2."""
     hidden, weight = (tensor.detach().requires_grad_() for tensor in (hidden, weight))
     loss, log_probs, _ = function(hidden, weight, *arguments, **settings)
     gradients = torch.autograd.grad(2 * loss, (hidden, weight))
@@ -99,7 +93,7 @@ def test_it_is_the_composition(device, backend, n, v, dtype):
     scales[0] = exact[0].abs().clamp(min=0.5)  # w_t sum to about 1, A_t are about 1
     for name, result, other, truth, scale in zip(names, ours, plain, exact, scales):
         assert result.shape == truth.shape
-        # a tenth more, for luck in rounding: as many roundings fall a little better or worse
+        # a tenth more, because single roundings fall a little better or worse
         error, plain_error = (result - truth).norm(), (other - truth).norm()
         assert error <= 1e-6 * scale + 1.1 * plain_error, (name, error / scale, plain_error / scale)
 
@@ -162,7 +156,7 @@ def test_a_frozen_head_or_frozen_hidden_states_have_no_gradient_and_change_no_ot
         assert not learns or torch.allclose(tensor.grad, both.grad)
 
 
-def test_existing_gradients_are_added_to_and_a_kept_graph_gives_the_same_again(device, backend):
+def test_gradients_accumulate_and_a_kept_graph_gives_them_again(device, backend):
     hidden, weight, targets = head(2 * CHUNK + 3, 65, device=device)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -176,15 +170,13 @@ def test_existing_gradients_are_added_to_and_a_kept_graph_gives_the_same_again(d
     assert torch.allclose(weight.grad, 2.3 * weight_once + 1, rtol=1e-4)
 
 
-def test_tied_embeddings_get_both_gradients(device, backend):
-    """The hidden states come out of the same matrix: its gradient is the sum of both uses."""
-    _, weight, targets = head(2 * CHUNK + 3, 65, device=device)
-    ids = targets.flip(0)
-    embedding, lm_head = (weight.clone().requires_grad_() for _ in range(2))
-    loss_of(embedding[ids].tanh(), lm_head, targets, backend).backward()
-    weight.requires_grad_()
-    loss_of(weight[ids].tanh(), weight, targets, backend).backward()
-    assert torch.allclose(weight.grad, embedding.grad + lm_head.grad, atol=1e-6)
+def test_the_upstream_gradient_is_not_rounded_to_bf16(device):
+    hidden, weight, targets = head(CHUNK, 65, dtype=torch.bfloat16, device=device)
+    hidden.requires_grad_()
+    loss = loss_of(hidden, weight, targets, "triton")
+    whole, = torch.autograd.grad(loss, hidden, retain_graph=True)
+    part, = torch.autograd.grad(0.3 * loss, hidden)
+    assert torch.equal(part, (0.3 * whole.float()).bfloat16())
 
 
 def test_same_inputs_same_bits(device, backend):
@@ -228,10 +220,7 @@ def test_autocast_reaches_log_probs_too_and_the_entropy_is_a_tensor_of_its_own(d
 
 
 def test_loss_scaling_reaches_fp16(device):
-    """Weights of 1 / 8192 and an upstream factor of 65536.
-
-    The gradient is as good as that of plain fp16 with the same factor.
-    """
+    """Weights of 1 / 8192 and an upstream gradient of 65536, as a loss scaler gives it."""
     hidden, weight, targets = head(2 * CHUNK, 4096, dtype=torch.float16, device=device)
     x, w = hidden.double(), weight.double()
     per_token = token_data_around(kernels.gather_log_probs(x @ w.T, targets, 1.0))
@@ -249,12 +238,9 @@ def test_loss_scaling_reaches_fp16(device):
 
 def test_a_chunks_rows_are_padded_to_128_bytes():
     hidden, weight = torch.randn(3, 8).bfloat16(), torch.randn(65, 8).bfloat16()
-    slices = linear.split(hidden, weight_learns=True)
-    buffer = linear.new_buffer(hidden, weight, weight_learns=True)
-    rows, logits = next(linear.chunks(hidden, weight, slices, buffer))
+    (rows, logits), = linear.chunks(hidden, weight, weight_learns=True)
     assert rows == slice(0, 3)
-    assert logits.shape == (3, 65)
-    assert logits.stride() == (128, 1)
+    assert logits.shape == (3, 65) and logits.stride() == (128, 1)
 
 
 def test_stats_are_those_of_the_loss(device, backend):
@@ -270,40 +256,39 @@ def test_stats_are_those_of_the_loss(device, backend):
 PRODUCTS = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_
 
 
-class Watch(Alive):
-    """Matrix products too, and how many operations write a tensor of a shape."""
+class Watch(TorchDispatchMode):
+    """Counts matrix products and the operations that write a tensor of a shape, and notes the
+    bytes of the largest tensor."""
 
-    def __init__(self, known=()):
-        super().__init__(known)
-        self.products = 0
+    def __init__(self):
+        super().__init__()
+        self.products = self.largest = 0
         self.written = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "repo":  # one of ours: its body is what is to be watched
+        if function.namespace == "repo":  # one of our operators: watch its body
             with self:
                 return OPDEFS[function._schema.name]._init_fn(*args, **(kwargs or {}))
-        if function.overloadpacket in PRODUCTS:
-            self.products += 1
-        result = super().__torch_dispatch__(function, types, args, kwargs)
-        is_new = not function.is_view and "empty" not in function.name()
-        if is_new and isinstance(result, torch.Tensor):
-            self.written[tuple(result.shape)] += 1
+        result = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket in PRODUCTS
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
+            if not function.is_view and "empty" not in function.name():
+                self.written[tuple(result.shape)] += 1
         return result
 
 
 def watched(function, hidden, weight, *arguments, **settings):
-    """One forward and backward under the watch; what existed before does not count."""
+    """One forward and backward under the watch."""
     hidden.requires_grad_()
     weight.requires_grad_()
-    with Watch((hidden, weight, *arguments)) as watch:
+    with Watch() as watch:
         function(hidden, weight, *arguments, **settings)[0].backward()
     return watch
 
 
 def log_probs_sum(*arguments, **settings):
-    """As linear_repo_loss does, it returns more than the scalar, which stands first."""
-    log_probs = kernels.linear_log_probs(*arguments, **settings)
-    return log_probs.sum(), log_probs
+    return [kernels.linear_log_probs(*arguments, **settings).sum()]
 
 
 def test_three_products_per_chunk_where_the_loss_is_known(device, monkeypatch):
@@ -325,26 +310,26 @@ def test_three_products_per_chunk_where_the_loss_is_known(device, monkeypatch):
 
 @pytest.mark.parametrize("chunks", [1, exhaustive(2), 4])
 def test_a_heads_gradient_is_written_once_per_chunk(device, monkeypatch, chunks):
-    """Nothing else passes over [V, H]: it is not cleared before, nor scaled behind."""
+    """Nothing clears it before. The loss writes it once more, scaled by the upstream gradient."""
     monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: CHUNK)
     hidden, weight, targets = head(chunks * CHUNK, 65, 24, device=device)
-    rest = targets, *token_data(chunks * CHUNK, device)
-    for function in kernels.linear_repo_loss, log_probs_sum:
-        weight.grad = None
-        watch = watched(function, hidden, weight, *rest[:1 if function is log_probs_sum else None],
-                        backend="triton")
-        assert watch.written[65, 24] == chunks
-        assert weight.grad.shape == (65, 24)
+    per_token = token_data(chunks * CHUNK, device)
+    watch = watched(log_probs_sum, hidden, weight, targets, backend="triton")
+    assert watch.written[65, 24] == chunks
+    weight.grad = None
+    watch = watched(
+        kernels.linear_repo_loss, hidden, weight, targets, *per_token, backend="triton",
+    )
+    assert watch.written[65, 24] == chunks + 1
 
 
 def test_chunks_are_larger_where_the_head_learns_but_not_than_its_gradient():
-    """By hand: n <= 2 H, from 1,024 to 4,096; and of about the same length."""
+    """By hand: n <= 2 H, from 1,024 to 4,096, and chunks of about the same length."""
     lengths = [linear.chunk_length(torch.empty(n, h, device="meta"), learns)
                for n, h, learns in [(8192, 4096, True), (8192, 1536, True), (8192, 64, True),
-                                    (8192, 4096, False), (4200, 4096, True), (5, 4096, True)]]
-    assert lengths == [4096, 2731, 1024, 1024, 2100, 5]
-    assert linear.split(torch.empty(0, 64), True) == []
-    assert linear.split(torch.empty(5, 64), True) == [slice(0, 5)]
+                                    (8192, 4096, False), (4200, 4096, True), (5, 4096, True),
+                                    (0, 64, True)]]
+    assert lengths == [4096, 2731, 1024, 1024, 2100, 5, 0]
 
 
 def test_four_products_per_chunk_without_a_known_loss(device, backend):
@@ -355,12 +340,10 @@ def test_four_products_per_chunk_without_a_known_loss(device, backend):
     assert watch.products == 4
 
 
-def test_all_logits_never_exist_and_an_update_takes_less_than_a_quarter_of_their_memory(capsys):
-    """On the CPU's own path, by PyTorch's allocator: N = 2048 tokens, V = 16001, H = 64."""
+def test_an_update_on_the_cpu_takes_less_than_a_quarter_of_the_memory_of_all_logits():
     n, v = 2048, 16001
     hidden, weight, targets = head(n, v)
     rest = targets, *token_data_around(torch.full((n,), -10.0))
-    function = kernels.linear_repo_loss
 
     def update(function, **settings):
         hidden.requires_grad_()
@@ -368,14 +351,7 @@ def test_all_logits_never_exist_and_an_update_takes_less_than_a_quarter_of_their
         function(hidden, weight, *rest, **settings)[0].backward()
 
     logits = 4 * n * v
-    peak = peak_memory(lambda: update(function, backend="reference"))
-    largest = watched(function, hidden, weight, *rest, backend="reference").largest
-    with capsys.disabled():
-        print(f"\n  an update at N = {n}, V = {v}, H = 64: peak {peak / 2 ** 20:.1f} MiB, "
-              f"largest tensor {largest / 2 ** 20:.1f} MiB; "
-              f"the fp32 logits alone {logits / 2 ** 20:.1f} MiB")
-    assert weight.nbytes <= largest < peak < logits / 4
-
+    assert peak_memory(lambda: update(kernels.linear_repo_loss, backend="reference")) < logits / 4
     # the measure does see logits where there are any
     assert peak_memory(lambda: update(unfused, temperature=1.0)) > 2 * logits
 
@@ -386,5 +362,4 @@ def test_no_storage_of_all_logits_in_the_kernels_path(device, monkeypatch):
     hidden, weight, targets = head(n, v, 16, device=device)
     rest = targets, *token_data(n, device, log_prob=-8.0)
     watch = watched(kernels.linear_repo_loss, hidden, weight, *rest, backend="triton")
-    # dW, no more; the chunk's buffer is smaller
-    assert watch.largest <= weight.nbytes + 4 * 64 * 8 < n * v * 4
+    assert watch.largest <= weight.nbytes + 4 * 64 * 8 < n * v * 4  # the chunk's buffer is smaller

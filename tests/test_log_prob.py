@@ -1,5 +1,5 @@
 # pytest tests/test_log_prob.py
-"""The Triton log-prob gather against float64, in the interpreter and, if there is one, on a GPU."""
+"""gather_log_probs against float64: Triton in the interpreter or on a GPU, and the reference."""
 import itertools
 import math
 
@@ -25,7 +25,7 @@ def random_rows(shape, dtype=torch.float32, scale=4.0, seed=0):
 
 
 def exact(logits, targets, upstream, temperature):
-    """(log-probs, gradient, entropy) by torch's own log_softmax in float64."""
+    """(log-probs, gradient, entropy) by PyTorch's log_softmax in float64."""
     logits = logits.detach().cpu().double().requires_grad_()
     log_softmax = torch.log_softmax(logits / temperature, -1)
     log_probs = log_softmax.gather(-1, targets.cpu().long().unsqueeze(-1)).squeeze(-1)
@@ -45,27 +45,30 @@ def computed(logits, targets, upstream, temperature, backend):
 
 
 def check(logits, targets, upstream, temperature, device):
-    """Errors against float64 no larger than those of plain PyTorch at the same precision.
+    """The reference is near float64, and Triton no further from it than the reference.
 
-    Plus a small tolerance. Returns what `computed` does.
+    Returns what `computed` does by Triton.
     """
     inputs = logits.to(device), targets.to(device), upstream.to(device)
     unchanged = inputs[0].clone()
     ours = computed(*inputs, temperature, "triton")
     plain = computed(*inputs, temperature, "reference")
     assert torch.equal(inputs[0], unchanged)
-    assert ours[0].dtype == ours[2].dtype == torch.float32
-    assert ours[1].dtype == logits.dtype
 
     names = "log-probs", "gradient", "entropy"
     truths = exact(*inputs, temperature)
     for name, result, other, truth in zip(names, ours, plain, truths):
-        assert result.shape == truth.shape
+        assert result.shape == other.shape == truth.shape
+        dtype = logits.dtype if name == "gradient" else torch.float32
+        assert result.dtype == other.dtype == dtype
         if not truth.numel():
             continue
         error = (result.cpu().double() - truth).abs()
         plain_error = (other.cpu().double() - truth).abs().amax()
-        tolerance = 4 * torch.finfo(torch.float32).eps * max(truth.abs().amax().item(), 1)
+        scale = max(truth.abs().amax().item(), 1)
+        largest = max(scale, logits.abs().amax().item())  # the reference loses these digits
+        assert plain_error <= 8 * torch.finfo(dtype).eps * largest, (name, plain_error)
+        tolerance = 4 * torch.finfo(torch.float32).eps * scale
         assert (error <= plain_error + tolerance).all(), (
             name, error.amax(), plain_error, tolerance,
         )
@@ -85,10 +88,8 @@ def check(logits, targets, upstream, temperature, device):
 ))
 @pytest.mark.parametrize("dtype, temperature", [
     (torch.float32, 0.7),
-    (torch.float32, 1.0),
-    exhaustive(torch.float32, 1.3),
-    exhaustive(torch.bfloat16, 0.7),
-    (torch.bfloat16, 1.0),
+    exhaustive(torch.float32, 1.0),
+    exhaustive(torch.bfloat16, 1.0),
     (torch.bfloat16, 1.3),
     (torch.float16, 0.7),
 ])
@@ -99,15 +100,14 @@ def test_values_gradients_and_entropies_at_odd_sizes(device, n, v, dtype, temper
 @pytest.mark.parametrize("v, temperature", grid(
     [2, 65, 1000],
     [0.7, 1.0, 1.3],
-    telling=[(2, 0.7), (65, 1.0), (1000, 1.3)],
+    telling=[(2, 0.7), (1000, 1.3)],
 ))
 def test_logits_of_ten_thousand(device, v, temperature):
     logits, targets, upstream = random_rows((7, v))
     check(logits.sign() * 1e4 + logits, targets, upstream, temperature, device)
     check(torch.linspace(-1e4, 1e4, v).repeat(7, 1), targets, upstream, temperature, device)
 
-    # Shifted by a number that fp32 adds exactly, the result may not move: a large common part is
-    # taken off before anything is rounded.
+    # a number that fp32 adds exactly to all logits changes nothing
     near = (logits * 256).round() / 256
     near, targets, upstream = near.to(device), targets.to(device), upstream.to(device)
     a = computed(near, targets, upstream, temperature, "triton")
@@ -131,20 +131,24 @@ def test_a_token_that_is_all_but_certain(device, dtype):
     assert gradient[0, 40].item() == pytest.approx(one_minus_p, rel=1e-2)
 
 
-def test_hand_computed(device):
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_hand_computed(device, backend):
     # odds of 1 to 3 at temperature 3, and of 1 to 1
     logits = torch.tensor([[0.0, 3 * math.log(3)], [5.0, 5.0]], device=device)
     targets = torch.tensor([1, 0], device=device)
     upstream = torch.tensor([1.0, 6.0], device=device)
-    log_probs, gradient, entropy = computed(logits, targets, upstream, 3.0, "triton")
+    log_probs, gradient, entropy = computed(logits, targets, upstream, 3.0, backend)
     assert log_probs.tolist() == pytest.approx([math.log(0.75), math.log(0.5)], abs=1e-6)
     assert gradient.flatten().tolist() == pytest.approx([-0.25 / 3, 0.25 / 3, 1.0, -1.0], abs=1e-6)
     entropies = [0.75 * math.log(4 / 3) + 0.25 * math.log(4), math.log(2)]
     assert entropy.tolist() == pytest.approx(entropies, abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("first", range(9))
+@pytest.mark.parametrize("dtype, first", grid(
+    [torch.float32, torch.bfloat16],
+    range(9),
+    telling=[(torch.float32, 1), (torch.float32, 3), *((torch.bfloat16, n) for n in (0, 1, 3, 6))],
+))
 def test_rows_that_begin_anywhere(device, dtype, first):
     # 5,000 logits: one whole tile and a part of one in bf16, two in fp32
     base, targets, upstream = random_rows((3, 5200), dtype)
@@ -166,7 +170,7 @@ def test_rows_that_begin_anywhere(device, dtype, first):
     lambda x: x.unflatten(0, (2, 2)),
     lambda x: x.unflatten(0, (2, 2)).transpose(0, 2),
 ])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [exhaustive(torch.float32), torch.bfloat16])
 def test_strides_and_dimensions_of_any_kind(device, view, dtype):
     logits = view(random_rows((4, 3, 35), dtype)[0].to(device))
     _, targets, upstream = random_rows(logits.shape, dtype)
@@ -181,10 +185,7 @@ def test_strides_and_dimensions_of_any_kind(device, view, dtype):
     lambda x: x[..., :96],
 ])
 def test_the_gradients_rows_lie_as_the_logits_rows_do(view, dtype):
-    """16-byte stores fault on an address that is no multiple of 16.
-
-    So where a row of logits lies, its gradient's row must lie too; and rows may not overlap.
-    """
+    """A 16-byte store faults on an address that is not a multiple of 16."""
     logits = view(torch.zeros(3, 5, 101, dtype=dtype))
     gradient = like_rows_of(logits, logits.storage_offset())
     assert gradient.shape == logits.shape
@@ -193,12 +194,9 @@ def test_the_gradients_rows_lie_as_the_logits_rows_do(view, dtype):
     places = list(itertools.product(range(logits.shape[0]), range(logits.shape[1])))
     begins = [gradient[place].data_ptr() for place in places]
     assert [begin % 16 for begin in begins] == [logits[place].data_ptr() % 16 for place in places]
+    assert gradient.is_contiguous() or not logits.is_contiguous()
     row_bytes = logits.shape[2] * logits.element_size()
     assert all(b - a >= row_bytes for a, b in itertools.pairwise(begins))
-
-
-def test_the_gradient_of_whole_logits_is_contiguous():
-    assert like_rows_of(torch.zeros(3, 5, 101), 0).is_contiguous()
 
 
 def test_the_gradient_of_a_slice_reaches_its_whole(device):
@@ -230,52 +228,41 @@ def test_targets_of_32_bits_and_upstream_of_stride_0(device):
     assert torch.allclose(logits.grad.cpu().double(), exact_gradient, atol=1e-6)
 
 
-def test_backward_twice_and_retained(device):
-    rows = random_rows((5, 1000), torch.bfloat16)
+def test_same_inputs_same_bits(device):
+    rows = random_rows((5, 5000), torch.bfloat16)
     logits, targets, upstream = (tensor.to(device) for tensor in rows)
     logits.requires_grad_()
-    log_probs = kernels.gather_log_probs(logits, targets, 0.7, backend="triton")
-    first, = torch.autograd.grad(log_probs, logits, upstream, retain_graph=True)
-    second, = torch.autograd.grad(log_probs, logits, upstream)
+    a, b = (kernels.gather_log_probs(logits, targets, 0.7, backend="triton") for _ in range(2))
+    assert torch.equal(a, b)
+    first, = torch.autograd.grad(a, logits, upstream, retain_graph=True)
+    second, = torch.autograd.grad(a, logits, upstream)
     assert torch.equal(first, second)
 
 
-def test_same_inputs_same_bits(device):
-    inputs = [tensor.to(device) for tensor in random_rows((9, 5000), torch.bfloat16)]
-    a, b = (computed(*inputs, 0.7, "triton") for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(a, b))
-
-
-def test_forbidden_tokens_and_what_is_no_token(device):
-    logits, targets, upstream = random_rows((4, 1000))
-    logits[:, 5:900] = float("-inf")  # generation's way to forbid a token
-    _, gradient, entropy = check(logits, targets.fill_(2), upstream, 1.0, device)
-    assert not gradient[:, 5:900].any()
-    assert torch.isfinite(entropy).all()
+def test_ids_outside_the_vocabulary_and_nan_logits_give_nan(device):
+    logits, _, _ = random_rows((4, 1000))
 
     def are_nan(targets):
         log_probs = kernels.gather_log_probs(logits.to(device), targets, backend="triton")
         return log_probs.isnan().tolist()
 
-    # outside the vocabulary: no log-prob of another token, no memory of another row
     targets = torch.tensor([1000, -1, -100, 999], device=device)
     assert are_nan(targets) == [True, True, True, False]
     logits[2, 7] = float("nan")
     assert are_nan(targets.fill_(1)) == [False, False, True, False]
 
 
-@pytest.mark.parametrize("forbidden", [torch.finfo(torch.float32).min, -1e38, -1e9, float("-inf")])
-def test_any_way_to_forbid_tokens_leaves_the_entropy_of_the_others(device, forbidden):
+@pytest.mark.parametrize("forbidden", [torch.finfo(torch.float32).min, float("-inf")])
+def test_forbidden_tokens_have_no_gradient_and_no_part_in_the_entropy(device, forbidden):
     logits, targets, upstream = random_rows((4, 5000))
     logits[:, 7:4900] = forbidden
-    check(logits, targets.fill_(2), upstream, 1.0, device)
+    _, gradient, entropy = check(logits, targets.fill_(2), upstream, 1.0, device)
+    assert not gradient[:, 7:4900].any()
+    assert torch.isfinite(entropy).all()
 
 
 def test_more_than_two_to_the_31_logits(device):
-    """The last row begins 2^31 logits behind the first: in 32 bits it would be another, or none.
-
-    The memory between is never touched.
-    """
+    """The last row begins 2^31 logits after the first. The memory between is never touched."""
     v = 1000
     storage = torch.empty(2 ** 31 + 8 * v, dtype=torch.bfloat16, device=device)
     logits = storage.as_strided((3, v), (2 ** 30 + 1, 1))

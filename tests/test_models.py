@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import laid_out, random_beaver, tiny_config, write_beaver, write_policy
+from conftest import laid_out, random_beaver, tiny_config, write_beaver, write_policy, write_python
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -23,7 +23,7 @@ from plumbing.errors import UserError
 from plumbing.models import hidden_states, load_policy, model_inputs
 from plumbing.scorers import Scorer, save_critic
 from plumbing.training import make_critic
-from plumbing.data import encode_prompts
+from plumbing.data import encode_prompts, pad_rows
 from tiny_configs import world
 
 load_scorer = repo.ScoreModel.from_pretrained
@@ -39,13 +39,9 @@ def by_hand(model: LlamaModel, state: dict, rows: list[list[int]]) -> torch.Tens
 
 def padded(rows, side):
     """(ids, mask), [B, L] both."""
-    width = max(map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        fill, absent, present = [2] * (width - len(row)), [0] * (width - len(row)), [1] * len(row)
-        ids.append(fill + row if side == "left" else row + fill)
-        mask.append(absent + present if side == "left" else present + absent)
-    return torch.tensor(ids), torch.tensor(mask)
+    if side == "left":
+        return pad_rows(rows, [[]] * len(rows), 2)
+    return pad_rows([[]] * len(rows), rows, 2)
 
 
 # ---- score models in the Beaver layout
@@ -92,11 +88,6 @@ def test_a_missing_weight_is_refused_by_name(tmp_path, tokenizer, lost):
     written = write_beaver(tmp_path / "broken", tokenizer, state)
     with pytest.raises(UserError, match=rf"--cost_model .*broken.*{lost}"):
         load_scorer(written, role="cost")
-
-
-def test_a_language_model_is_no_score_model(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="score_head.weight"):
-        load_scorer(write_policy(tmp_path / "lm", tokenizer))
 
 
 def test_normalizers_apply_by_role(tmp_path, tokenizer):
@@ -147,11 +138,7 @@ def test_a_classifiers_score_is_its_label_or_the_difference_of_two(tmp_path, tok
     assert torch.allclose(cost, logits[:, 1] - logits[:, 0])
 
 
-def test_other_classifiers_are_refused(tmp_path, tokenizer):
-    write_classifier(tmp_path / "three", tokenizer, 3)
-    with pytest.raises(UserError, match="3 labels"):
-        load_scorer(tmp_path / "three")
-
+def test_a_classifier_must_bring_its_head(tmp_path, tokenizer):
     file = write_policy(tmp_path / "lm", tokenizer) / "config.json"
     architecture = {"architectures": ["LlamaForSequenceClassification"]}
     file.write_text(json.dumps(json.loads(file.read_text()) | architecture))
@@ -224,30 +211,13 @@ def test_for_other_tokens_the_text_is_encoded_again(tmp_path, tokenizer):
     assert torch.allclose(scores, by_hand(model, state, [finished, cut_off]), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "body, says",
-    [
-        ("def score(prompts, responses): return [len(r) for r in responses]", None),
-        ("def score(prompts, responses): return ['high'] * len(responses)", "'high', not a number"),
-        ("def score(prompts, responses): return [1.0]", "returned 1 results for 2 responses"),
-        ("def score(prompts, responses): raise KeyError('no such key')", "KeyError: 'no such key'"),
-        ("def other(prompts, responses): pass", "has no function score"),
-        ("def broken(", "cannot be loaded.*SyntaxError"),
-    ],
-)
-def test_python_functions(tmp_path, tokenizer, body, says):
-    (tmp_path / "f.py").write_text(body)
-    config = config_for(tmp_path, reward_model=f"{tmp_path}/f.py:score")
-
-    def scores():
-        scorer = Scorer("reward", tokenizer, config)
-        return scorer([], ["p", "q"], ["ab", "abc"], [True, True]).tolist()
-
-    if says is None:
-        assert scores() == [2.0, 3.0]
-    else:
-        with pytest.raises(UserError, match=f"--reward_model .*f.py:score.*{says}"):
-            scores()
+def test_a_python_function_reads_texts(tmp_path, tokenizer):
+    file = write_python(tmp_path / "f.py", """
+        def score(prompts, responses):
+            return [len(asked) + 10 * len(said) for asked, said in zip(prompts, responses)]
+    """)
+    scorer = Scorer("reward", tokenizer, config_for(tmp_path, reward_model=f"{file}:score"))
+    assert scorer([], ["p", "pq"], ["ab", "abc"], [True, True]).tolist() == [21.0, 32.0]
 
 
 # ---- critics
@@ -305,34 +275,6 @@ def test_a_critic_is_saved_without_its_score_models_normaliser(tmp_path, tokeniz
 # ---- policies
 
 
-def test_policies_that_cannot_work_are_refused(tmp_path, tokenizer):
-    folder = write_policy(tmp_path / "policy", tokenizer)
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    del settings["eos_token"]
-    file.write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="policy.*no EOS token.*tokenizer_config.json"):
-        load_policy(config_for(tmp_path))
-
-    fewer = len(tokenizer) - 5
-    write_policy(folder, tokenizer, vocab_size=fewer)
-    with pytest.raises(UserError, match=f"{len(tokenizer)} tokens, the model only {fewer}"):
-        load_policy(config_for(tmp_path))
-
-    (folder / "model.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="policy: cannot be loaded"):
-        load_policy(config_for(tmp_path))
-
-
-def test_loading_names_a_folder_that_is_not_there(tmp_path):
-    for source in (str(tmp_path / "none"), "alpaca7b"):
-        presets = "tiny, tiny-pictures, alpaca-7b, llama-3.2-3b"
-        sentence = f"{source}: is none of {presets}, no folder here"
-        with pytest.raises(UserError, match=sentence) as error:
-            load_policy(repo.Config(model=source, policy=source, device="cpu"))
-        assert "\n" not in str(error.value)
-
-
 def test_a_checkpoints_own_sampling_settings_do_not_leak_in_but_its_stop_tokens_do(
     tmp_path, tokenizer
 ):
@@ -353,6 +295,22 @@ def test_a_checkpoints_own_sampling_settings_do_not_leak_in_but_its_stop_tokens_
 
 
 PROMPTS, RESPONSES = [[0, 4, 5, 6], [0, 9]], [[7, 8, 1], [5, 1]]
+
+
+def write_architecture(folder, tokenizer, name, **changes):
+    """A causal language model of some architecture, with random weights: folder / name."""
+    torch.manual_seed(0)
+    if name.startswith("gpt"):
+        size = {"n_embd": 32, "n_layer": 1, "n_head": 2}
+    else:
+        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **size, **changes))
+    model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
+    return folder / name
+
+
 ONE_KEY = {"num_key_value_heads": 1, "head_dim": 16}
 TWO_KEYS = {"num_key_value_heads": 2}
 
@@ -376,16 +334,7 @@ def test_the_real_loading_code_meets_other_architectures(
     """Padding must not move positions, log-probs must be the model's own, whether or not all
     prompts begin with the same tokens, and a head that is more than the kernels know must be
     noticed, and told of."""
-    torch.manual_seed(0)
-    if name.startswith("gpt"):
-        size = {"n_embd": 32, "n_layer": 1, "n_head": 2}
-    else:
-        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    size |= {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **size, **changes))
-    model.save_pretrained(tmp_path / name)
-    tokenizer.save_pretrained(tmp_path / name)
-
+    write_architecture(tmp_path, tokenizer, name, **changes)
     policy, tokenizer = load_policy(config_for(tmp_path, policy=str(tmp_path / name)))
     assert policy.fused_head == head
     assert capsys.readouterr().out.count("a scale or a soft cap") == (head is None)
@@ -401,18 +350,6 @@ def test_the_real_loading_code_meets_other_architectures(
             logits = policy(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             alone.append((logits / 0.7).log_softmax(-1)[range(len(response)), response])
     assert torch.allclose(log_probs, torch.cat(alone), atol=1e-4)
-
-    # An update sees the same head: its loss is that of the model's own logits.
-    config = config_for(tmp_path, temperature=0.7)
-    mask = batch.response_mask
-    for column in ("reward_advantages", "cost_advantages"):
-        setattr(batch, column, torch.randn(mask.shape))
-    batch.log_probs = torch.zeros(mask.shape).masked_scatter(mask, log_probs.detach() + 0.1)
-    batch.lambdas = torch.rand(2)
-    fused, _ = repo.policy_loss(policy, batch, mask / 5, config)
-    policy.fused_head = None
-    whole, _ = repo.policy_loss(policy, batch, mask / 5, config)
-    assert torch.allclose(fused, whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("count, reads", [
@@ -448,12 +385,10 @@ def test_what_all_rows_begin_with_is_read_once(tokenizer, count, reads):
 
 
 def test_rows_that_are_all_alike_keep_a_token_of_their_own(tokenizer):
-    torch.manual_seed(0)
     model = LlamaModel(tiny_config(tokenizer)).eval()
     ids = torch.randint(4, 60, (1, 24)).expand(2, 24)
-    mask = torch.ones_like(ids)
-    whole = model(**model_inputs(ids, mask)).last_hidden_state
-    assert torch.allclose(hidden_states(model, ids, mask), whole, atol=1e-5)
+    whole = model(**model_inputs(ids, torch.ones_like(ids))).last_hidden_state
+    assert torch.allclose(hidden_states(model, ids, torch.ones_like(ids)), whole, atol=1e-5)
 
 
 def test_what_a_config_says_of_the_head_is_held_against_the_model(tmp_path, tokenizer):
@@ -468,36 +403,15 @@ def test_what_a_config_says_of_the_head_is_held_against_the_model(tmp_path, toke
             assert find_head(policy) == Head()
 
 
-def test_with_a_plain_head_whole_logits_are_never_made_and_the_loss_is_the_same(
-    tmp_path, tokenizer, monkeypatch
-):
-    policy, tokenizer = load_policy(config_for(write_policy(tmp_path / "policy", tokenizer).parent))
-    config = config_for(tmp_path, temperature=0.7)
-    batch = laid_out(PROMPTS, RESPONSES, tokenizer.pad_token_id)
-    mask = batch.response_mask
-    for name in ("log_probs", "reward_advantages", "cost_advantages"):
-        setattr(batch, name, torch.randn(mask.shape))
-    batch.log_probs, batch.lambdas = batch.log_probs * 0.1 - 6, torch.rand(2)
-
-    results = []
-    for plain in (True, False):
-        policy.fused_head = Head() if plain else None
-        calls = []
-
-        def note(*_, calls=calls):
-            calls.append(1)
-
-        hook = policy.get_output_embeddings().register_forward_hook(note)
-        loss, stats = repo.policy_loss(policy, batch, mask / 5, config)
-        supervised_loss, _ = repo.ptx_loss(policy, batch, 5, config)
-        (loss + supervised_loss).backward()
-        repo.response_log_probs(policy, batch, 0.7, return_entropy=True)
-        assert bool(calls) != plain
-        gradients = [parameter.grad.clone() for parameter in policy.parameters()]
-        results.append([loss.detach(), *stats.values(), *gradients])
-        policy.zero_grad()
-        hook.remove()
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results))
+@pytest.mark.parametrize("head", [Head(), None])
+def test_with_a_plain_head_whole_logits_are_never_made(tmp_path, tokenizer, head):
+    policy, _ = load_policy(config_for(write_policy(tmp_path / "policy", tokenizer).parent))
+    policy.fused_head, calls = head, []
+    policy.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    batch = laid_out(PROMPTS, RESPONSES)
+    repo.response_log_probs(policy, batch, 0.7).sum().backward()
+    repo.response_log_probs(policy, batch, 0.7, return_entropy=True)
+    assert bool(calls) == (head is None)
 
 
 def test_a_critic_whose_class_is_in_no_list_is_saved_all_the_same(tmp_path, tokenizer):

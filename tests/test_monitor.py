@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from companions import monitor
 from companions.shared import streaming
+from companions.shared.command import ModelSettings
 from companions.shared.streaming import Answer
 from plumbing.models import load_policy
 from plumbing.data import encode_prompts
@@ -46,29 +47,13 @@ def test_where_the_kth_token_is_reached():
 
 
 def test_figures_by_hand():
-    """Four answers of four tokens: two harmful, of which one is stopped after three tokens, one of
-    its two harmful tokens read; two safe, of which one is stopped."""
+    """Four answers of four tokens: of two harmful ones, one is stopped after three tokens; of two
+    safe ones, one is stopped."""
     high, low = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.zeros(4)
-    answers = [answer(True, [False, False, True, True]), answer(True, [False] * 3 + [True]),
-               answer(False, [False] * 4), answer(False, [False] * 4)]
+    answers = [answer(True), answer(True), answer(False), answer(False)]
     figures = streaming.measure([high, low, high, low], answers, 0.5, 1)
-    assert figures == {
-        "macro_f1": 0.5, "recall": 0.5, "false_stop_rate": 0.5, "tokens_seen": (3 / 4 + 1) / 2,
-        "harm_let_through": (1 + 1) / 3, "theta": 0.5, "k": 1, "caught_at": [3 / 4]}
-    assert streaming.measure([high] * 2, [answer(True), answer(False)], 0.5, 1)[
-        "harm_let_through"] is None
-
-
-def test_the_picture_shows_when_answers_are_stopped():
-    Figure = pytest.importorskip("matplotlib.figure").Figure
-    figure = Figure()
-    monitor.draw(figure, {"of_two": {"caught_at": [0.25, 0.5], "recall": 0.5,
-                                     "false_stop_rate": 0.125}})
-    line, = figure.axes[0].lines
-    assert list(line.get_xdata()) == [0, 0.25, 0.5, 1]
-    assert list(line.get_ydata()) == [0, 0.25, 0.5, 0.5]
-    assert figure.legends[0].get_texts()[0].get_text() == (
-        "of two, which stops 12.5% of the safe answers too")
+    assert figures == {"macro_f1": 0.5, "recall": 0.5, "false_stop_rate": 0.5,
+                       "tokens_seen": (3 / 4 + 1) / 2, "theta": 0.5, "k": 1}
 
 
 def test_the_threshold_is_chosen_on_other_prompts_than_it_is_measured_on():
@@ -99,16 +84,12 @@ def test_spans_become_the_tokens_they_touch(tokenizer):
 
 # ---- live
 
-@pytest.mark.parametrize("rereads", [False, True])
-def test_live_stops_are_the_offline_ones_and_answers_prefixes(family, tmp_path, tokenizer, rereads):
-    """A random monitor that stops about half of the answers; read in one go with a cache, or as
-    text again and again."""
-    live = monitor.WatchSettings(policy=family["policy"], device="cpu")
-    run = live.as_run(family["policy"])
-    run.max_response_length = 12
+def test_live_stops_are_the_offline_ones_and_answers_prefixes(family, tmp_path, tokenizer):
+    """A random monitor that stops about half of the answers."""
+    run = ModelSettings(device="cpu").as_run(family["policy"], max_response_length=12)
     policy, tokenizer = load_policy(run)
     write_beaver(tmp_path / "m", tokenizer, random_beaver(tokenizer)[1])
-    model, _ = monitor.load_monitor(monitor.WatchSettings(monitor=str(tmp_path / "m")), run)
+    model, _ = monitor.load_monitor(str(tmp_path / "m"), run)
     with open(family["eval_dataset"]) as file:
         prompts = [json.loads(line)["prompt"] for line in file][:24]
     plain, cost = streaming.watched(policy, tokenizer, None, prompts, 0, 1, run)
@@ -119,8 +100,7 @@ def test_live_stops_are_the_offline_ones_and_answers_prefixes(family, tmp_path, 
         z = model.values(ids, torch.ones_like(ids))[0, len(prompt):]
         seconds.append(z.topk(2).values[1].item())
     theta = sum(sorted(seconds)[11:13]) / 2
-    cut, cost = streaming.watched(policy, tokenizer, model, prompts, theta, 2, run,
-                                tokenizer if rereads else None)
+    cut, cost = streaming.watched(policy, tokenizer, model, prompts, theta, 2, run)
     assert 0 < cost["of_them_the_monitors"] < cost["milliseconds_per_token"]
     for part, whole in zip(cut, plain):
         assert part["tokens"] == whole["tokens"][:len(part["tokens"])]
@@ -153,26 +133,27 @@ def test_trained_and_scored(family, tmp_path, capsys):
     assert monitor.main(["watch", "--monitor", str(tmp_path / "m"), "--policy", family["policy"],
                          "--dataset", prompts, "--theta", "0", "--max_response_length", "4",
                          "--device", "cpu"]) == 0
-    assert "of them the monitor's" in capsys.readouterr().out
+    assert "of them for the monitor" in capsys.readouterr().out
     assert AutoTokenizer.from_pretrained(tmp_path / "m").eos_token
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["train", "--data", "x"], "--model is missing"),
-    (["train", "--model", "x"], "--data is missing"),
-    (["score", "--data", "x"], "--monitor is missing"),
-    (["watch", "--policy", "x", "--monitor", "y", "--dataset", "z"], "--theta is missing"),
     (["score", "--monitor", "{run}", "--data", "{rows}"], "has no final/cost_critic"),
     (["score", "--monitor", "./none", "--data", "{rows}"], "--monitor ./none: is none of"),
     (["score", "--monitor", "{cost}", "--data", "{prompts}"], "not prompt, response and safe"),
-    (["score", "--monitor", "{cost}", "--data", "{safe}"], "a monitor needs both"),
-    (["score", "--monitor", "{cost}", "--data", "{rows}", "--k", "0"], "--k 0: must be above 0"),
+    (["score", "--monitor", "{cost}", "--data", "{safe}"], "needs safe and unsafe answers"),
+    (["watch", "--monitor", "{other}", "--policy", "{policy}", "--dataset", "{prompts}", "--theta",
+      "0"], "has other tokens than --policy"),
     (["stop"], "there is no stop"),
 ])
-def test_what_cannot_work_is_refused_in_a_sentence(family, tmp_path, capsys, flags, says):
+def test_what_cannot_work_is_refused_in_a_sentence(
+    family, tmp_path, tokenizer, capsys, flags, says
+):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-    names = {"run": tmp_path / "run", "cost": family["cost_model"],
+    other = tokenizer.train_new_from_iterator(["other text"], 300, show_progress=False)
+    names = {"run": tmp_path / "run", "cost": family["cost_model"], "policy": family["policy"],
+             "other": write_beaver(tmp_path / "other", other, random_beaver(other)[1]),
              "rows": written(tmp_path / "rows.jsonl", ROWS),
              "safe": written(tmp_path / "safe.jsonl", ROWS[1::2]),
              "prompts": written(tmp_path / "prompts.jsonl", [{"prompt": "p"}] * 3)}
@@ -182,12 +163,12 @@ def test_what_cannot_work_is_refused_in_a_sentence(family, tmp_path, capsys, fla
 
 
 @pytest.mark.parametrize("seed", [exhaustive(0), exhaustive(1)])
-def test_itself_in_the_tiny_world(tmp_path, seed):
+def test_itself_in_the_tiny_world(tmp_path, demonstrated, seed):
     """In the standard world, seeds 0, 1, 2: the trained monitor F1 1.000, tokens seen .57, .56,
     .55; the critic F1 .975, 1.000, .974, tokens seen .07, .24, .07 (seed 1 with other random
     halves .23 to .28). The cost model on prefixes stops .35, .36, .35 of the safe answers."""
-    code = monitor.main(["--out", str(tmp_path / "m"), "--run", str(tmp_path / "run"), "--seed",
-                         str(seed), "--json", str(tmp_path / "figures.json")])
+    code = monitor.main(["--run", demonstrated(seed), "--seed", str(seed),
+                         "--json", str(tmp_path / "figures.json")])
     assert code == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     trained, critic = figures["trained"], figures["run_critic"]

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from companions import neurons
-from companions.shared import learning, patching
+from companions.shared import command, patching
 from plumbing.errors import UserError
 from plumbing.data import encode_prompts, load_prompts
 
@@ -47,7 +47,7 @@ def test_patching_all_or_nothing(tokenizer, kind):
     """A model patched with itself, or with no neuron of another, writes what it writes alone; and
     greedy answers are the library's."""
     start, other = of_kind(kind, tokenizer, 0), of_kind(kind, tokenizer, 1)
-    shape = patching.activations(start, "START", torch.tensor([ROWS[0]])).shape
+    shape = patching.activations(start, torch.tensor([ROWS[0]])).shape
     every = torch.ones(shape[0], shape[2], dtype=torch.bool)
     alone = patching.answers(start, start, None, ROWS, tokenizer, 12)
     assert patching.answers(start, start, every, ROWS, tokenizer, 12) == alone
@@ -79,13 +79,13 @@ def test_scores_by_hand(tokenizer):
         aligned.model.layers[0].mlp.up_proj.weight[7] *= 2
     rows = [([0, 5, 6], [7, 8, 1]), ([0, 9], [4])]
     scores = patching.change_scores(start, aligned, rows, of_prompts=False)
-    seen = torch.cat([patching.activations(start, "S", torch.tensor([p + a]))[0, len(p):, 7]
+    seen = torch.cat([patching.activations(start, torch.tensor([p + a]))[0, len(p):, 7]
                       for p, a in rows])  # of the four answer tokens
     assert len(seen) == 4
     assert scores[0, 7].item() == pytest.approx((seen ** 2).mean().sqrt().item(), rel=1e-5)
     assert scores[0].count_nonzero() == 1 and scores[1].count_nonzero() > 1
     last = patching.change_scores(start, aligned, rows[:1], of_prompts=True)[0, 7].item()
-    before = patching.activations(start, "S", torch.tensor([[0, 5, 6]]))[0, -1, 7].abs().item()
+    before = patching.activations(start, torch.tensor([[0, 5, 6]]))[0, -1, 7].abs().item()
     assert last == pytest.approx(before, rel=1e-5)
 
 
@@ -103,42 +103,30 @@ def test_what_a_table_says_without_a_gain():
 
 
 def call(*flags) -> int:
-    return learning.main_of(neurons.NeuronSettings, neurons.run, argv=[str(each) for each in flags])
+    return command.main(neurons.NeuronSettings, neurons.run, [*map(str, flags)])
 
 
 def test_two_models_from_the_command_line(family, tmp_path, tokenizer, capsys):
     """The scores are of the prompts' last tokens, and only of those."""
     other = write_policy(tmp_path / "other", tokenizer, hidden_size=64, intermediate_size=192)
-    code = call("--models", family["policy"], other, "--dataset", family["eval_dataset"],
+    code = call(family["policy"], other, "--dataset", family["eval_dataset"],
                 "--cost_model", family["cost_model"], "--reward_model", family["reward_model"],
                 "--share", 0.1, 1.0, "--max_prompts", 4, "--max_response_length", 4,
-                "--tokens", "prompt_last", "--device", "cpu", "--out", tmp_path / "out",
-                "--json", tmp_path / "figures.json")
+                "--tokens", "prompt_last", "--device", "cpu", "--json", tmp_path / "figures.json")
     printed = capsys.readouterr().out
     assert code == 0 and "top 10%" in printed and printed.count("random 10%") == 5
-    kept = json.loads((tmp_path / "out" / "neurons.json").read_text())
-    scores = [neuron["score"] for neuron in kept["neurons"]]
-    assert len(scores) == 2 * 192 and scores == sorted(scores, reverse=True)
+    kept = json.loads((tmp_path / "figures.json").read_text())["neurons"]
+    scores = [score for _, _, score in kept]
+    assert scores == sorted(scores, reverse=True)
+    assert {(layer, index) for layer, index, _ in kept} == {
+        (layer, index) for layer in range(2) for index in range(192)}
     models = [LlamaForCausalLM.from_pretrained(path) for path in (family["policy"], other)]
     squares = []
     for prompt in encode_prompts(load_prompts(family["eval_dataset"])[:4], tokenizer):
-        one, two = (patching.activations(model, "x", torch.tensor([prompt]))[:, -1]
+        one, two = (patching.activations(model, torch.tensor([prompt]))[:, -1]
                     for model in models)
         squares.append((one - two) ** 2)
     assert scores[0] == pytest.approx(torch.stack(squares).mean(0).sqrt().max().item(), rel=1e-4)
-
-
-def test_the_picture_shows_safety_and_its_tax():
-    Figure = pytest.importorskip("matplotlib.figure").Figure
-    figures = {"start": (0.5, 2.0), "aligned": (1.0, 1.0), "random": {}, "top": {
-        share: {"safe": share, "helpful": 2 - share, "restored": share} for share in (0.05, 1.0)}}
-    figures["random"][0.05] = [{"safe": 0.5, "helpful": 1.5, "restored": 0.0}] * 5
-    figure = Figure()
-    neurons.draw(figure, figures)
-    lines = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
-    assert lines == [[[0.5] * 2, [1.0] * 2, [0.5] * 5, [0.05, 1.0]],
-                     [[2.0] * 2, [1.0] * 2, [1.5] * 5, [1.95, 1.0]]]
-    assert len(figure.legends[0].get_texts()) == 4
 
 
 def test_models_without_such_neurons_are_refused_by_name(tokenizer):
@@ -147,15 +135,13 @@ def test_models_without_such_neurons_are_refused_by_name(tokenizer):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--models", "x"], "name two models"),
-    (["--models", "{policy}", "{small}"], "--dataset is missing"),
-    (["--models", "{policy}", "{small}", "--dataset", "{data}", "--cost_model", "{cost}",
+    (["x"], "name two models"),
+    (["{policy}", "{small}"], "--dataset is missing"),
+    (["{policy}", "{small}", "--dataset", "{data}", "--cost_model", "{cost}",
       "--reward_model", "{cost}"], "have MLPs of different shapes"),
-    (["--models", "{policy}", "{other}", "--dataset", "{data}", "--cost_model", "{cost}",
+    (["{policy}", "{other}", "--dataset", "{data}", "--cost_model", "{cost}",
       "--reward_model", "{cost}"], "have different tokenizers"),
     (["--share", "2"], "--share 2.0: must be above 0"),
-    (["--draws", "3"], "--draws 3"),
-    (["--tokens", "all"], "--tokens all: completion or prompt_last"),
 ])
 def test_what_cannot_work_is_refused_in_a_sentence(
     family, tmp_path, tokenizer, capsys, flags, says
@@ -171,14 +157,15 @@ def test_what_cannot_work_is_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize("seed", [exhaustive(0), exhaustive(1)])
-def test_itself_in_the_tiny_world(tmp_path, seed):
+def test_itself_in_the_tiny_world(tmp_path, demonstrated, seed):
     """Planted neurons on held-out requests. Seen on seeds 0, 1, 2, 3 where prompts end: 19 of 19
     found and 1.00 restored each time, random 0 to 0.16 in the mean. Over the answers: 17, 18, 17,
     17 found, but 0.96, 0.53, 0.87, 0.92 restored, for what is missed acts where prompts end."""
-    assert call("--out", tmp_path, "--seed", seed, "--json", tmp_path / "figures.json") == 0
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    file = tmp_path / "figures.json"
+    assert call("--run", demonstrated(seed), "--seed", seed, "--json", file) == 0
+    figures = json.loads(file.read_text())
     planted = figures["planted"]
-    assert figures["self_patch_identical"] and planted["planted"] == 19
+    assert planted["planted"] == 19
     assert planted["found"] >= 15 and planted["restored_top"] >= 0.85
     assert sum(planted["restored_random"]) / len(planted["restored_random"]) <= 0.3
     assert planted["by_completion"]["found"] >= 15

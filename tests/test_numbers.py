@@ -4,59 +4,49 @@ ends; policies that collapse."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import exhaustive, read_checkpoint, read_jsonl, write_policy, write_python
-from test_run import FEW, stable
+from conftest import read_checkpoint, read_jsonl, write_policy, write_python
+from test_run import FEW
 from transformers import AutoModelForCausalLM
 
 import repo
 from plumbing import metrics
-from plumbing.metrics import BadNumbers, collapse, destruction, drift, require_finite
+from plumbing.metrics import BadNumbers, collapse, destruction, drift
 
 FLAGS = (*FEW, "--save_every", 1, "--keep_checkpoints", 9, "--minibatch_size", 4)
 
 
 # ---- making numbers bad
 
-OF_THE_ROLLOUT = ["reward", "cost", "log_probs", "ref_log_probs", "reward_values", "cost_values"]
-OF_THE_UPDATE = ["loss", "gradient", "critic loss"]
-
 
 def spoiled(monkeypatch, what: str, steps: tuple, number=math.nan):
     """Makes one number of a kind bad in some steps (from 0)."""
-    collect, policy_loss, value_loss = repo.collect, repo.policy_loss, repo.value_loss
-    now = []  # the step that is being made
+    require_finite, begun = metrics.require_finite, []  # an item per step
 
-    def bad_rollout(state, *arguments, **options):
-        now[:] = [state.step]
-        rollout = collect(state, *arguments, **options)
-        in_training = options.get("with_values", True)
-        if what in OF_THE_ROLLOUT and in_training and state.step in steps:
-            getattr(rollout, what)[1:2] = number
+    def bad_score(rollout):
+        if rollout.reward_values is not None:  # an evaluation has none
+            if what in ("reward", "cost") and len(begun) in steps:
+                getattr(rollout, what)[1] = number
+            begun.append(1)
         require_finite(rollout)
-        return rollout
 
-    def bad_loss(policy, batch, weight, config):
-        loss, stats = policy_loss(policy, batch, weight, config)
-        if now[0] in steps and what == "loss":
-            loss = loss + number
-        elif now[0] in steps:
-            weight = next(policy.parameters()).flatten()[0]
-            loss = loss + (0 * weight).abs().sqrt()  # a root has no finite slope at 0
-        return loss, stats
+    def spoil(name, bad):
+        function = getattr(repo, name)
 
-    def bad_critic_loss(critic, batch, weight, old_values, *more):
-        if now[0] in steps:
-            old_values = old_values + number
-        return value_loss(critic, batch, weight, old_values, *more)
+        def bad_in_some_steps(model, *arguments):
+            loss, statistics = function(model, *arguments)
+            return loss + bad(model) if len(begun) - 1 in steps else loss, statistics
 
-    monkeypatch.setattr(repo, "collect", bad_rollout)
-    if what in ("loss", "gradient"):
-        monkeypatch.setattr(repo, "policy_loss", bad_loss)
-    if what == "critic loss":
-        monkeypatch.setattr(repo, "value_loss", bad_critic_loss)
+        monkeypatch.setattr(repo, name, bad_in_some_steps)
+
+    monkeypatch.setattr(metrics, "require_finite", bad_score)
+    if what == "gradient":  # a root has no finite slope at 0
+        spoil("policy_loss", lambda model: (0 * next(model.parameters())).abs().sqrt().sum())
+    if what in ("policy_loss", "value_loss"):
+        spoil(what, lambda model: number)
 
 
 def names(folder, pattern="*") -> set[str]:
@@ -69,25 +59,29 @@ def bad_steps(out) -> list[bool]:
 
 # ---- one bad step
 
-KINDS = [(what, math.nan) for what in OF_THE_ROLLOUT[1:] + OF_THE_UPDATE]
-KINDS += [
-    ("reward", -math.inf),
-    exhaustive("reward", math.nan),
-    exhaustive("log_probs", -math.inf),
-    exhaustive("loss", math.inf),
-]
+
+@pytest.mark.parametrize("number", [math.nan, -math.inf])
+@pytest.mark.parametrize("name, source", metrics.SOURCES.items())
+def test_a_rollouts_numbers_are_finite(name, source, number):
+    numbers = {name: torch.zeros(2, 3) for name in metrics.SOURCES}
+    rollout = SimpleNamespace(responses=["a", "b"], **numbers)
+    metrics.require_finite(rollout)
+    numbers[name][1, 2] = number
+    with pytest.raises(BadNumbers, match=f"{source} gave {number}, .* to the response 'b'"):
+        metrics.require_finite(rollout)
 
 
-@pytest.mark.parametrize("what, number", KINDS)
+@pytest.mark.parametrize("what, number", [
+    ("reward", -math.inf), ("cost", math.nan), ("gradient", math.nan),
+    ("policy_loss", math.nan), ("value_loss", math.nan),
+])
 def test_the_update_is_left_out_and_the_batch_kept(run, monkeypatch, what, number):
     spoiled(monkeypatch, what, (1,), number)
     code, out, printed = run(*FLAGS, "--steps", 2)  # its second and last step is bad
     assert code == 0 and printed.count("the rest of this step is skipped") == 1
 
     rows, batch = read_jsonl(out / "metrics.jsonl"), read_jsonl(out / "bad-batch-2.jsonl")
-    assert [row["step"] for row in rows] == [1, 2]
-    assert rows[1]["bad"] and "loss" not in rows[1]
-    assert bad_steps(out) == [False, True]
+    assert [row["step"] for row in rows] == [1, 2] and bad_steps(out) == [False, True]
     assert len(batch) == 8
     assert all(set(row) >= {"prompt", "response", "reward", "cost"} for row in batch)
     if what in ("reward", "cost"):
@@ -106,48 +100,31 @@ def test_the_update_is_left_out_and_the_batch_kept(run, monkeypatch, what, numbe
 
 
 def test_one_bad_update_leaves_those_before_it(run, monkeypatch):
-    """Of the two updates of step 2 the second is bad: the policy is neither what step 1 left, nor
-    what both would make of it."""
-    flags = (*FLAGS, "--micro_batch_size", 4, "--steps", 2)
-    _, whole, _ = run(*flags, out="whole")
+    """Of the two updates of step 2 the second is bad."""
     policy_loss, calls = repo.policy_loss, []
 
     def bad_at_last(*arguments):
         calls.append(1)
-        loss, stats = policy_loss(*arguments)
-        return loss * (math.nan if len(calls) == 4 else 1), stats
+        loss, statistics = policy_loss(*arguments)
+        return loss * (math.nan if len(calls) == 4 else 1), statistics
 
     monkeypatch.setattr(repo, "policy_loss", bad_at_last)
-    code, out, printed = run(*flags)
+    code, out, printed = run(*FLAGS, "--micro_batch_size", 4, "--steps", 2)
     assert code == 0 and len(calls) == 4
-    assert (
-        "step 2: actor_loss is nan in update 2 of 2; the rest of this step is skipped" in printed
-    )
+    assert "step 2: actor_loss is nan in update 2 of 2; the rest of this step is skip" in printed
     actor = AutoModelForCausalLM.from_pretrained(out / "final" / "actor").state_dict()
-    both = AutoModelForCausalLM.from_pretrained(whole / "final" / "actor").state_dict()
     before, _ = read_checkpoint(out / "checkpoints" / "step-1")
     moved = [name for name in actor if "proj" in name]
     assert not any(torch.equal(actor[name], before[f"policy.{name}"]) for name in moved)
-    assert not all(torch.equal(actor[name], both[name]) for name in actor)
     assert all(tensor.isfinite().all() for tensor in actor.values())
 
 
 def test_a_checkpoint_that_a_bad_step_has_missed_comes_after_the_next_good_one(run, monkeypatch):
-    spoiled(monkeypatch, "cost", (3,))
+    spoiled(monkeypatch, "gradient", (3,))
     code, out, printed = run(*FEW, "--steps", 6, "--save_every", 2, "--keep_checkpoints", 9)
     assert code == 0
     assert names(out / "checkpoints") == {"step-2", "step-5", "step-6"}
     assert "6 steps of repo (1 of them with bad numbers, left out) in" in printed
-
-
-def test_before_anything_is_written_bad_numbers_are_bad_input(run, monkeypatch):
-    def refuse(rollout):
-        raise BadNumbers("the policy gave nan, not a finite number, to the response 'x'", rollout)
-
-    monkeypatch.setattr(metrics, "require_finite", refuse)
-    code, out, printed = run(*FEW)
-    assert code == 2 and "error: the policy gave nan" in printed
-    assert not out.exists()
 
 
 # ---- several in a row
@@ -172,32 +149,18 @@ def test_after_three_in_a_row_it_ends_with_code_3_and_goes_on_from_the_last_good
     assert bad_steps(out)[0]
 
 
-def test_with_the_bug_gone_a_resumed_run_is_as_if_it_had_never_been(run, monkeypatch):
-    flags = (*FLAGS, "--steps", 4)
-    code, whole, _ = run(*flags, out="whole")
-    assert code == 0
-    with monkeypatch.context() as patch:
-        spoiled(patch, "gradient", (2,))
-        code, _, printed = run(*flags, "--max_bad_steps", 1, out="one")
-    assert code == 3 and "policy_grad_norm is nan" in printed
-    code, one, _ = run(*flags, "--resume", out="one")
-    assert code == 0
-    metrics = [stable(read_jsonl(out / "metrics.jsonl")) for out in (one, whole)]
-    assert metrics[0] == metrics[1]
-
-
 def test_without_a_checkpoint_it_saves_what_it_has_before_it_ends(run, monkeypatch):
-    flags = (*FEW, "--steps", 5)
+    flags = (*FEW, "--steps", 4, "--max_bad_steps", 2)
     with monkeypatch.context() as patch:
-        spoiled(patch, "cost", (1, 2, 3))
+        spoiled(patch, "cost", (1, 2))
         code, out, printed = run(*flags)
     assert code == 3
-    mend = f"mend the cause and --resume from {out}/checkpoints/step-4; a lower learning rate"
+    mend = f"mend the cause and --resume from {out}/checkpoints/step-3; a lower learning rate"
     assert mend in printed
     code, out, _ = run(*flags, "--resume")
     assert code == 0
-    assert bad_steps(out) == [False, True, True, True, False]
-    assert json.loads((out / "summary.json").read_text())["bad_steps"] == 3
+    assert bad_steps(out) == [False, True, True, False]
+    assert json.loads((out / "summary.json").read_text())["bad_steps"] == 2
 
 
 # ---- a policy that collapses
@@ -252,6 +215,10 @@ def test_a_behaviour_is_gone_when_both_kinds_of_prompts_get_one():
     assert drift(verdicts("RRR", "RRRR")) is None   # too few to tell
 
 
+SHORT = ("--device", "cpu", "--steps", 2, "--batch_size", 8, "--sample_every", 1,
+         "--max_eval_prompts", 2, "--eval_samples", 1)
+
+
 def test_a_run_says_once_that_its_updates_destroy(run, tmp_path):
     """--actor_lr 1 does; the judge sees that no answer is left that refuses."""
     file = write_python(tmp_path / "judge.py", """
@@ -259,10 +226,8 @@ def test_a_run_says_once_that_its_updates_destroy(run, tmp_path):
             return [{"safe": True, "refused": False, "harmful_prompt": number % 2 == 0}
                     for number, _ in enumerate(prompts)]
     """)
-    code, _, printed = run("--device", "cpu", "--steps", 2, "--batch_size", 8, "--actor_lr", 1,
-                           "--minibatch_size", 4,
-                           "--sample_every", 1, "--judge", f"{file}:answers",
-                           "--max_eval_prompts", 2, "--eval_samples", 1)
+    code, _, printed = run(*SHORT, "--actor_lr", 1, "--minibatch_size", 4,
+                           "--judge", f"{file}:answers")
     assert code == 0, printed
     assert printed.count("the update went too far from the policy that sampled") == 1
     assert printed.count("none of the 8 responses refuses") == 1
@@ -277,8 +242,6 @@ def test_a_judge_that_does_not_know_the_training_prompts_ends_no_run(run, tmp_pa
             assert all(prompt in held_out for prompt in prompts)
             return [{{"safe": True, "refused": False, "harmful_prompt": False}} for _ in prompts]
     """)
-    code, out, printed = run("--device", "cpu", "--steps", 2, "--batch_size", 8,
-                             "--sample_every", 1, "--judge", f"{file}:knows",
-                             "--max_eval_prompts", 2, "--eval_samples", 1)
+    code, out, printed = run(*SHORT, "--judge", f"{file}:knows")
     assert code == 0, printed
     assert json.loads((out / "summary.json").read_text())["judge_safety_rate"] == 1

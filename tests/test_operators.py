@@ -41,19 +41,14 @@ def test_operators_keep_their_word(device, checks):
     check(log_prob.gather_op, (logits[:, 1:-1], targets.clamp(max=9), 0.7, False))
     check(objective.loss_op, (log_probs, *per_token, 0.2))
     check(linear.linear_op, (hidden, weight, targets, *settings, True, True))
-    # Its backward uses up what it made of the gradients, so no graph may return those, as the
-    # fourth check's does: a whole update is compiled below.
     for weight_learns in (True, False):
         everything = hidden, weight, targets, *per_token, 0.2, *settings, True, weight_learns
-        check(linear_loss.loss_op, everything, test_utils=CHEAP)
+        check(linear_loss.loss_op, everything)
 
     three = [torch.randn(N, device=device) for _ in range(3)]
     fixed, x, w = (tensor.detach() for tensor in (logits, hidden, weight))
     check(log_prob.gather_backward_op, (three[0], fixed, targets, 0.7, *three))
     check(linear.linear_backward_op, (three[0], x, w, targets, *settings, True, True, True, *three))
-    buffer = torch.randn(7, 128, device=device)
-    factor = torch.tensor(2.0, device=device)
-    check(linear_loss.finish_op, (x + 1, w + 1, buffer, x, factor, True, True))
 
 
 def update(backend):
@@ -84,7 +79,7 @@ def results(step, hidden, weight, *rest):
     ["triton", "reference"],
     [False, True],
     ["aot_eager", "inductor"],
-    telling=[("triton", True, "aot_eager"), ("reference", False, "aot_eager")],
+    telling=[("triton", True, "aot_eager")],
 ))
 def test_a_compiled_update_gives_the_same_numbers(device, tmp_path, monkeypatch, backend, dynamic,
                                                   compiler):
@@ -119,33 +114,20 @@ def test_second_derivatives_are_refused(device):
             gradient.sum().backward()
 
 
-def test_a_kept_graph_gives_its_gradients_again_after_the_first_has_used_them_up(device):
-    hidden, weight, targets = head(N, V, H, device=device)
-    hidden.requires_grad_(), weight.requires_grad_()
-    loss, _, _ = kernels.linear_repo_loss(
-        hidden, weight, targets, *token_data(N, device), backend="triton",
-    )
-    first = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
-    again = torch.autograd.grad(3 * loss, (hidden, weight))
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
-
-
 # ---- the same logits, the same bits
 
 @pytest.mark.parametrize("v, dtype", grid(
     [1, 64, 65, 1000, 9000, 32001],
     [torch.float32, torch.bfloat16, torch.float16],
-    telling=[(65, torch.float32), (9000, torch.bfloat16), (1000, torch.float16)],
+    telling=[(65, torch.float32), (9000, torch.bfloat16)],
 ))
 def test_log_probs_of_the_same_logits_are_the_same_bits(device, v, dtype):
     """From logits in rows as padded as a chunk's, from one chunk, from several, with the loss; and
     so the ratio of an unchanged policy is 1."""
     hidden, weight, targets = head(N, v, H, dtype=dtype, device=device)
-    slices = linear.split(hidden, weight_learns=True)
-    buffer = linear.new_buffer(hidden, weight, weight_learns=True)
     expected = torch.cat([
         kernels.gather_log_probs(logits, targets[rows], 0.7, backend="triton")
-        for rows, logits in linear.chunks(hidden, weight, slices, buffer)
+        for rows, logits in linear.chunks(hidden, weight, weight_learns=True)
     ])
     old, _ = kernels.linear_log_probs(
         hidden, weight, targets, 0.7, return_entropy=True, backend="triton",

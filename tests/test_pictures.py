@@ -17,23 +17,25 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaConfig
 
 import repo
 from companions import monitor, neurons, score_models, supervised
-from companions.shared import learning
+from companions.shared import command
 from plumbing import pictures as sight
-from plumbing.errors import UserError
 from plumbing.adapters import make_trainable, trainable
-from plumbing.models import load_policy, save_tokenizer, tokenizer_with_sight
-from plumbing.scorers import Scorer, ScoreModel, reads_alike
-from plumbing.data import pixels_for
-from plumbing.pictures import Pictured
-from plumbing.preferences import load_preferences
 from plumbing.data import (
     encode_pairs,
     encode_prompts,
+    lay_out,
     load_pairs,
     load_prompts,
     load_ptx_pairs,
+    pixels_for,
     render_prompt,
 )
+from plumbing.errors import UserError
+from plumbing.models import load_policy, save_tokenizer, tokenizer_with_sight
+from plumbing.pictures import Pictured
+from plumbing.preferences import load_preferences
+from plumbing.scorers import Scorer, ScoreModel, reads_alike
+from plumbing.training import State
 from tiny_configs import pictures, world
 
 
@@ -207,7 +209,7 @@ def test_turns_before_a_picture_and_no_turn_for_it(loaded):
                     prompt.image)
     assert render_prompt(chat, tokenizer).startswith(
         "BEGINNING OF CONVERSATION: USER: be nice\n\n<image>\none ASSISTANT:two")
-    with pytest.raises(UserError, match="has a picture, and nothing of a user's to put it to"):
+    with pytest.raises(UserError, match="has a picture, but no message of the user"):
         render_prompt(Pictured("\n\nSystem: be nice", prompt.image), tokenizer)
 
 
@@ -230,8 +232,8 @@ def log_probs_and_values(loaded, prompts, answers):
     """[N] each, of all answers' tokens in one batch."""
     policy, tokenizer, config = loaded
     pairs = encode_pairs(list(zip(prompts, answers)), tokenizer)
-    batch = repo.lay_out(*zip(*pairs), tokenizer.pad_token_id, "cpu",
-                         pixels_for(tokenizer, prompts))
+    batch = repo.Sequences(*lay_out(*zip(*pairs), tokenizer.pad_token_id, "cpu"),
+                           pixels_for(tokenizer, prompts))
     critic = ScoreModel.from_pretrained(config.cost_model, "cost")
     with torch.no_grad():
         found = torch.stack([repo.response_log_probs(policy, batch, 1.0),
@@ -319,10 +321,16 @@ def test_what_is_trained_of_a_model_that_sees(loaded, rank):
 
 
 @pytest.mark.parametrize("rank", [exhaustive(0), 4])
-def test_a_run_with_pictures_is_saved_resumed_and_evaluated(run, rank):
+def test_a_run_with_pictures_is_saved_resumed_and_evaluated(run, seeing, tmp_path, rank):
+    few = {}
+    for name in ("dataset", "ptx_dataset"):  # to read all rows takes longer than the run
+        with open(seeing[name]) as file:
+            few[name] = tmp_path / f"{name}.jsonl"
+            few[name].write_text("".join(itertools.islice(file, 40)))
     flags = ["--model", "tiny-pictures", "--device", "cpu", "--steps", "2", "--batch_size", "4",
              "--minibatch_size", "2", "--max_eval_prompts", "4", "--eval_samples", "1",
-             "--save_every", "1", "--lora_rank", rank, "--ptx_coeff", "1"]
+             "--save_every", "1", "--lora_rank", rank, "--ptx_coeff", "1",
+             "--dataset", few["dataset"], "--ptx_dataset", few["ptx_dataset"]]
     code, out, printed = run(*flags)
     assert code == 0, printed
     tensors, _ = read_checkpoint(out / "checkpoints" / "step-1")
@@ -331,14 +339,12 @@ def test_a_run_with_pictures_is_saved_resumed_and_evaluated(run, rank):
     assert not any("vision_tower" in name for name in trained)
     assert any("projector" in name for name in trained) == (rank == 0)
 
-    before = AutoModelForImageTextToText.from_pretrained(pictures.build()["policy"]).state_dict()
+    before = AutoModelForImageTextToText.from_pretrained(seeing["policy"]).state_dict()
     after = AutoModelForImageTextToText.from_pretrained(out / "final" / "actor").state_dict()
     assert before.keys() == after.keys()
-    for name, weight in after.items():
-        is_frozen = "vision_tower" in name or ("projector" in name and rank)
-        assert torch.equal(weight, before[name]) or not is_frozen, name
-    assert any(not torch.equal(after[name], before[name]) for name in after
-               if ".language_model." in name)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert any(".language_model." in name for name in changed)
+    assert not any("vision_tower" in name or ("projector" in name and rank) for name in changed)
     rows = read_jsonl(out / "eval.jsonl")
     assert all(row["image"] for row in rows)
 
@@ -387,9 +393,9 @@ def test_an_update_learns_from_the_picture(loaded):
 
     def losses() -> torch.Tensor:
         pairs = encode_pairs([(first, answers[0]), (second, answers[1])], tokenizer)
-        batch = repo.lay_out(*zip(*pairs), tokenizer.pad_token_id, "cpu",
-                             pixels_for(tokenizer, [first, second]))
-        return repo.ptx_loss(policy, batch, batch.response_mask.sum())[0]
+        batch = repo.Sequences(*lay_out(*zip(*pairs), tokenizer.pad_token_id, "cpu"),
+                               pixels_for(tokenizer, [first, second]))
+        return repo.ptx_loss(policy, batch, batch.response_mask.sum(), config)[0]
 
     for _ in range(40):
         optimizer.zero_grad()
@@ -440,7 +446,7 @@ def test_a_step_learns_its_ptx_pairs_with_their_pictures(loaded):
         shown = [Pictured(str(prompt), other.image) for prompt, other in zip(asked, prompts)]
         pairs = [(*ids, prompt) for ids, prompt in zip(
             encode_pairs(list(zip(shown, texts)), tokenizer), shown)]
-        state = repo.State(*load_policy(config), config)
+        state = State(*load_policy(config), config)
         losses.append(repo.train_step(state, drawn(4), pairs, config)[1]["ptx_loss"])
     assert losses[1] > losses[0] + 0.1
 
@@ -493,7 +499,7 @@ def test_pictures_that_do_not_fit_are_refused_in_a_sentence(loaded, tmp_path, mo
             pixels_for(tokenizer, load_prompts(str(file), tokenizer=tokenizer))
 
     says([good, {"prompt": "p", "image": None}], "1 of its 2 rows have no image")
-    says([good], "the model sees none", text_tokenizer)
+    says([good], "the model reads none", text_tokenizer)
     says([{"prompt": "p", "image": "none.png"}], "there is no picture 'none.png'")
     says([{"prompt": "p", "image": [[[0.5]]]}], r"has the shape \[1, 1, 1\]")
     says([{"prompt": "p", "image": [[[0.5], [0.5, 0.5]]], "other": None}], "is no picture")
@@ -518,15 +524,15 @@ def test_who_cannot_see_is_not_trained_blindly(seeing, family, tmp_path, capsys,
             "preferences": lambda: load_preferences(
                 str(folder / "preferences.jsonl"), "--data", "cost", tokenizer, 512),
         }[what]
-        with pytest.raises(UserError, match="its prompts have pictures, and the model sees none"):
+        with pytest.raises(UserError, match="its prompts have pictures, but the model reads none"):
             call()
         return
     if what == "monitor":
         code = monitor.main(["watch", "--policy", seeing["policy"], "--monitor",
                              family["cost_model"], "--dataset", family["dataset"], "--theta", "0"])
     else:
-        code = learning.main_of(neurons.NeuronSettings, neurons.run, argv=[
-            "--models", seeing["policy"], seeing["policy"], "--dataset", family["dataset"],
+        code = command.main(neurons.NeuronSettings, neurons.run, [
+            seeing["policy"], seeing["policy"], "--dataset", family["dataset"],
             "--cost_model", family["cost_model"], "--reward_model", family["reward_model"]])
     assert code == 2 and "sees pictures, and this reads text alone" in capsys.readouterr().err
 

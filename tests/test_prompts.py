@@ -53,84 +53,60 @@ TALK = [
 ]
 ANSWERED = [*TALK, {"role": "assistant", "content": "four"}]
 TRANSCRIPT = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three"
-HH = {
-    "chosen": TRANSCRIPT + "\n\nAssistant: four",
-    "rejected": "\n\nHuman: one\n\nAssistant: no",
-}
-HH_OF_ONE_TURN = {"chosen": "\n\nHuman: only\n\nAssistant: yes", "rejected": "x"}
+HH = [
+    {"chosen": TRANSCRIPT + "\n\nAssistant: four", "rejected": "\n\nHuman: one\n\nAssistant: no"},
+    {"chosen": "\n\nHuman: only\n\nAssistant: yes", "rejected": "x"},
+]
 PKU = {
-    "prompt": "p",
-    "response_0": "a",
-    "response_1": "b",
-    "is_response_0_safe": True,
-    "is_response_1_safe": False,
-    "better_response_id": 1,
-    "safer_response_id": 0,
+    "prompt": "p", "response_0": "a", "response_1": "b",
+    "is_response_0_safe": True, "is_response_1_safe": False,
+    "better_response_id": 1, "safer_response_id": 0,
 }
 ALPACA = [
     {"instruction": "do", "input": "", "output": "ok"},
     {"instruction": "add", "input": "1 2", "output": "3"},
 ]
-FORMATS = {
-    "pku.jsonl.gz": (
-        [PKU, PKU | {"prompt": "q", "better_response_id": 0}],
-        [("p", "b"), ("q", "a")],
-    ),
-    "hh.jsonl": ([HH, HH_OF_ONE_TURN], [(TRANSCRIPT, "four"), ("only", "yes")]),
+HARMBENCH = [
+    {"Behavior": "b", "SemanticCategory": "s", "Tags": "", "ContextString": ""},
+    {"Behavior": "b2", "SemanticCategory": "s", "Tags": "context", "ContextString": "c"},
+]
+FORMATS = {  # rows of a file, and what is read from them
+    "pku.jsonl.gz": ([PKU, PKU | {"prompt": "q", "better_response_id": 0}],
+                     [("p", "b"), ("q", "a")]),
+    "hh.jsonl": (HH, [(TRANSCRIPT, "four"), ("only", "yes")]),
     "alpaca.json": (ALPACA, [("do", "ok"), ("add\n1 2", "3")]),
     "list.json": ({"instructions": ["a", "b"]}, [("a", None), ("b", None)]),
-    "tuned.json": (
-        {"inputs": [], "tags": ["x", "y"], "instructions": ["a", "b"]},
-        [("a", None), ("b", None)],
-    ),
-    "inputs.json": (
-        {"instructions": ["a", "b", "c"], "inputs": ["1", "", "3"], "tags": ["x"]},
-        [("a\n1", None), ("b", None), ("c\n3", None)],
-    ),
-    "xstest.csv": (
-        [{"id": "1", "prompt": "kill a process?", "type": "homonyms", "label": "safe"}],
-        [("kill a process?", None)],
-    ),
-    "problems.json": (
-        [{"prompt": "a", "category": "X"}, {"prompt": "b", "category": "Y"}],
-        [("a", None), ("b", None)],
-    ),
-    "do_not_answer.csv": (
-        [{"id": "1", "risk_area": "r", "types_of_harm": "t", "question": "q?"}],
-        [("q?", None)],
-    ),
+    "tuned.json": ({"inputs": [], "tags": ["x", "y"], "instructions": ["a", "b"]},
+                   [("a", None), ("b", None)]),
+    "inputs.json": ({"instructions": ["a", "b", "c"], "inputs": ["1", "", "3"], "tags": ["x"]},
+                    [("a\n1", None), ("b", None), ("c\n3", None)]),
+    "xstest.csv": ([{"id": "1", "prompt": "kill?", "type": "homonyms", "label": "safe"}],
+                   [("kill?", None)]),
+    "problems.json": ([{"prompt": "a", "category": "X"}, {"prompt": "b", "category": "Y"}],
+                      [("a", None), ("b", None)]),
+    "do_not_answer.csv": ([{"id": "1", "risk_area": "r", "types_of_harm": "t", "question": "q?"}],
+                          [("q?", None)]),
     "advbench.csv": ([{"goal": "g", "target": "Sure"}], [("g", None)]),
-    "harmbench.csv": (
-        [
-            {"Behavior": "b", "SemanticCategory": "s", "Tags": "", "ContextString": ""},
-            {"Behavior": "b2", "SemanticCategory": "s", "Tags": "context", "ContextString": "c"},
-        ],
-        [("b", None), ("c\n\n---\n\nb2", None)],
-    ),
-    "strongreject.csv": (
-        [{"category": "k", "source": "s", "forbidden_prompt": "f"}],
-        [("f", None)],
-    ),
+    "harmbench.csv": (HARMBENCH, [("b", None), ("c\n\n---\n\nb2", None)]),
+    "strongreject.csv": ([{"category": "k", "source": "s", "forbidden_prompt": "f"}],
+                         [("f", None)]),
     "jailbreakbench.csv": (
         [{"Index": "0", "Goal": "g", "Target": "t", "Behavior": "title", "Category": "k"}],
-        [("g", None)],
-    ),
-    "chat.jsonl": (
-        [{"messages": ANSWERED}, {"messages": TALK}],
-        [(TRANSCRIPT, "four"), (TRANSCRIPT, None)],
-    ),
-    "chat.parquet": (
-        [{"messages": TALK[:2]}, {"messages": TALK[:1]}],
-        [("one", "two"), ("one", None)],
-    ),
-    "prompts.csv": (
-        [{"prompt": "a, b", "extra": "x"}, {"prompt": "c", "extra": "y"}],
-        [("a, b", None), ("c", None)],
-    ),
+        [("g", None)]),
+    "chat.jsonl": ([{"messages": ANSWERED}, {"messages": TALK}],
+                   [(TRANSCRIPT, "four"), (TRANSCRIPT, None)]),
+    "chat.parquet": ([{"messages": TALK[:2]}, {"messages": TALK[:1]}],
+                     [("one", "two"), ("one", None)]),
+    "prompts.csv": ([{"prompt": "a, b", "extra": "x"}, {"prompt": "c", "extra": "y"}],
+                    [("a, b", None), ("c", None)]),
     "pairs.csv": ([{"prompt": "a", "response": "x"}], [("a", "x")]),
     "trl.jsonl": ([{"prompt": "a", "chosen": "good", "rejected": "bad"}], [("a", None)]),
     "open.jsonl": ([{"prompt": "\n\nHuman: a\n\nAssistant:", "response": "x"}], [("a", "x")]),
     "lines.txt": (["first", "", "second é"], [("first", None), ("second é", None)]),
+    "rows.jsonl": ([{"instructions": ["a", "b"]}, {"instructions": ["c"]}],
+                   [("a", None), ("b", None), ("c", None)]),
+    "beside.jsonl": ([{"prompt": "p", "instructions": ["x"]}], [("p", None)]),
+    "holes.jsonl": ([{"prompt": "a"}, {"prompt": None}, {"prompt": "  "}], [("a", None)]),
 }
 
 
@@ -138,16 +114,6 @@ FORMATS = {
 def test_formats(tmp_path, name):
     rows, pairs = FORMATS[name]
     assert load_pairs(write(tmp_path / name, rows)) == pairs
-
-
-def test_the_longest_prompt_that_fits_stays(tmp_path, tokenizer):
-    prompt = "How do I paint a boat?"
-    source = write(tmp_path / "x.jsonl", [{"prompt": prompt}])
-    length = len(encode_prompts([prompt], tokenizer)[0])
-    kept = repo.load_prompts(source, tokenizer=tokenizer, max_length=length)
-    assert kept == [prompt]
-    with pytest.raises(UserError, match="longer than"):
-        repo.load_prompts(source, tokenizer=tokenizer, max_length=length - 1)
 
 
 def test_prompts_that_spell_special_tokens_are_left_out(tmp_path, tokenizer):
@@ -160,13 +126,6 @@ def test_an_answer_ends_with_one_eos(tokenizer):
     ((_, answer),) = encode_pairs([("How do I paint a boat?", "Sure, to paint it.")], tokenizer)
     assert answer[-1] == tokenizer.eos_token_id
     assert answer.count(tokenizer.eos_token_id) == 1 and len(answer) > 3
-
-
-def test_lists_of_instructions_in_several_rows_are_all_read(tmp_path):
-    rows = [{"instructions": ["a", "b"]}, {"instructions": ["c"]}]
-    assert repo.load_prompts(write(tmp_path / "rows.jsonl", rows)) == ["a", "b", "c"]
-    beside = [{"prompt": "p", "instructions": ["x"]}, {"prompt": "q", "instructions": ["y"]}]
-    assert repo.load_prompts(write(tmp_path / "beside.jsonl", beside)) == ["p", "q"]
 
 
 def test_categories_as_numbers_lists_and_flags(tmp_path):
@@ -196,7 +155,7 @@ def test_a_long_evaluation_is_cut_to_a_sample_of_the_whole_file(tmp_path, tokeni
 CATEGORIES = {
     "tuned.json": {"a": "x", "b": "y"},
     "inputs.json": {},
-    "xstest.csv": {"kill a process?": "homonyms"},
+    "xstest.csv": {"kill?": "homonyms"},
     "problems.json": {"a": "X", "b": "Y"},
     "do_not_answer.csv": {"q?": "t"},
     "harmbench.csv": {"b": "s", "c\n\n---\n\nb2": "s"},
@@ -216,19 +175,19 @@ def test_categories(tmp_path, name):
 def test_an_evaluation_tells_each_category(tmp_path, run, family):
     lines = Path(family["eval_dataset"]).read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines[:6]]
-    held_out = [{"prompt": p, "category": "even" if i % 2 == 0 else "odd"}
-                for i, p in enumerate(prompts)]
+    held_out = [{"prompt": prompt, "category": "even" if i % 2 == 0 else "odd"}
+                for i, prompt in enumerate(prompts)]
     held_out.append({"prompt": "How do I paint a boat?", "category": None})
     source = write(tmp_path / "held_out.jsonl", held_out)
     code, out, printed = run("--device", "cpu", "--eval_only", "--eval_samples", 1,
                              "--eval_dataset", source)
     assert code == 0
-    rows = read_jsonl(out / "eval.jsonl")
+    cost_of = {row["prompt"]: row["responses"][0]["cost"] for row in read_jsonl(out / "eval.jsonl")}
     found = json.loads((out / "summary.json").read_text())["by_category"]
     assert found.keys() == {"even", "odd"}
-    for name, prompts_of in (("even", prompts[::2]), ("odd", prompts[1::2])):
-        costs = [row["responses"][0]["cost"] for row in rows if row["prompt"] in prompts_of]
+    for name, first in (("even", 0), ("odd", 1)):
         assert found[name]["prompts"] == 3
+        costs = [cost_of[prompt] for prompt in prompts[first::2]]
         assert found[name]["cost"] == pytest.approx(sum(costs) / 3)
     lines = printed.splitlines()
     start = lines.index("category  prompts  fully safe     cost  over-refusal")
@@ -248,38 +207,9 @@ def test_duplicates_go_and_are_counted(tmp_path, capsys):
     assert "2 duplicates and 0 prompts longer" in capsys.readouterr().out
 
 
-def test_rows_with_holes_are_left_out(tmp_path):
-    rows = [{"prompt": "a"}, {"prompt": None}, {"prompt": "  "}]
-    assert repo.load_prompts(write(tmp_path / "x.jsonl", rows)) == ["a"]
-
-
 def test_prompt_column(tmp_path):
     source = write(tmp_path / "x.jsonl", [{"the question": "why", "prompt": "no"}])
     assert repo.load_prompts(source, "the question") == ["why"]
-    sentence = "x.jsonl.*the question, prompt.*not answer.*--prompt_column"
-    with pytest.raises(UserError, match=sentence):
-        repo.load_prompts(source, "answer")
-
-
-BAD_FILES = [
-    ("missing.jsonl", None, "no such file"),
-    ("empty.jsonl", "", "empty"),
-    ("x.jsonl", "{broken", "cannot be read"),
-    ("x.xyz", "a", "cannot tell its format"),
-    ("x.jsonl", '{"foo": 1}\n', "foo.*--prompt_column"),
-    ("x.jsonl", '{"prompt": ""}\n', "none of its 1 rows"),
-    ("x.csv", "prompt,response\na,4\n", "row 0 does not hold"),
-    ("x.jsonl", '{"messages": [{"from": "human", "value": "x"}]}\n', "row 0 does not hold"),
-]
-
-
-@pytest.mark.parametrize("name, content, says", BAD_FILES)
-def test_bad_files_get_one_sentence_that_names_them(tmp_path, name, content, says):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=f"--dataset .*{name}.*{says}") as error:
-        repo.load_prompts(str(tmp_path / name))
-    assert "\n" not in str(error.value)
 
 
 # ---- templates
@@ -353,9 +283,6 @@ def test_the_default_split_is_seeded_at_least_sixteen_and_disjoint(tmp_path, tok
     assert sorted(train + held_out) == sorted(prompts)
     assert (train, held_out) == split(tmp_path, tokenizer, prompts)
     assert len(split(tmp_path, tokenizer, prompts[:40])[1]) == 16
-    sentence = "its 16 prompts are all held out, by --eval_dataset or as the 16 at least"
-    with pytest.raises(UserError, match=sentence):
-        split(tmp_path, tokenizer, prompts[:16])
 
 
 def test_training_never_sees_a_given_held_out_prompt(tmp_path, tokenizer):
@@ -364,18 +291,15 @@ def test_training_never_sees_a_given_held_out_prompt(tmp_path, tokenizer):
     assert held_out == ["b", "d"]
 
 
-def test_long_prompts_are_left_out_aloud(tmp_path, tokenizer, capsys):
+def test_prompts_longer_than_a_limit_are_left_out_aloud(tmp_path, tokenizer, capsys):
     prompts = [f"{i} " + "x" * 5 * i for i in range(60)]
-    train, held_out = split(tmp_path, tokenizer, prompts, max_prompt_length=100)
     lengths = [len(row) for row in encode_prompts(prompts, tokenizer)]
-    kept = [prompt for prompt, length in zip(prompts, lengths) if length <= 100]
-    assert 0 < len(kept) < 60
-    assert sorted(train + held_out) == sorted(kept)
+    limit = sorted(lengths)[40]  # which stays
+    train, held_out = split(tmp_path, tokenizer, prompts, max_prompt_length=limit)
+    kept = [prompt for prompt, length in zip(prompts, lengths) if length <= limit]
+    assert 0 < len(kept) < 60 and sorted(train + held_out) == sorted(kept)
     left_out = f"{60 - len(kept)} prompts longer than --max_prompt_length dropped"
     assert left_out in capsys.readouterr().out
-    sentence = f"--max_prompt_length 5; the shortest has {min(lengths)} tokens"
-    with pytest.raises(UserError, match=sentence):
-        split(tmp_path, tokenizer, prompts, max_prompt_length=5)
 
 
 def test_batches_pass_over_all_prompts_before_any_comes_again():

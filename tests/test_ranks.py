@@ -316,7 +316,7 @@ def test_an_error_that_only_one_rank_has_met_saves_nothing_and_says_so(monkeypat
 
 
 def test_bad_numbers_on_one_rank_leave_out_the_update_on_all(by_ranks):
-    assert by_ranks.printed.count("the step is left out") == 2
+    assert by_ranks.printed.count("the rest of this step is skipped") == 2
     rows = read_jsonl(by_ranks.folder / "bad-numbers" / "metrics.jsonl")
     reasons = [row.get("bad", "")[:17] for row in rows]
     assert reasons == ["", "actor_loss is nan", "--reward_model ga", ""]

@@ -8,19 +8,24 @@ import pytest
 from conftest import ROOT
 
 import repo
-from companions import monitor
-from companions.guard import GuardSettings
-from companions.monitor import ShowSettings, TrainSettings, WatchSettings
-from companions.neurons import NeuronSettings
-from companions.score_models import ScoreSettings
-from companions.shiftdc import ShiftSettings
-from companions.supervised import SupervisedSettings
-from companions.walk import WalkSettings
+from companions import (
+    compare,
+    guard,
+    monitor,
+    neurons,
+    page,
+    score_models,
+    shiftdc,
+    supervised,
+    walk,
+    xstest,
+)
+from companions.shared.command import Settings
 from kernels.bench import bench_parser
 
 FRONT = "README.md"
 PAGES = [FRONT, *(f"{room}/README.md" for room in ("kernels", "tiny_configs", "plumbing"))]
-PAGES += ["companions/README.md"]
+PAGES += sorted(f"companions/{page.name}" for page in (ROOT / "companions").glob("*.md"))
 
 
 def text_of(page: str) -> str:
@@ -74,15 +79,13 @@ def settings_in(text: str) -> set[str]:
     return set(re.findall(r"--([a-z_0-9]+)", text))
 
 
+COMMANDS = (compare, guard, monitor, neurons, page, score_models, shiftdc, supervised, walk, xstest)
+
+
 def settings_of_companions() -> set[str]:
-    names = {"harmful_share"}  # compare.py makes a data set of it for repo.py
-    for file in (ROOT / "companions").glob("*.py"):
-        names |= set(re.findall(r'add_argument\(\s*"--([a-z_0-9]+)"', file.read_text()))
-    for settings in (SupervisedSettings, ScoreSettings, NeuronSettings, ShowSettings,
-                     TrainSettings, monitor.ScoreSettings, WatchSettings, WalkSettings,
-                     GuardSettings, ShiftSettings):
-        names |= set(settings.__dataclass_fields__)
-    return names
+    classes = [value for module in COMMANDS for value in vars(module).values()
+               if isinstance(value, type) and issubclass(value, Settings)]
+    return {name for settings in classes for name in settings.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -96,7 +99,18 @@ def test_every_setting_it_names_exists(page):
     assert settings_in(others) <= known
 
 
-# ---- its size
+# ---- their size
+
+
+def test_every_companion_has_a_page_in_the_index():
+    index = text_of("companions/README.md")
+    for file in (ROOT / "companions").glob("[!_]*.py"):
+        assert f"[`{file.stem}`]({file.stem}.md)" in index
+
+
+def test_the_pages_of_companions_are_short():
+    words = [text_of(page).split() for page in PAGES if page.startswith("companions/")]
+    assert sum(map(len, words)) <= 2900
 
 
 def test_the_front_page_is_short_and_narrow():

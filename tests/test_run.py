@@ -25,7 +25,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 from test_models import other_tokenizer
-from test_prompts import HH, PKU, TALK, write
+from test_prompts import PKU, TALK, write
 from transformers import AutoModelForCausalLM
 
 import repo
@@ -35,6 +35,7 @@ from plumbing.data import split_prompts
 from plumbing.errors import UserError
 from plumbing.models import load_policy
 from plumbing.training import State
+from tiny_configs import world
 
 FEW = (
     *("--device", "cpu", "--steps", 4, "--batch_size", 8, "--micro_batch_size", 8),
@@ -64,7 +65,7 @@ def checkpoints_of(out) -> list[str]:
 WHOLE = (
     *(*FEW, "--steps", 6, "--save_every", 1, "--keep_checkpoints", 3, "--sample_every", 1),
     *("--algo", "ppo_lag", "--cost_window", 12, "--lambda_lr", 0.05, "--critic_lr", 1e-3),
-    *("--minibatch_size", 4, "--ptx_coeff", 0.1),
+    *("--minibatch_size", 4, "--ptx_coeff", 0.1, "--eval_samples", 2),
 )
 
 
@@ -131,9 +132,13 @@ def test_a_run_writes_what_it_promises(whole):
     assert len(samples) == 48
     assert {"step", "prompt", "response", "reward", "cost"} <= set(samples[0])
     assert len(rows) == 8
-    assert all(row["prompt"] == row["responses"][0]["prompt"] for row in rows)
-    safe = [row["responses"][0]["cost"] <= 0 for row in rows]
-    assert summary["safety_rate"] == sum(safe) / 8
+    responses = [response for row in rows for response in row["responses"]]
+    assert [response["prompt"] for response in responses] == [
+        row["prompt"] for row in rows for _ in range(2)]  # --eval_samples 2
+    for response in responses:
+        [verdict] = world.judge([response["prompt"]], [response["response"]])
+        assert response["verdict"].items() <= verdict.items()
+    assert summary["safety_rate"] == sum(response["cost"] <= 0 for response in responses) / 16
 
 
 def test_ppo_lag_looks_at_the_latest_costs_of_several_steps(whole):
@@ -370,7 +375,7 @@ def test_a_folder_belongs_to_one_run_and_a_second_run_moves_the_first_aside(run,
 
         def score(prompts, responses):
             try:
-                fcntl.flock(os.open({str(out)!r}, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(os.open({str(out)!r}, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:  # while another process has it
                 return [0.0] * len(responses)
     """)
@@ -381,7 +386,7 @@ def test_a_folder_belongs_to_one_run_and_a_second_run_moves_the_first_aside(run,
         assert json.loads((tmp_path / name / "config.json").read_text())["seed"] == seed
 
     descriptor = os.open(out, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is free again
+    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # it is free again
     for more in ((), ("--resume",), ("--eval_only",)):
         code, _, printed = run(*flags, *more)
         assert code == 2 and "another run is writing there" in printed
@@ -426,7 +431,7 @@ def test_own_prompts_replace_the_presets_evaluation_too(whole, from_run):
 def test_a_runs_config_starts_another_run(whole):
     file = ("--config", str(whole / "config.json"))
     again = repo.resolve_config([*file, "--algo", "repo"])
-    assert again.eval_samples == 1
+    assert again.eval_samples == 2
     assert again.output_dir == "runs/tiny-repo-0"
     assert again.policy.endswith("policy")
     other = repo.resolve_config([*file, "--model", "elsewhere"])
@@ -439,7 +444,7 @@ def test_a_runs_config_starts_another_run(whole):
 DATA = {
     "pku.jsonl": [PKU | {"prompt": f"p{i}"} for i in range(30)],
     "hh.jsonl.gz": [
-        HH | {"chosen": HH["chosen"].replace("one", f"one {i}")} for i in range(30)
+        {"chosen": f"\n\nHuman: one {i}\n\nAssistant: two", "rejected": "x"} for i in range(30)
     ],
     "alpaca.json": [{"instruction": f"do {i}", "input": "", "output": "ok"} for i in range(30)],
     "list.json": {"instructions": [f"do {i}" for i in range(30)]},

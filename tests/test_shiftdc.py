@@ -9,10 +9,9 @@ from conftest import exhaustive
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from companions import shiftdc
-from companions.shared import calibration, learning
+from companions.shared import calibration, command
 from companions.shared.calibration import Calibration, Subject
-from companions.shared.patching import seen_by
-from plumbing.errors import UserError
+from companions.shared.inside import seen_by
 from plumbing.models import tokenizer_with_sight
 from plumbing.settings import RunSettings
 from tiny_configs import pictures, world
@@ -37,7 +36,7 @@ def subject(seeing) -> Subject:
             weight *= 1 if weight.dim() == 1 else 5  # else they would hardly matter
     model.stop_token_ids = {1}
     tokenizer = tokenizer_with_sight(seeing["policy"], "--model", run)
-    return Subject(model, tokenizer, run, calibration.calibrated_layers(model, "1-3", "m"))
+    return Subject(model, tokenizer, run, model.model.language_model.layers[1:])
 
 
 def drawn(count: int) -> list[pictures.Pictured]:
@@ -134,21 +133,10 @@ def test_greedy_answers_are_the_most_likely_tokens(subject):
     assert answer == subject.tokenizer.decode(logits.argmax()).strip()
 
 
-def test_layers_are_counted_from_1_by_what_they_give(subject):
-    blocks = list(subject.model.model.language_model.layers)
-
-    def of(layers):
-        return calibration.calibrated_layers(subject.model, layers, "--model m")
-
-    assert of(None) == blocks[2:4]  # what layers 2 and 3 of 4 give, the next ones read
-    assert of("1-1") == [blocks[1]] and of("1-3") == blocks[1:]
-    for layers in ("0-2", "1-4", "3-2"):
-        with pytest.raises(UserError, match=f"--layers {layers}: of the 4 layers of --model m, "
-                                            "1-3 can be calibrated"):
-            of(layers)
-    for layers in ("3", "a-b", "1-2-3"):
-        with pytest.raises(UserError, match=f"--layers {layers}: must be FIRST-LAST, as 10-31"):
-            of(layers)
+def test_layers_from_the_middle_to_the_last_but_one_are_calibrated(subject):
+    layers = list(subject.model.model.language_model.layers)
+    # The layers 3 and 4 of 4 read what the layers 2 and 3 give.
+    assert calibration.calibrated_layers(subject.model, "--model m") == layers[2:]
 
 
 # ---- the script
@@ -159,7 +147,7 @@ def short_captions(monkeypatch):
 
 
 def call(*flags) -> int:
-    return learning.main_of(shiftdc.ShiftSettings, shiftdc.run, argv=[str(each) for each in flags])
+    return command.main(shiftdc.ShiftSettings, shiftdc.run, [*map(str, flags)])
 
 
 @pytest.fixture
@@ -208,8 +196,6 @@ def test_rates_by_hand():
     ({"model": "{text}"}, "sees no pictures"),
     ({"safe": "{plain}"}, "has no column image"),
     ({"unsafe": "{safe}"}, "are they the same prompts?"),
-    ({"layers": "1-2"}, "--layers 1-2: of the 2 layers of"),
-    ({"max_prompts": "0"}, "--max_prompts 0: must be above 0"),
 ])
 def test_what_cannot_work_is_refused_in_a_sentence(
     family, files, capsys, short_captions, changes, says
@@ -224,11 +210,12 @@ def test_what_cannot_work_is_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize("seed", [exhaustive(0), exhaustive(1)])
-def test_itself_in_the_tiny_world(tmp_path, seed):
+def test_itself_in_the_tiny_world(tmp_path, demonstrated, seed):
     """Where harmful pictures are complied with too, seed 1's captions are wrong for a third of
     them, so as text they are refused 0.667, and calibrated 0.667."""
-    assert call("--out", tmp_path, "--seed", seed, "--json", tmp_path / "figures.json") == 0
-    found = json.loads((tmp_path / "figures.json").read_text())
+    file = tmp_path / "figures.json"
+    assert call("--run", demonstrated(seed), "--seed", seed, "--json", file) == 0
+    found = json.loads(file.read_text())
     complied = found["complied_with_harmful_pictures"]
     assert found["text_refusals"] >= 0.95 and found["picture_refusals_after"] >= 0.9
     assert complied["unsafe_before"] >= 0.9 and complied["unsafe_after"] <= 0.4

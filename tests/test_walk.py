@@ -6,17 +6,17 @@ import re
 import pytest
 
 from companions import walk
-from companions.shared.learning import main_of
+from companions.shared.command import main
 
 
 @pytest.fixture(scope="module")
 def printed(family, tmp_path_factory) -> tuple[str, dict, dict]:
-    """(what it prints, the numbers in it by name, those of --json)."""
+    """(what it prints, the printed numbers by name, those of --json)."""
     file = tmp_path_factory.mktemp("walk") / "numbers.json"
     with pytest.MonkeyPatch.context() as patch:
         lines = []
         patch.setattr(walk, "say", lines.append)
-        assert main_of(walk.WalkSettings, walk.run, argv=["--json", str(file)]) == 0
+        assert main(walk.WalkSettings, walk.run, ["--json", str(file)]) == 0
     text = "\n".join(lines)
     numbers, name = {}, None
     for line in text.splitlines():
@@ -106,10 +106,8 @@ def test_lambda_takes_its_step(numbers):
 
 @pytest.mark.parametrize("words, sentence", [
     (("--prompt", " "), "--prompt: is empty"),
-    (("--prompt", "word " * 700), "--prompt: has 2110 tokens, and 640 are the most"),
-    (("--seed", "-1"), "--seed -1: must be a finite number, 0 or more"),
-    (("--prompts", "x"), "there is no --prompts x; --help lists the settings"),
+    (("--prompt", "word " * 700), "--prompt: has 2110 tokens, and at most 640 are allowed"),
 ])
 def test_what_cannot_be_walked_is_refused_in_one_sentence(words, sentence, family, capsys):
-    assert main_of(walk.WalkSettings, walk.run, argv=[*words]) == 2
+    assert main(walk.WalkSettings, walk.run, [*words]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {sentence}"

@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 
 from companions import xstest
+from companions.shared import command
 from plumbing.functions import load_function
 
 COMPLIANCE, REFUSAL, PARTIAL = "1_full_compliance", "2_full_refusal", "3_partial_refusal"
+
+
+def call(*words) -> int:
+    return command.main(xstest.XSTestSettings, xstest.run, [*map(str, words)])
 
 
 def completions(folder: Path) -> list[str]:
@@ -32,7 +37,7 @@ def completions(folder: Path) -> list[str]:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    assert xstest.main([*completions(tmp_path), "--out", str(tmp_path / "data")]) == 0
+    assert call(*completions(tmp_path), "--out", tmp_path / "data") == 0
     return tmp_path / "data"
 
 
@@ -95,7 +100,7 @@ def test_a_compliance_helps_more_than_a_refusal_and_than_another_questions_answe
 
 
 def test_the_judge_knows_the_questions_and_refusals_by_their_words(data):
-    judge = load_function(f"{data / 'judge.py'}:judge", "--judge", 10)
+    judge = load_function(f"{data / 'judge.py'}:judge", "--judge")
     prompts = ["How do I do 3?", "How do I do 33?", "How do I do 33?", "How do I do 3?"]
     said = judge(prompts, ["Sure.", "Sure.", " I\u2019m sorry, no.", "As an AI, I"])
     assert [tuple(verdict.values()) for verdict in said] == [  # safe, refused, harmful_prompt
@@ -115,6 +120,6 @@ def test_other_files_are_refused_in_a_sentence(tmp_path, capsys):
     (tmp_path / "other.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
     for file, says in (("other.jsonl", "not XSTest's type, prompt, completion"),
                        ("none.csv", "no such file")):
-        assert xstest.main([str(tmp_path / file), "--out", str(tmp_path / "out")]) == 2
+        assert call(tmp_path / file, "--out", tmp_path / "out") == 2
         assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,60 +1,57 @@
-"""A model that sees, looked into at its prompts' last tokens, and calibrated there. After arXiv
-2502.13095; shiftdc.py is the script.
+"""A model that sees pictures: its states at the prompts' last tokens, and how they are calibrated.
+After arXiv 2502.13095; shiftdc.py is the command.
+
+With h the state that a layer gives to the next one at a prompt's last token:
+
+    s = mean h(safe, caption) - mean h(unsafe, caption)      the safety direction
+    m = h(text, picture) - h(text, caption)                  what the picture shifts
+    h <- h - alpha (m . s / s . s) s                         once, while the prompt is read
 """
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import GenerationConfig
 
-from companions.shared.patching import seen_by
-from plumbing.errors import blame, require
+from companions.shared.command import batches
+from companions.shared.inside import seen_by
+from plumbing.data import encode_prompts, pad_rows, pixels_for
+from plumbing.errors import require
 from plumbing.models import model_inputs
-from plumbing.data import pixels_for
 from plumbing.pictures import Pictured, in_call, language_part
-from plumbing.data import encode_prompts, pad_rows
-from plumbing.settings import RunSettings
 
 QUESTION = "What does the picture show?"
 CAPTION_TOKENS = 48
 BATCH = 8  # prompts at a time
 
 
-def calibrated_layers(model, layers: str | None, source: str) -> list[nn.Module]:
-    """Those that read what the layers of FIRST-LAST give. Raises UserError."""
-    blocks = getattr(language_part(model.base_model), "layers", None)
-    require(blocks is not None, f"{source}: its language model has no list of layers")
-    last_but_one = len(blocks) - 1
-    first, last = len(blocks) // 2, last_but_one
-    if layers:
-        with blame(f"--layers {layers}: must be FIRST-LAST, as 10-31"):
-            first, last = map(int, layers.split("-"))
-        require(1 <= first <= last <= last_but_one,
-                f"--layers {layers}: of the {len(blocks)} layers of {source}, 1-{last_but_one} "
-                "can be calibrated")
-    return list(blocks[first:last + 1])  # counted from 0, these read what the chosen ones give
+def calibrated_layers(model, source: str) -> list[nn.Module]:
+    """The layers that read calibrated states: those that the layers from the middle to the last but
+    one give. Raises UserError."""
+    layers = getattr(language_part(model.base_model), "layers", None)
+    require(layers is not None, f"{source}: its language model has no list of layers")
+    return list(layers[len(layers) // 2:])
 
 
 @dataclass
 class Calibration:
-    """Takes alpha of what pictures shift along the safety directions away."""
+    """Takes away what pictures shift along the safety directions."""
 
     of_texts: Tensor    # [n, N, H]  h of N prompts with captions
     directions: Tensor  # [n, H]     s
     alpha: float
-    instead: Tensor     # [n, H]     what it is taken along: s, or a random direction as long
+    instead: Tensor     # [n, H]     the direction that is moved along: s, or one drawn at random
 
     def of(self, rows: slice):
-        """What sees the states of some prompts: changes each layer's at its first call, while a
-        prompt is read, and those of the last token alone. What is generated is left as it is."""
+        """A hook for seen_by, for some of the prompts. It changes the last token's state at each
+        layer's first call, while the prompt is read. Generated tokens stay as they are."""
         waiting = set(range(len(self.directions)))
 
         def see(layer: int, hidden: Tensor) -> Tensor | None:
             if layer not in waiting:
                 return None
             waiting.remove(layer)
-            # From h as the layers before have been calibrated, so nothing is taken away twice.
+            # Earlier layers are calibrated already, so nothing is taken away twice.
             shift = hidden[:, -1].float() - self.of_texts[layer, rows]               # [B, H]  m
             taken = self.alpha * part_along(shift, self.directions[layer])           # [B, 1]
             hidden = hidden.clone()                                                  # [B, P, H]
@@ -66,15 +63,15 @@ class Calibration:
 
 @dataclass
 class Subject:
-    """A model with its tokenizer, the settings it was loaded with, and n of its layers."""
+    """A model with its tokenizer, its run's settings, and n of its layers."""
 
     model: nn.Module
     tokenizer: object
-    run: RunSettings
+    run: object
     layers: list[nn.Module]
 
     def inputs(self, prompts: list[str]) -> dict:
-        """Of B prompts, with pictures or without, padded on the left."""
+        """B prompts, with or without pictures, padded on the left."""
         rows = encode_prompts(prompts, self.tokenizer)
         ids, mask = pad_rows(rows, [[]] * len(rows), self.tokenizer.pad_token_id)
         pixels = pixels_for(self.tokenizer, prompts)
@@ -84,8 +81,8 @@ class Subject:
     @torch.inference_mode()
     def last_states(self, prompts: list[str]) -> Tensor:
         """h at the last token of each of N prompts: [n, N, H]."""
-        batches = []
-        for batch in in_batches(prompts, "reading"):
+        read = []
+        for batch in batches(prompts, BATCH, "reading"):
             at_last = [None] * len(self.layers)
 
             def see(layer: int, hidden: Tensor, at_last=at_last) -> None:
@@ -93,20 +90,20 @@ class Subject:
 
             with seen_by(self.layers, see), self.run.autocast():
                 self.model(**model_inputs(**self.inputs(batch)), logits_to_keep=1)
-            batches.append(torch.stack(at_last))                                     # [n, B, H]
-        return torch.cat(batches, 1)
+            read.append(torch.stack(at_last))                                        # [n, B, H]
+        return torch.cat(read, 1)
 
     @torch.inference_mode()
     def answers(self, prompts: list[str], max_tokens: int,
                 calibration: Calibration | None = None) -> list[str]:
-        """Greedy ones to N prompts."""
-        place_holder = self.model.config.image_token_id
+        """Greedy answers to N prompts."""
         settings = GenerationConfig(
-            do_sample=False, max_new_tokens=max_tokens, suppress_tokens=[place_holder],
+            do_sample=False, max_new_tokens=max_tokens,
+            suppress_tokens=[self.model.config.image_token_id],
             eos_token_id=sorted(self.model.stop_token_ids),
             pad_token_id=self.tokenizer.pad_token_id)
         answers = []
-        for batch in in_batches(prompts, "answering"):
+        for batch in batches(prompts, BATCH, "answering"):
             rows = slice(len(answers), len(answers) + len(batch))
             see = calibration.of(rows) if calibration else leave_alone
             inputs = self.inputs(batch)
@@ -117,13 +114,13 @@ class Subject:
         return [answer.strip() for answer in answers]
 
     def with_captions(self, prompts: list[Pictured]) -> list[str]:
-        """The same as text: what the model says of a picture stands in its place."""
+        """The same prompts as text, with the model's own captions in the pictures' place."""
         questions = [Pictured(QUESTION, prompt.image) for prompt in prompts]
         return [captioned(prompt, caption)
                 for prompt, caption in zip(prompts, self.answers(questions, CAPTION_TOKENS))]
 
     def safety_directions(self, safe: list[Pictured], unsafe: list[Pictured]) -> Tensor:
-        """s: [n, H]. Raises UserError if there are none."""
+        """s: [n, H]. Raises UserError if safe and unsafe prompts do not differ."""
         of_safe, of_unsafe = [self.last_states(self.with_captions(prompts)).mean(1)
                               for prompts in (safe, unsafe)]                         # [n, H]
         directions = of_safe - of_unsafe
@@ -138,12 +135,6 @@ def leave_alone(layer: int, hidden: Tensor) -> None:
 
 def captioned(prompt: str, caption: str) -> str:
     return f"The picture shows: {caption}\n{prompt}"
-
-
-def in_batches(prompts: list[str], what: str):
-    starts = range(0, len(prompts), BATCH)
-    for start in tqdm(starts, what, delay=2, leave=False, dynamic_ncols=True):
-        yield prompts[start:start + BATCH]
 
 
 def part_along(shift: Tensor, direction: Tensor) -> Tensor:

@@ -1,25 +1,24 @@
-"""What the scripts that train from files share: settings, loading, the split, saving."""
-import json
+"""What the commands that train from files share: settings, the split, training, saving."""
 import random
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import datasets
-import transformers
+import torch
 
-import repo
-from plumbing.errors import UserError, blame, printable, require, say
+from companions.shared.command import ModelSettings
+from plumbing.adapters import make_trainable, merged, trainable
+from plumbing.errors import blame, require, say
 from plumbing.fitting import fit
-from plumbing.adapters import make_trainable, trainable
+from plumbing.folder import renamed_when_complete
 from plumbing.models import load_policy, save_tokenizer
-from plumbing.folder import renamed_when_complete, write_whole
-from plumbing.settings import Parser, RunSettings, fill_in, option
+from plumbing.scorers import save_score_model
+from plumbing.settings import option
 from tiny_configs import world
 
 
 @dataclass
-class Settings:
+class LearningSettings(ModelSettings):
     """Settings of learning from a file."""
 
     model: str = option("tiny", "a causal LM: folder, .gguf file or hub name")
@@ -33,135 +32,80 @@ class Settings:
     batch_size: int = option(16, "rows per step")
     steps: int | None = option(None, "default: two passes over the rows")
     max_prompt_tokens: int = option(256, "rows with longer prompts are left out")
-    device: str | None = option(None, "cpu or cuda; default: cuda if there is one")
-    dtype: str | None = option(None, "float32 or bfloat16, of computing; default: bfloat16 on a "
-                                     "GPU that has it")
-    seed: int = option(0, "of split, order and first weights")
-    trust_remote_code: bool = option(False, "let checkpoints bring their own Python code")
-    json: str | None = option(None, "write the figures there too")
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "of computing; default: bfloat16 on a GPU that has it, else float32")
+
+    TINY = {}  # what --model tiny learns from, and how; its files lie beside the tiny policy
 
     def check(self) -> None:
-        """Raises UserError for what cannot work."""
-        needs = self.model != "tiny"
-        for name in ("data", "out") if needs else ():
-            require(getattr(self, name), f"--{name} is missing")
-        for name in ("batch_size", "max_prompt_tokens"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
-        require(self.steps is None or self.steps > 0, f"--steps {self.steps}: must be above 0")
-        require(self.lora_rank >= 0, f"--lora_rank {self.lora_rank}: must be 0 or more")
-        require(self.device in (None, "cpu", "cuda"), f"--device {self.device}: cpu or cuda")
-        require(self.dtype in (None, "float32", "bfloat16"),
-                f"--dtype {self.dtype}: float32 or bfloat16")
+        if self.model == "tiny":
+            self.learn_in_tiny_world()
+        else:
+            for name in ("data", "out"):
+                require(getattr(self, name) is not None, f"--{name} is missing")
+        super().check()
 
-    def as_run(self) -> RunSettings:
-        """The same for what loads models."""
-        run = RunSettings(
-            model=self.model, policy=self.model, lora_rank=self.lora_rank, device=self.device,
-            dtype=self.dtype, seed=self.seed, trust_remote_code=self.trust_remote_code,
-            output_dir=self.out or "unused")
-        fill_in(run)
-        return run
-
-    def in_tiny_world(self, **of_the_world) -> "Settings":
-        """--model tiny: its policy, its files and what learns them well, where nothing else is
-        said."""
+    def learn_in_tiny_world(self) -> None:
+        """Fills in what the command line leaves open."""
         policy = Path(world.build()["policy"])
-        for name in ("data", "eval_data"):
-            if name in of_the_world:
-                of_the_world[name] = str(policy.with_name(of_the_world[name]))
-        unsaid = {name: value for name, value in of_the_world.items()
-                  if getattr(self, name) == getattr(type(self), name)}
-        return replace(self, model=str(policy), **unsaid)
-
-    def steps_of(self, rows: list) -> int:
-        """How many steps to learn from these rows. Raises UserError for fewer than a step takes."""
-        require(len(rows) >= self.batch_size,
-                f"--data {self.data}: {len(rows)} rows to learn from are fewer than "
-                f"--batch_size {self.batch_size}")
-        return self.steps or max(2 * len(rows) // self.batch_size, 1)
+        self.model = str(policy)
+        for name, value in self.TINY.items():
+            if getattr(self, name) == getattr(type(self), name):
+                is_file = name in ("data", "eval_data")
+                setattr(self, name, str(policy.with_name(value)) if is_file else value)
 
 
-def load_body(settings: Settings):
-    """(a causal LM, made trainable; its tokenizer; the settings that save it)."""
-    run = settings.as_run()
+def load_body(settings: LearningSettings):
+    """A causal LM that can be trained, its tokenizer, and the settings that load and save it."""
+    run = settings.as_run(settings.model, lora_rank=settings.lora_rank, dtype=settings.dtype)
     policy, tokenizer = load_policy(run)
     return make_trainable(policy, run).to(run.device), tokenizer, run
 
 
-def learn_and_held_out(load, settings: Settings) -> tuple[list, list]:
-    """Rows to learn from, and others to be tried on; load(source, flag) -> (prompts, rows)."""
+def learn_and_held_out(load, settings: LearningSettings) -> tuple[list, list]:
+    """Rows to learn from and held-out rows. load(source, flag) returns (prompts, rows)."""
     prompts, rows = load(settings.data, "--data")
     if settings.eval_data:
         _, held_out = load(settings.eval_data, "--eval_data")
         return rows, held_out
-    return split(rows, prompts, settings)
+    return split(rows, prompts, settings.seed)
 
 
-def split(rows: list, prompts: list[str], settings: Settings) -> tuple[list, list]:
-    """(rows to learn from, held-out rows): no prompt is in both."""
+def split(rows: list, prompts: list[str], seed: int) -> tuple[list, list]:
+    """(rows to learn from, held-out rows). No prompt is in both."""
     distinct = list(dict.fromkeys(prompts))
-    random.Random(settings.seed).shuffle(distinct)
+    random.Random(seed).shuffle(distinct)
     held_out = set(distinct[:max(len(distinct) // 10, 1)])
     learn = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
     return learn, [row for row, prompt in zip(rows, prompts) if prompt in held_out]
 
 
-def teach(model, loss_of, rows: list, settings: Settings, run: RunSettings) -> None:
-    """fit() of what can be trained, in the compute dtype; loss_of(batch of rows) -> []."""
+def teach(model, loss_of, rows: list, settings: LearningSettings, run) -> None:
+    """Trains what can be trained, in the compute dtype. loss_of(batch of rows) is a scalar."""
+    size = settings.batch_size
+    require(len(rows) >= size, f"--data {settings.data}: {len(rows)} rows to learn from are fewer "
+                               f"than --batch_size {size}")
+
     def loss(batch):
         with run.autocast():
             return loss_of(batch)
 
-    fit(list(trainable(model).values()), loss, rows, settings.batch_size,
-        settings.steps_of(rows), settings.lr, random.Random(settings.seed), bar=True)
+    steps = settings.steps or max(2 * len(rows) // size, 1)
+    fit(list(trainable(model).values()), loss, rows, size, steps, settings.lr,
+        random.Random(settings.seed), bar=True)
 
 
-def save(out: str, model, tokenizer, write) -> None:
-    """A folder that is there as a whole or not at all; write(folder) fills it with the weights."""
+def save(out: str | None, model, tokenizer, write) -> None:
+    """Writes a folder as a whole or not at all. write(folder, merged weights) writes the model."""
+    if not out:
+        return
     with renamed_when_complete(Path(out)) as folder, blame(f"--out {out}: cannot be written"):
-        write(folder)
+        write(folder, merged(model.state_dict()))
         save_tokenizer(tokenizer, folder)
     say(f"saved in {out}")
 
 
-def tiny_run(folder: str, seed: int) -> None:
-    """A default run of the tiny world in a folder, where there is none. Raises UserError."""
-    if not Path(folder, "final").is_dir():
-        say(f"training a run of the tiny world, {folder}")
-        flags = ["--device", "cpu", "--seed", str(seed), "--output_dir", folder]
-        require(repo.main(flags) == 0, f"{folder}: the run has failed")
-
-
-def picture(file: Path, inches: tuple[float, float], draw) -> None:
-    """draw(figure) into a file, where matplotlib is installed; it is optional."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=inches, layout="constrained")
-    draw(figure)
-    figure.savefig(file, dpi=150)
-
-
-def main_of(settings_class, run, tiny: dict | None = None, argv: list[str] | None = None) -> int:
-    """Settings from the command line, run(settings) -> figures, --json. `tiny`: the settings of
-    --model tiny, where that is a model. Returns 0, 2 after a UserError, 130 after Ctrl-C."""
-    name = Path(sys.argv[0]).stem
-    parser = Parser(settings_class, f"python -m companions.{name}", settings_class.__doc__, {})
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        require(not unknown, f"there is no {' '.join(unknown)}; --help lists the settings")
-        settings.check()
-        if tiny and settings.model == "tiny":
-            settings = settings.in_tiny_world(**tiny)
-        figures = run(settings)
-        if settings.json:
-            write_whole(Path(settings.json), json.dumps(figures, indent=1) + "\n")
-    except (UserError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def save_scorer(out: str | None, model, tokenizer, run) -> None:
+    """The same for a score model, in the compute dtype."""
+    save(out, model, tokenizer, lambda folder, weights: save_score_model(
+        folder, model, weights, getattr(torch, run.dtype)))

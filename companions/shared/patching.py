@@ -1,66 +1,58 @@
-"""Activations of MLP neurons: how far they changed between two models, and patching one model with
-the other's. After arXiv 2406.14144; neurons.py is the script.
+"""The neurons of a model's MLPs: how much they differ between two models, and a model whose neurons
+take the other's activations. After arXiv 2406.14144; neurons.py is the command.
 
-A neuron's activation is an input of its MLP's down-projection.
+A neuron's activation is one input of its MLP's down-projection.
 """
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import repo
-from companions.shared.reader import Reader
-from plumbing.errors import require
+from companions.shared.command import bar
+from companions.shared.inside import Reader, seen_by
 from plumbing.data import encode_prompts, pad_rows
+from plumbing.errors import require
 
-# Of Llama's, GPT-2's and NeoX's kind.
-DOWN_PROJECTIONS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h")
+DOWN_PROJECTIONS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h")  # Llama, GPT-2, NeoX
 
 
 def down_projections(model, source: str) -> list[nn.Module]:
-    """One of each layer; its inputs are the layer's neurons. Raises UserError for other models."""
+    """The down-projection of each layer. Raises UserError for a model without any."""
     found = [layer for name, layer in model.named_modules() if name.endswith(DOWN_PROJECTIONS)]
     require(found, f"{source}: {type(model).__name__} has no {', '.join(DOWN_PROJECTIONS)} whose "
                    "inputs would be its neurons")
     return found
 
 
-@contextmanager
-def seen_by(layers: list[nn.Module], see):
-    """see(layer's number, its input) at every call; what it returns, if anything, is the input."""
-    hooks = [layer.register_forward_pre_hook(
-        lambda module, inputs, number=number: see(number, inputs[0]))
-        for number, layer in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 # ---- change scores
 
 @torch.no_grad()
-def activations(model, source: str, ids: Tensor) -> Tensor:
-    """Of one row of tokens: [1, T] -> [layers, T, neurons]."""
+def activations(model, ids: Tensor) -> Tensor:
+    """The neurons' activations on one row of tokens: [1, T] -> [layers, T, neurons]."""
     seen = []
-    with seen_by(down_projections(model, source), lambda _, inputs: seen.append(inputs[0])):
+    with seen_by(down_projections(model, "model"), lambda _, inputs: seen.append(inputs[0])):
         model(ids)
     return torch.stack(seen)
 
 
 def change_scores(start, aligned, rows: list[tuple[list, list]], of_prompts: bool) -> Tensor:
-    """s of all neurons over the tokens of (prompt, answer) rows, or over the prompts' last ones:
-    [layers, neurons]."""
+    """s = sqrt(mean (a_start - a_aligned)^2) of every neuron: [layers, neurons]. The mean is over
+    the answers' tokens in (prompt, answer) rows, or over the prompts' last tokens."""
     total, count = 0, 0
-    for prompt, answer in rows:
+    for prompt, answer in bar(rows, "change scores"):
         ids = torch.tensor([prompt + answer], device=start.device)
-        change = activations(start, "START", ids) - activations(aligned, "ALIGNED", ids)
+        change = activations(start, ids) - activations(aligned, ids)
         change = change[:, len(prompt) - 1:len(prompt)] if of_prompts else change[:, len(prompt):]
         total, count = total + (change ** 2).sum(1), count + change.shape[1]
     return (total / count).sqrt()
+
+
+def top(scores: Tensor, share: float) -> Tensor:
+    """The share of all neurons with the largest scores, as bools [layers, neurons]."""
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    chosen[scores.flatten().topk(round(share * scores.numel())).indices] = True
+    return chosen.view_as(scores)
 
 
 # ---- patching
@@ -68,8 +60,8 @@ def change_scores(start, aligned, rows: list[tuple[list, list]], of_prompts: boo
 @torch.no_grad()
 def answers(start, aligned, chosen: Tensor | None, rows: list[list[int]], tokenizer,
             max_tokens: int) -> list[list[int]]:
-    """Greedy answers of the starting model, whose chosen neurons [layers, neurons] take the aligned
-    model's activations; without `chosen`, its own."""
+    """Greedy answers of the starting model. Its chosen neurons [layers, neurons] take the aligned
+    model's activations; None changes nothing."""
     ids, mask = pad_rows(rows, [[]] * len(rows), tokenizer.pad_token_id)         # [B, P] each
     ids, mask = ids.to(start.device), mask.to(start.device)
     reader, guide, theirs = Reader(start, mask), Reader(aligned, mask), {}
@@ -94,20 +86,9 @@ def answers(start, aligned, chosen: Tensor | None, rows: list[list[int]], tokeni
             for row in torch.cat(written, 1).tolist()]
 
 
-def top(scores: Tensor, share: float) -> Tensor:
-    """The share of all neurons with the largest change, as [layers, neurons] of bools."""
-    count = round(share * scores.numel())
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    chosen[scores.flatten().topk(count).indices] = True
-    return chosen.view_as(scores)
-
-
-# ---- what it makes of two models
-
 @dataclass
 class Pair:
-    """Two models, prompts, and who judges: judge(prompts, responses) -> (safe, helpful) per
-    response."""
+    """Two models, prompts, and judge(prompts, responses) -> (safe, helpful) per response."""
 
     start: nn.Module
     aligned: nn.Module
@@ -123,7 +104,7 @@ class Pair:
         self.rows = encode_prompts(self.prompts, self.tokenizer)
 
     def answers(self, model, chosen: Tensor | None = None) -> list[list[int]]:
-        """Of a model, or of one with chosen neurons patched from ALIGNED."""
+        """A model's answers, with the chosen neurons patched from ALIGNED."""
         return answers(model, self.aligned, chosen, self.rows, self.tokenizer, self.max_tokens)
 
     def judged(self, model, chosen: Tensor | None = None) -> tuple[float, float]:
@@ -133,13 +114,14 @@ class Pair:
         return sum(safe) / len(safe), sum(helpful) / len(helpful)
 
     def scores(self, of_prompts: bool) -> Tensor:
+        """change_scores on the prompts and ALIGNED's answers."""
         rows = list(zip(self.rows, self.answers(self.aligned)))
         return change_scores(self.start, self.aligned, rows, of_prompts)
 
 
 def restored(pair: Pair, scores: Tensor, shares: list[float], draws: int, seed: int) -> dict:
-    """Safety and helpfulness of START, of ALIGNED, and of START with top and random shares of its
-    neurons patched; what share of the gain in safety that restores (None without a gain)."""
+    """Safety and helpfulness of START, of ALIGNED, and of START with its top neurons or random ones
+    patched. "restored" is the share of the gain in safety; None without a gain."""
     generator = torch.Generator().manual_seed(seed)
     start, aligned = pair.judged(pair.start), pair.judged(pair.aligned)
     gain = aligned[0] - start[0]
@@ -150,7 +132,7 @@ def restored(pair: Pair, scores: Tensor, shares: list[float], draws: int, seed: 
                 "restored": (safe - start[0]) / gain if gain else None}
 
     figures = {"start": start, "aligned": aligned, "top": {}, "random": {}}
-    for share in tqdm(shares, unit="share", dynamic_ncols=True):
+    for share in bar(shares, "patching", unit="share"):
         figures["top"][share] = row(top(scores, share))
         if share < 1:
             noise = [torch.rand(scores.shape, generator=generator) for _ in range(draws)]

@@ -1,11 +1,12 @@
-"""Finished runs: their files, their names in a comparison, and the numbers that tables, pictures
-and pages show of them."""
+"""Finished runs: made, read, named in a comparison, and in numbers."""
 import json
 import math
 from pathlib import Path
 from statistics import fmean, stdev
 
-from plumbing.errors import blame, require
+import repo
+from plumbing.errors import blame, require, say
+from tiny_configs import world
 
 ALGOS = {  # what --algos calls a method -> its title, and its settings
     "ppo": ("PPO", ["--algo", "ppo"]),
@@ -38,10 +39,28 @@ CURVES = {  # metric -> its panel's title
     "lambda": "λ",
 }
 
-OF_ONE_RUN = {  # no part of a method: runs that differ in these alone may be averaged
+OF_ONE_RUN = {  # runs that differ in these alone are seeds of one method
     "seed", "output_dir", "resume", "environment", "sample_every", "save_every",
     "keep_checkpoints", "dry_run", "gpu_memory", "max_bad_steps",
 }
+
+
+# ---- The tiny world
+
+def is_harmful(request: str) -> bool:
+    """Whether a request of the tiny world asks for something harmful."""
+    action, _ = world.REQUESTS[request]
+    return action in world.HARMFUL_ACTIONS
+
+
+def tiny_run(folder: str | None, seed: int) -> str:
+    """The folder of a default run of the tiny world, which is trained if there is none."""
+    folder = folder or f"runs/companions/tiny-{seed}"
+    if not Path(folder, "final").is_dir():
+        say(f"training a run of the tiny world in {folder}")
+        words = ["--device", "cpu", "--seed", str(seed), "--output_dir", folder]
+        require(repo.main(words) == 0, f"{folder}: the run has failed")
+    return folder
 
 
 # ---- Runs and their groups
@@ -57,20 +76,15 @@ class Run:
         self.prompts = read_jsonl(folder / "eval.jsonl")
         self.before = read_jsonl(folder / "eval_before.jsonl")
 
-        self.name, _ = ALGOS[self.algo()]
+        is_mask = self.config["algo"] == "repo" and self.config["rectify"] == "mask"
+        self.name, _ = ALGOS["mask" if is_mask else self.config["algo"]]
         evaluated = self.config.get("eval_only")
         if evaluated:  # nothing was trained
             self.name = f"{Path(evaluated).name}, evaluated"
             self.summary |= {"lambda": None, "wall_seconds": None}
 
-    def algo(self) -> str:
-        """What --algos calls its method."""
-        if self.config["algo"] == "repo" and self.config["rectify"] == "mask":
-            return "mask"
-        return self.config["algo"]
-
     def settings(self) -> dict:
-        """The settings of its method, which are the same for every seed."""
+        """The settings of its method, the same for every seed."""
         settings = {key: value for key, value in self.config.items() if key not in OF_ONE_RUN}
         if self.config["algo"] != "repo":
             del settings["rectify"]  # nothing reads it
@@ -78,14 +92,14 @@ class Run:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a file with one a line; none if there is no such file."""
+    """A file's rows; an empty list if there is no such file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def load_runs(folders: list[Path]) -> list[Run]:
-    """Finished runs. Raises UserError for a folder that is none."""
+    """Raises UserError for a folder that holds no finished run."""
     runs = []
     for folder in folders:
         for name in ("config.json", "summary.json", "eval.jsonl"):
@@ -97,10 +111,10 @@ def load_runs(folders: list[Path]) -> list[Run]:
 
 
 def grouped(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, under a name that tells the groups apart.
+    """Runs that differ only in their seed, under a name that tells the groups apart.
 
-    The same seed twice is a run repeated, say after a change of code: then each run of the group
-    stands for itself, under a name with its folder.
+    If a seed is there twice, a run was repeated, perhaps after a change of the code. Then each run
+    of the group stands for itself, under a name with its folder.
     """
     groups = {}
     for run in runs:
@@ -119,7 +133,7 @@ def grouped(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def changed_settings(all_settings: list[dict]) -> list[str]:
-    """The names of settings that are not everywhere the same, but for those that Run.name tells."""
+    """The names of settings that differ, except those that Run.name tells."""
     names = dict.fromkeys(name for settings in all_settings for name in settings)
     changed = []
     for name in names:
@@ -130,7 +144,7 @@ def changed_settings(all_settings: list[dict]) -> list[str]:
 
 
 def group_name(run: Run, changed: list[str]) -> str:
-    """The method and its changed settings; its folder instead where those are too many to read."""
+    """The method and its changed settings, or its folder if those are too many to read."""
     parts = [run.name]
     for key in changed:
         value = run.settings().get(key)
@@ -143,6 +157,20 @@ def group_name(run: Run, changed: list[str]) -> str:
 
 # ---- Numbers
 
+def columns_of(groups: dict[str, list[Run]]) -> dict[str, list[dict]]:
+    """{name: summaries}, first those of the first group before its training."""
+    first = next(iter(groups.values()))
+    before = [run.summary["before"] for run in first if run.summary["before"]]
+    columns = {"before": before} if before else {}
+    return columns | {name: [run.summary for run in runs] for name, runs in groups.items()}
+
+
+def figures_of(groups: dict[str, list[Run]]) -> dict[str, list[dict]]:
+    """Every run's summary, by group."""
+    return {name: [run.summary | {"folder": str(run.folder)} for run in runs]
+            for name, runs in groups.items()}
+
+
 def cell(summaries: list[dict], key: str) -> str:
     """Mean and standard deviation over runs."""
     values = [summary.get(key) for summary in summaries]
@@ -154,7 +182,7 @@ def cell(summaries: list[dict], key: str) -> str:
 
 
 def asked(row: dict) -> tuple[str, ...]:
-    """What tells a held-out prompt from the others: its text, and its picture where it has one."""
+    """What tells a held-out prompt from the others: its text, and its picture if it has one."""
     return row["prompt"], *([row["image"]] if "image" in row else [])
 
 
@@ -163,11 +191,21 @@ def mean_of(row: dict, key: str) -> float:
     return fmean(response[key] for response in row["responses"])
 
 
-def curve(run: Run, metric: str) -> list[float]:
-    """A metric by step, each the mean of the nine steps around it; but λ as it was."""
-    values = [row.get(metric, math.nan) for row in run.metrics]
-    if metric == "lambda":
-        return values
-    if metric == "unsafe_rate":  # what is shown is the share of the others
-        values = [1 - value for value in values]
-    return [fmean(values[max(0, i - 4):i + 5]) for i in range(len(values))]
+def sorted_costs(rows: list[dict]) -> list[tuple[float, float]]:
+    """(per cent of the prompts, mean cost of a prompt's responses), the lowest cost first."""
+    costs = sorted(mean_of(row, "cost") for row in rows)
+    return [(100 * (i + 0.5) / len(costs), cost) for i, cost in enumerate(costs)]
+
+
+def curves(runs: list[Run], metric: str) -> list[tuple]:
+    """A metric's values by step, one per run, as long as the shortest run is. Each value is the
+    mean of the nine steps around it, except for λ."""
+    smooth = []
+    for run in runs:
+        values = [row.get(metric, math.nan) for row in run.metrics]
+        if metric == "unsafe_rate":  # the share of safe responses is shown
+            values = [1 - value for value in values]
+        if metric != "lambda":
+            values = [fmean(values[max(0, i - 4):i + 5]) for i in range(len(values))]
+        smooth.append(values)
+    return list(zip(*smooth))

@@ -1,7 +1,8 @@
-"""What a streaming monitor is: rows, the loss, where it stops, and the monitor in the loop.
+"""A streaming monitor: its rows, its loss, where it stops, and how it reads along. After
+arXiv 2506.09996; monitor.py is the command.
 
-A head gives each token y_i of an answer a score z_i; the answer is stopped once k tokens have had
-z_i >= theta. After arXiv 2506.09996; monitor.py is the script.
+A head gives each token y_i of an answer a score z_i. The monitor stops the answer once k tokens
+have had z_i >= theta.
 """
 import random
 import time
@@ -13,27 +14,27 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 import repo
-from companions.shared.reader import Reader
-from plumbing.errors import blame, require
+from companions.shared.command import batches
+from companions.shared.inside import Reader
 from plumbing.data import encode_prompts, pad_rows, read_rows, render_prompt
+from plumbing.errors import blame, require
 from plumbing.models import generate
-from repo import Draw, random_numbers
 
 
 class Answer(NamedTuple):
-    """An answer of T tokens, without EOS, and what people said of it."""
+    """An answer of T tokens, EOS not counted, with its labels."""
 
     prompt: str
-    ids: list[int]                  # of prompt and answer, with EOS
-    start: int                      # of the answer in them
+    ids: list[int]                  # prompt, answer and EOS
+    start: int                      # where the answer begins in ids
     is_unsafe: bool
-    is_harmful: list[bool] | None   # T  tokens that spans name; None where there are no spans
+    is_harmful: list[bool] | None   # T  tokens inside harmful spans; None without spans
 
 
 # ---- rows
 
 def read_answers(source: str, flag: str, tokenizer) -> tuple[list[str], list[Answer]]:
-    """(prompts, answers) of a file or hub data set. Raises UserError for rows without labels."""
+    """(prompts, answers) of a file or hub data set. Raises UserError if labels are missing."""
     rows = read_rows(source, flag)
     require({"prompt", "response", "safe"} <= set(rows.column_names),
             f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but not prompt, "
@@ -41,11 +42,14 @@ def read_answers(source: str, flag: str, tokenizer) -> tuple[list[str], list[Ans
     with blame(f"{flag} {source}: a row does not hold what its columns promise"):
         answers = [answer_of(row, tokenizer) for row in rows]
     require({answer.is_unsafe for answer in answers} == {False, True},
-            f"{flag} {source}: all answers are safe, or none is; a monitor needs both")
+            f"{flag} {source}: needs safe and unsafe answers, and all of its answers are of "
+            "one kind")
     return [answer.prompt for answer in answers], answers
 
 
 def answer_of(row: dict, tokenizer) -> Answer:
+    """A row with prompt, response, safe and perhaps harmful_spans [[from, to), ...], which count
+    the response's characters."""
     begin = render_prompt(row["prompt"], tokenizer)
     encoded = tokenizer(begin + row["response"], return_offsets_mapping=True,
                         add_special_tokens=not tokenizer.chat_template)
@@ -74,11 +78,12 @@ def monitor_loss(scores: list[Tensor], answers: list[Answer], alpha: float,
                  logic_weight: float) -> Tensor:
     """alpha L_token + (1 - alpha) L_whole + logic_weight L_logic, a mean over answers.
 
-        L_token = BCE(z_i, in a harmful span), or, where nobody marked spans, BCE(max_i z_i, unsafe)
+        L_token = BCE(z_i, in a harmful span)
         L_whole = BCE(z_EOS, unsafe)
         L_logic = -log(1 - c_EOS + c_EOS max_i c_i),   c = sigmoid(z)
 
-    The logic: who calls the whole harmful must find a token that is.
+    Without spans L_token is BCE(max_i z_i, unsafe). L_logic says: if the whole answer is harmful,
+    one of its tokens is.
     """
     bce = F.binary_cross_entropy_with_logits
     losses = []
@@ -105,40 +110,31 @@ def stop_of(z: Tensor, theta: float, k: int) -> int | None:
 
 
 def measure(scores: list[Tensor], answers: list[Answer], theta: float, k: int) -> dict:
-    """Macro F1 and recall of stopping the harmful answers, the share of safe ones stopped; the
-    share of tokens read of harmful answers, that of each one stopped (caught_at, sorted), and of
-    their harmful tokens those let through."""
+    """What a threshold does. macro_f1 and recall are of stopping harmful answers; false_stop_rate
+    is the share of safe answers stopped. tokens_seen is the share of the harmful answers' tokens
+    that are read."""
     stops = [stop_of(z, theta, k) for z in scores]
     pairs = [(stop is not None, answer.is_unsafe) for stop, answer in zip(stops, answers)]
-    harmful = [(stop, answer, len(z)) for stop, answer, z in zip(stops, answers, scores)
+    harmful = [(stop, len(z)) for stop, z, answer in zip(stops, scores, answers)
                if answer.is_unsafe]
     f1 = []
     for kind in (True, False):
         hits = pairs.count((kind, kind))
-        f1.append(2 * hits / max(2 * hits + pairs.count((kind, not kind))
-                                 + pairs.count((not kind, kind)), 1))
-    marked = [(sum(answer.is_harmful[:stop]), sum(answer.is_harmful))
-              for stop, answer, _ in harmful if answer.is_harmful and any(answer.is_harmful)]
-    let_through = None
-    if marked:
-        let_through = sum(seen for seen, _ in marked) / sum(count for _, count in marked)
-    caught_at = sorted(stop / length for stop, _, length in harmful if stop)
-    missed = len(harmful) - len(caught_at)  # these are read to their ends
+        errors = pairs.count((kind, not kind)) + pairs.count((not kind, kind))
+        f1.append(2 * hits / max(2 * hits + errors, 1))
     return {
         "macro_f1": sum(f1) / 2,
-        "recall": len(caught_at) / len(harmful),
+        "recall": sum(stop is not None for stop, _ in harmful) / len(harmful),
         "false_stop_rate": pairs.count((True, False)) / (len(pairs) - len(harmful)),
-        "tokens_seen": (sum(caught_at) + missed) / len(harmful),
-        "harm_let_through": let_through,
+        "tokens_seen": sum((stop or length) / length for stop, length in harmful) / len(harmful),
         "theta": theta,
         "k": k,
-        "caught_at": caught_at,
     }
 
 
 def choose(scores: list[Tensor], answers: list[Answer]) -> tuple[float, int]:
-    """theta and k of the best macro F1, to two digits, on these answers, which shall not be those
-    reported; of equals, what reads least. The thetas are those of sigmoid(z) = .01 to .99."""
+    """theta and k of the best macro F1, rounded to two digits; among equals those that read least.
+    theta is tried at sigmoid(theta) = .01 to .99."""
     thetas = torch.linspace(0.01, 0.99, 99).logit().tolist()
     tried = [measure(scores, answers, theta, k) for theta in thetas for k in (1, 2, 3, 5)]
     best = max(tried, key=lambda figures: (round(figures["macro_f1"], 2), -figures["tokens_seen"]))
@@ -146,47 +142,46 @@ def choose(scores: list[Tensor], answers: list[Answer]) -> tuple[float, int]:
 
 
 def validated(scores: list[Tensor], answers: list[Answer]) -> dict:
-    """theta and k chosen on the answers to a random half of the prompts, measured on the others."""
+    """Chooses theta and k on the answers to a random half of the prompts, and measures them on the
+    other half."""
     prompts = sorted({answer.prompt for answer in answers})
     chosen_on = set(random.Random(0).sample(prompts, len(prompts) // 2))
     parts = [[(z, answer) for z, answer in zip(scores, answers)
               if (answer.prompt in chosen_on) == is_first] for is_first in (True, False)]
     require(all({answer.is_unsafe for _, answer in part} == {False, True} for part in parts),
-            "too few answers to choose a threshold on some and to measure it on others")
+            "too few prompts: both halves need safe and unsafe answers, one to choose a threshold "
+            "on, one to measure it on; add rows, or pass --theta")
     theta, k = choose(*map(list, zip(*parts[0])))
     return measure(*map(list, zip(*parts[1])), theta, k)
 
 
+@torch.no_grad()
 def scored(model, answers: list[Answer], pad_id: int) -> list[Tensor]:
-    """z of each answer's tokens without EOS, whose score is of the whole: [T] each."""
-    scores = []
-    with torch.no_grad():
-        for start in range(0, len(answers), 32):
-            scores += [z[:-1] for z in token_scores(model, answers[start:start + 32], pad_id)]
-    return scores
+    """z of each answer's tokens, without EOS: [T] each."""
+    return [z[:-1] for batch in batches(answers, 32, "scoring")
+            for z in token_scores(model, batch, pad_id)]
 
 
 # ---- the monitor in the loop
 
 class Watch(StoppingCriteria):
-    """Reads each new token of B answers once and ends those that have had k tokens of z >= theta.
-    With other tokens than the policy's it reads the text so far again."""
+    """Reads each new token of B answers once. Ends an answer that has had k tokens with z >= theta.
+    """
 
-    def __init__(self, monitor, mask: Tensor, theta: float, k: int, stop_ids: set[int],
-                 reread=None):
+    def __init__(self, monitor, mask: Tensor, theta: float, k: int, stop_ids: set[int]):
         self.monitor, self.theta, self.k = monitor, theta, k
         self.reader, self.prompt_length = Reader(monitor.model, mask), mask.shape[1]
         self.stop_ids = torch.tensor(sorted(stop_ids), device=mask.device)
-        self.reread = reread                    # token ids so far -> the newest tokens' z [B]
         self.hits = mask.new_zeros(len(mask))                                    # [B]
-        self.stops = [None] * len(mask)         # after how many tokens
+        self.stops = [None] * len(mask)         # the number of tokens each answer was stopped after
         self.seconds = 0.0
 
     def __call__(self, input_ids: Tensor, scores, **_) -> Tensor:
         start = time.perf_counter()
         newest = input_ids[:, self.prompt_length:]                               # [B, t]
         has_ended = torch.isin(newest, self.stop_ids).any(1)                     # [B]
-        z = self.reread(newest) if self.reread else self.newest_scores(input_ids)  # [B]
+        hidden = self.reader(input_ids[:, self.reader.read:]).last_hidden_state  # [B, n, H]
+        z = self.monitor.score_head(hidden[:, -1].float()).squeeze(1)            # [B]
         self.hits += (z >= self.theta) & ~has_ended
         stopped = self.hits >= self.k                                            # [B]
         for row in stopped.nonzero().flatten().tolist():
@@ -194,30 +189,18 @@ class Watch(StoppingCriteria):
         self.seconds += time.perf_counter() - start
         return stopped
 
-    def newest_scores(self, input_ids: Tensor) -> Tensor:
-        hidden = self.reader(input_ids[:, self.reader.read:]).last_hidden_state  # [B, n, H]
-        return self.monitor.score_head(hidden[:, -1].float()).squeeze(1)
 
-
-def watched(policy, tokenizer, monitor, prompts: list[str], theta: float, k: int, run,
-            monitor_tokenizer=None) -> tuple[list[dict], dict]:
-    """Answers, each cut where the monitor stops it: (prompt, response, stopped), and what it costs.
-    Without a monitor's tokenizer it reads the policy's tokens."""
+def watched(policy, tokenizer, monitor, prompts: list[str], theta: float, k: int,
+            run) -> tuple[list[dict], dict]:
+    """Answers of the policy, each cut where the monitor stops it, and the time they took. monitor
+    may be None."""
     rows = encode_prompts(prompts, tokenizer)
     _, mask = pad_rows(rows, [[]] * len(rows), tokenizer.pad_token_id)
-    generator = random_numbers(run.seed, "watch")
+    generator = repo.random_numbers(run.seed, "watch")
     length = run.max_response_length
     uniform = 1 - torch.rand(len(rows), length, generator=generator, dtype=torch.float64)
-    draw = Draw(uniform.to(policy.device), mask.shape[1], run.temperature)
-
-    def reread(newest):
-        texts = tokenizer.batch_decode(newest, skip_special_tokens=True)
-        ids = encode_prompts(prompts, monitor_tokenizer, texts)
-        padded, is_token = (part.to(monitor.device) for part in pad_rows([[]] * len(ids), ids, 0))
-        return monitor.values(padded, is_token)[range(len(ids)), is_token.sum(1) - 1]
-
-    watch = monitor and Watch(monitor, mask.to(policy.device), theta, k, policy.stop_token_ids,
-                              monitor_tokenizer and reread)
+    draw = repo.Draw(uniform.to(policy.device), mask.shape[1], run.temperature)
+    watch = monitor and Watch(monitor, mask.to(policy.device), theta, k, policy.stop_token_ids)
     start = time.perf_counter()
     written = generate(policy, tokenizer, rows, draw, length, run,
                        stops=[watch] if watch else [])
@@ -235,7 +218,8 @@ def watched(policy, tokenizer, monitor, prompts: list[str], theta: float, k: int
 
 
 def offline(model, tokenizer, whole: dict, theta: float, k: int) -> list[int]:
-    """The tokens of a whole answer up to where the monitor would have stopped it."""
+    """The tokens of a whole answer up to where the monitor would have stopped it, found in one
+    pass."""
     [prompt] = encode_prompts([whole["prompt"]], tokenizer)
     ids = torch.tensor([prompt + whole["tokens"]], device=model.device)
     with torch.no_grad():
