@@ -119,13 +119,11 @@ def test_all_names_that_cannot_be_reached_are_named_at_once(run):
         code, out, printed = run("--model", "alpaca-7b", *flags)
         sentence = printed.splitlines()[-1]
         assert code == 2 and not out.exists() and "hf download" in sentence
-        for name in (
-            "--policy PKU-Alignment/alpaca-7b-reproduced",
-            "--reward_model PKU-Alignment/beaver-7b-v1.0-reward",
-            "--cost_model PKU-Alignment/beaver-7b-v1.0-cost",
-            "--dataset PKU-Alignment/PKU-SafeRLHF",
+        for flag, name in (
+            ("policy", "alpaca-7b-reproduced"), ("reward_model", "beaver-7b-v1.0-reward"),
+            ("cost_model", "beaver-7b-v1.0-cost"), ("dataset", "PKU-SafeRLHF"),
         ):
-            assert name in sentence
+            assert f"--{flag} PKU-Alignment/{name}" in sentence
 
 
 SHAPES = {  # hidden size, MLP, layers, heads
@@ -172,7 +170,7 @@ def test_the_plan_is_what_a_step_takes(
     measured = sum(held.values()) + moments + in_a_step
 
     config.dry_run = True
-    longest = plan.longest_rows(prompts, [], state.tokenizer, config)
+    lengths = plan.longest_rows(prompts, [], state.tokenizer, config)
     planned = plan.total(
-        plan.memory_terms(plan.load_shapes(config), config, longest, checkpointing))
+        plan.memory_terms(plan.load_shapes(config), config, lengths, checkpointing))
     assert planned == pytest.approx(measured, rel=0.15)
