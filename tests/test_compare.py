@@ -158,7 +158,7 @@ def lightness(color: str) -> float:
 
 def test_lines_can_be_told_apart_in_grey():
     shades = [lightness(style["color"]) for style in drawing.STYLES[:4]]
-    assert all(after - before > 0.1 for before, after in zip(shades, shades[1:]))
+    assert all(before - after > 0.1 for before, after in zip(shades, shades[1:]))
     assert len({str(style["ls"]) for style in drawing.STYLES[:5]}) == 5
 
 
