@@ -72,6 +72,8 @@ class CompareSettings(command.Settings):
                                     f"{' '.join(DEFAULT_ALGOS)}")
     study: bool = option(False, "RePO with one of its settings changed at a time, and its "
                                 "neighbours")
+    harmful_share: float | None = option(None, "train on requests of the tiny world of which this "
+                                               "share is harmful")
     out: str | None = option(None, "where table, picture and page go; default: runs/compare, or "
                                    "the current folder for RUNs")
 
@@ -80,6 +82,8 @@ class CompareSettings(command.Settings):
 
     def check(self) -> None:
         super().check()
+        if self.harmful_share is not None:
+            self.passed_on = [*self.passed_on, "--harmful_share", str(self.harmful_share)]
         require(not self.runs or not (self.passed_on or self.study),
                 f"{' '.join([*self.passed_on, *['--study'] * self.study])}: is for training, and "
                 "finished runs were given")
