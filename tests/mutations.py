@@ -205,7 +205,7 @@ BUGS = [
     Bug("repo.py", "equations", "critic: the clip has one side",
         "(value - old).clamp(-limit, limit)", "(value - old).clamp(max=limit)"),
     Bug("repo.py", "rollout models", "critic: the value of the state after the token",
-        "return values[row, column]", "return values[row, column + 1]"),
+        "return values[row, state_column]", "return values[row, state_column + 1]"),
     Bug("plumbing/training.py", "models", "critic: its head begins as it happens to be",
         "{name: torch.zeros_like(weight) for name, weight in head.items()}",
         "{name: torch.ones_like(weight) for name, weight in head.items()}"),

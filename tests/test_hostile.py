@@ -225,7 +225,7 @@ def test_what_steers_a_terminal_is_spelled_out(run, tmp_path, capsys, monkeypatc
     assert code == 0 and "\\x1b" in printed
     assert not set(printed) & STEERING - {"\r"}  # with which the progress bar begins
 
-    monkeypatch.setattr(compare, "draw_pictures", lambda *_: [])
+    monkeypatch.setattr(compare, "drawn", lambda groups: {})
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     config = tmp_path / "a" / "config.json"  # the table shows settings in which two runs differ
     config.write_text(json.dumps(json.loads(config.read_text()) | {"judge": HOSTILE}))

@@ -6,14 +6,14 @@ from statistics import fmean
 from companions.shared.runs import CURVES, Run, curves, sorted_costs
 from plumbing.errors import say
 
-# Dark to light, each with its own dashes, so that a picture can be read in grey too.
+# Light to dark, thick to thin: equal lines stay visible, and a picture can be read in grey too.
 STYLES = [
-    {"color": "#14306b", "ls": "-"},
-    {"color": "#b23c00", "ls": (0, (5, 2))},
-    {"color": "#00916f", "ls": (0, (1, 1))},
-    {"color": "#d98cc8", "ls": (0, (7, 2, 1, 2))},
-    {"color": "#000000", "ls": (0, (3, 3))},
-    {"color": "#8a8a8a", "ls": "-"},
+    {"color": "#e0a0d0", "ls": "-", "lw": 5},
+    {"color": "#00916f", "ls": (0, (4, 2)), "lw": 3.5},
+    {"color": "#b23c00", "ls": (0, (1, 1)), "lw": 2.5},
+    {"color": "#14306b", "ls": (0, (7, 2, 1, 2)), "lw": 1.5},
+    {"color": "#000000", "ls": (0, (3, 3)), "lw": 1},
+    {"color": "#8a8a8a", "ls": "-", "lw": 1},
 ]
 
 
@@ -41,7 +41,7 @@ def draw_curves(figure, groups: dict[str, list[Run]]) -> None:
         for (name, runs), style in zip(groups.items(), itertools.cycle(STYLES)):
             by_step = curves(runs, metric)
             steps = range(1, len(by_step) + 1)
-            axis.plot(steps, [fmean(values) for values in by_step], label=name, lw=2, **style)
+            axis.plot(steps, [fmean(values) for values in by_step], label=name, **style)
             axis.fill_between(steps, [*map(min, by_step)], [*map(max, by_step)],
                               color=style["color"], alpha=0.15, lw=0)
         axis.set(xlabel="step", ylabel=title)
@@ -64,7 +64,7 @@ def draw_compensation(figure, groups: dict[str, list[Run]]) -> None:
         unsafe = sum(cost > threshold for cost in costs) / len(costs)
         label = (f"{name} (seed {run.config['seed']}): mean cost {mean:.1f}, {side} the limit; "
                  f"{unsafe:.0%} of the prompts above it")
-        axis.plot(percents, costs, label=label, lw=2, **style)
+        axis.plot(percents, costs, label=label, **style)
 
     top = max(axis.get_ylim()[1], threshold + 1)
     axis.axhspan(threshold, top, color="0.9", zorder=0)
