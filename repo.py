@@ -10,8 +10,8 @@ It is never negative, so a safe response cannot offset an unsafe one.
     python repo.py --algo ppo_lag      # Safe RLHF's bound on the mean cost, to compare
     python repo.py --model alpaca-7b   # the paper's models; --help lists every setting
 
-The main differences from the paper, and from Safe RLHF's published code, which its authors built
-on. Nobody here has read the authors' own trainer.
+These are the main differences from the paper, and from Safe RLHF's published code, which its
+authors built on. Nobody here has read the authors' own trainer.
 
 1. --rectify return, the default, puts the rectified cost of all responses into the returns. That
    estimates (2). --rectify mask is the paper's split into safe and unsafe responses as we read it.
@@ -148,7 +148,7 @@ def random_numbers(*key) -> torch.Generator:
 
 class Draw(LogitsProcessor):
     """Draws each response's next token from the whole softmax at the sampling temperature: the
-    token in which a uniform random number falls, along the cumulated probabilities.
+    first token whose cumulated probability reaches a uniform random number.
 
     Every response has its own row of numbers [B, T]. So the response does not depend on which rank
     samples it, in which batch.
@@ -198,7 +198,8 @@ def response_log_probs(policy, batch: Sequences, temperature: float, return_entr
     hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
                                   batch.pixel_values)[row, state_column]         # [N, H]
     head_weight = policy.get_output_embeddings().weight                          # [V, H]
-    return linear_log_probs(  # of head.scale (hidden @ head_weight.T), or with a soft cap
+    # The logits are head.scale (hidden @ head_weight.T), soft-capped if the model does so.
+    return linear_log_probs(
         hidden, head_weight, ids, temperature / head.scale, soft_cap=head.soft_cap,
         return_entropy=return_entropy)
 
@@ -216,7 +217,7 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=()
     the prompt leaves of --max_length. The same seed, key and prompts give the same responses."""
     limits = [response_limit(prompt, config) for prompt in prompts]              # B
     generator = random_numbers(config.seed, key)
-    uniform = 1 - torch.rand(  # in (0, 1]: 0 could draw a token of probability 0  # [B, T]
+    uniform = 1 - torch.rand(  # [B, T] in (0, 1]: a token of probability 0 is never drawn
         len(prompts), max(limits), generator=generator, dtype=torch.float64)
 
     def sample(rows: list[int]) -> list[list[int]]:
@@ -377,11 +378,12 @@ def group_advantages(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
 # ==== 4  lambda (3), the rectified clipped objective (7) (8), critics, PTX =======================
 
 def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
-    """Equation (3), over the raw costs C [n] of a step. lambda never falls.
+    """Equation (3), over raw costs C [n]. lambda never falls.
 
         lambda <- min(lambda + alpha mean{C - d}+, lambda_max)
 
-    --algo ppo_lag uses the costs of the latest cost_window x RANKS responses, with the same cap:
+    costs are a step's. For --algo ppo_lag they are those of the latest cost_window x RANKS
+    responses, with the same cap:
 
         ln lambda <- ln lambda + alpha lambda (mean C - d)
 
