@@ -530,7 +530,7 @@ BUGS = [
         "vars(parser.parse_args(words, nothing))", "vars(parser.parse_args(words))"),
     Bug("plumbing/settings.py", "input", "--help: a default of 0 is not shown",
         "type(action.default) in (int, float, str) and", "action.default and"),
-    Bug("plumbing/functions.py", "models", "functions: a wrong number of results is taken",
+    Bug("plumbing/functions.py", "input", "functions: a wrong number of results is taken",
         "require(len(results) == len(responses),", "require(True,"),
     Bug("plumbing/functions.py", "input", "functions: a judge's results are not looked at",
         "return [{name: bool(verdict[name]) for name in names} for verdict in judged]",
