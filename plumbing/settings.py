@@ -153,6 +153,9 @@ def resolve(config_class, argv: list[str], worlds: dict):
     if "model" in flags:  # the file's policy belongs to the file's model
         saved = without(saved, "policy")
     model = flags.get("model", saved.get("model", RunSettings.model))
+    is_path = model.startswith((".", "/", "~"))
+    require(not is_path or Path(model).expanduser().exists(),
+            f"--model {model}: no such folder or file; correct the path")
     with rank_0_first():  # for every model: check_machines() reports later if ranks differ in it
         preset = worlds[model]() if model in worlds else PRESETS.get(model, {})
     preset = given_in(parser, as_words(preset))
