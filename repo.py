@@ -10,18 +10,18 @@ It is never negative, so a safe response cannot offset an unsafe one.
     python repo.py --algo ppo_lag      # Safe RLHF's bound on the mean cost, to compare
     python repo.py --model alpaca-7b   # the paper's models; --help lists every setting
 
-The main differences from the paper, and from Safe RLHF's published code, which its authors built
-on. Nobody here has read the authors' own trainer.
+These are the main differences from the paper, and from Safe RLHF's published code, which its
+authors built on. Nobody here has read the authors' own trainer.
 
 1. --rectify return, the default, puts the rectified cost of all responses into the returns. That
    estimates (2). --rectify mask is the paper's split into safe and unsafe responses as we read it.
    It does not estimate (2).
-2. Each prompt leaves its own response the rest of --max_length. In Safe RLHF the longest prompt of
-   the batch sets one limit for all.
+2. A response may use whatever --max_length leaves after its own prompt. In Safe RLHF the longest
+   prompt of the batch sets one limit for all.
 3. There is no dropout, so the probability ratio of an unchanged policy is 1, up to rounding.
 4. On one GPU the 3B and 7B presets train low-rank adapters, so that six models fit.
 
---algo ppo_lag, gate and ppo and --baseline group are neighbours to compare with, not RePO.
+--algo ppo_lag, gate and ppo and --baseline group are other methods, included for comparison.
 
 Shapes: B responses in a rollout, M in a minibatch, b in a micro-batch. Prompts are padded on the
 left to P tokens, responses on the right to T; response i has T_i tokens, and N is the number of
@@ -148,7 +148,7 @@ def random_numbers(*key) -> torch.Generator:
 
 class Draw(LogitsProcessor):
     """Draws each response's next token from the whole softmax at the sampling temperature: the
-    token in which a uniform random number falls, along the cumulated probabilities.
+    first token whose cumulated probability reaches a uniform random number.
 
     Every response has its own row of numbers [B, T]. So the response does not depend on which rank
     samples it, in which batch.
@@ -187,27 +187,28 @@ def response_log_probs(policy, batch: Sequences, temperature: float, return_entr
     """log pi(y_t) of the N response tokens, at the temperature that they were sampled with: fp32
     [N]. With return_entropy a pair: the second is the entropy of pi(. | s_t), [N].
 
-    Only the states before response tokens reach the LM head, and only a chunk of their logits
-    exists at a time.
+    Only the states before response tokens reach the LM head. The kernels make a chunk of their
+    logits at a time.
     """
-    row, column, ids = batch.response_tokens()                                   # [N] each
+    row, state_column, ids = batch.response_tokens()                             # [N] each
     head = policy.fused_head
-    if head is None:  # logits are more than hidden @ weight.T, so all are computed
+    if head is None:  # it has a bias, for example: then all logits are made
         logits = models.response_logits(policy, batch)                           # [N, V]
         return gather_log_probs(logits, ids, temperature, return_entropy=return_entropy)
     hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
-                                  batch.pixel_values)[row, column]               # [N, H]
+                                  batch.pixel_values)[row, state_column]         # [N, H]
     head_weight = policy.get_output_embeddings().weight                          # [V, H]
-    return linear_log_probs(  # logits = head.scale (hidden @ head_weight.T)
+    # The logits are head.scale (hidden @ head_weight.T), soft-capped if the model does so.
+    return linear_log_probs(
         hidden, head_weight, ids, temperature / head.scale, soft_cap=head.soft_cap,
         return_entropy=return_entropy)
 
 
 def response_values(critic: ScoreModel, batch: Sequences) -> Tensor:
     """V(s_t) of the state before each response token: fp32 [N]."""
-    row, column, _ = batch.response_tokens()                                     # [N], [N]
+    row, state_column, _ = batch.response_tokens()                               # [N], [N]
     values = critic.values(batch.input_ids, batch.attention_mask, batch.pixel_values)   # [b, P+T]
-    return values[row, column]                                                   # [N]
+    return values[row, state_column]                                             # [N]
 
 
 def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=(),
@@ -216,7 +217,7 @@ def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=()
     the prompt leaves of --max_length. The same seed, key and prompts give the same responses."""
     limits = [response_limit(prompt, config) for prompt in prompts]              # B
     generator = random_numbers(config.seed, key)
-    uniform = 1 - torch.rand(  # in (0, 1]: 0 could draw a token of probability 0  # [B, T]
+    uniform = 1 - torch.rand(  # [B, T] in (0, 1]: a token of probability 0 is never drawn
         len(prompts), max(limits), generator=generator, dtype=torch.float64)
 
     def sample(rows: list[int]) -> list[list[int]]:
@@ -283,11 +284,11 @@ def costs_and_lambdas(cost: Tensor, lam: float, config: Config) -> tuple[Tensor,
     """Which cost enters the returns, and which lambda_i the loss: C [B] -> [B], [B]. The Lagrangian
     (1) is E[-R + lambda {C - d}+]. Its gradient (2), the rectified policy gradient, is
     E[grad log pi(y|x) (-R + lambda {C - d}+)].
-
-        repo, return   {C - d}+   lambda            estimates (2), up to the factor 1 / (1 + lambda)
-        repo, mask     C - d      lambda 1[C > d]   does not estimate (2): see the README
-        ppo_lag        C - d      lambda            safe responses pay for unsafe ones
-        gate, ppo      C - d      0                 the cost has no weight in the loss
+        method         in returns   lambda_i
+        repo, return   {C - d}+     lambda            estimates (2), up to 1 / (1 + lambda)
+        repo, mask     C - d        lambda 1[C > d]   does not estimate (2): see the README
+        ppo_lag        C - d        lambda            safe responses pay for unsafe ones
+        gate, ppo      not used     0                 the cost has no weight in the loss
     """
     excess = cost - config.threshold                                             # [B]  C - d
     lambdas = torch.full_like(cost, 0.0 if config.algo in ("gate", "ppo") else lam)   # [B]
@@ -362,7 +363,7 @@ def estimate_advantages(rollout: Rollout, lam: float, config: Config) -> None:
 
 def group_advantages(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
     """Advantages without a critic, leave-one-out as in RLOO (not the paper's): token rewards, or
-    costs, [B, T] -> [B, T], 0 outside the mask. K = group_size rows in a row answer one prompt.
+    costs, [B, T] -> [B, T], 0 outside the mask. K = group_size consecutive rows answer one prompt.
 
         A_t = sum_{u >= t} r_u - the mean of sum_u r_u over the K - 1 other responses
 
@@ -377,11 +378,12 @@ def group_advantages(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
 # ==== 4  lambda (3), the rectified clipped objective (7) (8), critics, PTX =======================
 
 def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
-    """Equation (3), over the raw costs C [n] of a step. lambda never falls.
+    """Equation (3), over raw costs C [n]. lambda never falls.
 
         lambda <- min(lambda + alpha mean{C - d}+, lambda_max)
 
-    --algo ppo_lag uses the costs of the latest cost_window x RANKS responses, with the same cap:
+    costs are a step's. For --algo ppo_lag they are those of the latest cost_window x RANKS
+    responses, with the same cap:
 
         ln lambda <- ln lambda + alpha lambda (mean C - d)
 
@@ -407,7 +409,7 @@ def policy_loss(policy, batch: Rollout, token_weight: Tensor,
         rho_t = pi(y_t) / pi_old(y_t)
     """
     if policy.fused_head and runs_triton(policy.get_output_embeddings().weight):
-        return fused_policy_loss(policy, batch, token_weight, config)  # on a GPU: the same
+        return fused_policy_loss(policy, batch, token_weight, config)  # the same, on a GPU
     mask = batch.response_mask                                                   # [b, T]
     row, _, _ = batch.response_tokens()                                          # [N]
     lambdas = batch.lambdas[row]                                                 # [N]  lambda_i
@@ -429,9 +431,9 @@ def fused_policy_loss(policy, batch: Rollout, token_weight: Tensor,
     """What policy_loss computes, in one Triton function from the LM head to the loss. The logits
     [N, V] never exist as a whole."""
     mask, head = batch.response_mask, policy.fused_head
-    row, column, ids = batch.response_tokens()                                   # [N] each
+    row, state_column, ids = batch.response_tokens()                             # [N] each
     hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
-                                  batch.pixel_values)[row, column]               # [N, H]
+                                  batch.pixel_values)[row, state_column]         # [N, H]
     loss, _, statistics = linear_repo_loss(
         hidden, policy.get_output_embeddings().weight, ids, batch.log_probs[mask],
         batch.reward_advantages[mask], batch.cost_advantages[mask], batch.lambdas[row],
@@ -464,7 +466,8 @@ def ptx_loss(policy, batch: Sequences, token_count: Tensor, config: Config) -> t
 def train_step(state: training.State, prompts: list[str], ptx_pairs: list,
                config: Config) -> tuple[Rollout, dict]:
     """One step on some prompts, and on a supervised pair per response if PTX is on. Returns the
-    rollout and the step's metrics. Raises BadNumbers before an update that is not finite."""
+    rollout and the step's metrics. Raises BadNumbers instead of applying an update that is not
+    finite."""
     state.clock.start()
     lam, actor_lr = state.lam, state.optimizer.param_groups[0]["lr"]
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]   # B
@@ -491,7 +494,7 @@ def train_step(state: training.State, prompts: list[str], ptx_pairs: list,
 def update(state: training.State, rollout: Rollout, rows: Tensor, ptx: Sequences | None,
            meter: metrics.Meter, config: Config) -> None:
     """One optimiser step of policy and critics, on the M rows of a minibatch, and of the policy on
-    all of the step's supervised pairs."""
+    all of the step's supervised pairs. training.backward calls loss(model, *arguments, config)."""
     for batch in ranks.micro_batches(rollout, rows, config.micro_batch_size):
         mask = batch.response_mask                                               # [b, T]
         token_weight = mask / mask.sum(1, keepdim=True) / len(rows)              # w_t = 1 / (T_i M)

