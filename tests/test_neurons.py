@@ -158,9 +158,8 @@ def test_what_cannot_work_is_refused_in_a_sentence(
 
 @pytest.mark.parametrize("seed", [exhaustive(0), exhaustive(1)])
 def test_itself_in_the_tiny_world(tmp_path, demonstrated, seed):
-    """Planted neurons on held-out requests. Seen on seeds 0, 1, 2, 3 where prompts end: 19 of 19
-    found and 1.00 restored each time, random 0 to 0.16 in the mean. Over the answers: 17, 18, 17,
-    17 found, but 0.96, 0.53, 0.87, 0.92 restored, for what is missed acts where prompts end."""
+    """Seen on seeds 0 to 3 where prompts end: 19 of 19 found and 1.00 restored each time, random 0
+    to .07 in the mean. Over the answers: 17 found each time, and .33 to 2.00 restored."""
     file = tmp_path / "figures.json"
     assert call("--run", demonstrated(seed), "--seed", seed, "--json", file) == 0
     figures = json.loads(file.read_text())
