@@ -214,7 +214,8 @@ def write_gradient(
     store_softmax(
         row, gradient_row, end_columns, is_end, maximum, log2_s, scale, -factor, soft_cap, CAPPED,
     )
-    for tile in range(tl.cdiv(groups, LANES)):
+    # from the last tile to the first, because the caches hold what read_row has read last
+    for tile in range(tl.cdiv(groups, LANES) - 1, -1, -1):
         is_group = (tile * LANES + lane < groups)[:, None]
         offset = tile * LANES * GROUP + in_tile
         store_softmax(
