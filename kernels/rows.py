@@ -54,9 +54,9 @@ import triton.language as tl
 # Many threads on few rows, so that the second reading of a row finds it in the L2 cache. 16 warps
 # are 512 threads, and 4 programs fill an SM. 132 x 4 rows of V = 32001 in bf16 are 34 MB; an H100's
 # L2 has 50. A thread serves 2 lanes and has two 16-byte loads in flight, which is 64 KiB per SM; 16
-# to 24 keep the memory busy. At V = 128256 the cache holds only a quarter of 132 x 4 rows. A program
-# that walks over rows, with fewer rows in flight, needs 40 registers on sm_90, so only 3 fill an SM;
-# with 32 warps it spills.
+# to 24 keep the memory busy. At V = 128256 the cache holds only a quarter of 132 x 4 rows. Programs
+# that walk over rows, so that fewer rows are in flight, need 40 registers on sm_90, which leaves
+# room for 3 per SM; with 32 warps and 2,048 lanes they spill.
 LANES, NUM_WARPS = 1024, 16
 
 LOG2_E = tl.constexpr(math.log2(math.e))
