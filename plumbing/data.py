@@ -19,6 +19,7 @@ from plumbing.pictures import Pictured, with_picture
 
 # ---- Rows of many formats -> (prompt, answer)
 
+
 def read_better_response(row: dict) -> tuple[str, str | None]:
     """PKU-SafeRLHF. The more helpful response is the answer."""
     return to_pair(row["prompt"], row[f"response_{int(row['better_response_id'])}"])
