@@ -1,8 +1,8 @@
 """Conversations: prompts of several turns.
 
 A prompt is a string: what the user says or, if there were turns before, a transcript
-"\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ...". It is a Chat, which carries its messages, where
-the transcript alone would be read as other messages.
+"\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ...". Where a transcript would be read as other
+messages than it was made of, the string is a Chat, which carries them.
 """
 import re
 

@@ -152,10 +152,8 @@ def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dat
 
 def is_labelled_unsafe(row: dict) -> bool:
     """Whether a row's answer is: BeaverTails, PKU-SafeRLHF."""
-    name = "is_safe"
-    if "better_response_id" in row:
-        name = f"is_response_{row['better_response_id']}_safe"
-    return row.get(name) is False
+    better = row.get("better_response_id")
+    return row.get("is_safe" if better is None else f"is_response_{better}_safe") is False
 
 
 def text_or_none(answer) -> str | None:
