@@ -25,7 +25,6 @@ from plumbing.data import (
     encode_prompts,
     end_of_turn,
     hash_of_data,
-    load_pairs,
     render_prompt,
 )
 from plumbing.errors import UserError
@@ -62,10 +61,10 @@ TEMPLATES = {
         ["<start_of_turn>", "<end_of_turn>"]),
     "beaver": (None, []),
 }
-DATED = (TEMPLATES["llama3"][0].replace(
-    "{{ bos_token }}",
-    "{% if not date_string is defined %}{% set date_string = strftime_now(\"%d %b %Y\") %}{% endif %}"
-    "{{ bos_token + 'Today Date: ' + date_string + '\n\n' }}"), TEMPLATES["llama3"][1])
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now(\"%d %b %Y\") %}"
+    "{% endif %}{{ 'Today Date: ' + date_string + '\n\n' }}" + TEMPLATES["llama3"][0],
+    TEMPLATES["llama3"][1])
 
 
 def tokenizer_of(family: str, special: bool = True):
@@ -122,7 +121,7 @@ def test_a_score_model_reads_what_the_library_renders(family, answer):
         assert (cut_off, whole) == (tokenizer(text).input_ids, tokenizer(text).input_ids + [1])
         return
     assert whole == as_library(tokenizer, chat)
-    if answer:  # the library cannot continue an empty one
+    if answer == "fine":  # the library keeps a space that a template trims
         assert cut_off == as_library(tokenizer, chat, continue_final_message=True)
 
 
@@ -288,8 +287,8 @@ def test_preferences_are_learned_as_score_models_read_them(tmp_path, row):
 
 
 def test_midnight_changes_nothing(run, tmp_path, monkeypatch):
-    """A template that prints the date, as Llama-3.2's: a run that is resumed or evaluated on another
-    day reads the day on which it began."""
+    """In a template that prints the date, as Llama-3.2's: a run that is resumed or evaluated on
+    another day reads the day on which it began."""
     class Day(settings.date):
         day = "2026-11-30"
 
@@ -331,14 +330,3 @@ def test_a_date_that_cannot_be_kept_is_refused():
         render_prompt("hi", tokenizer)
     with pytest.raises(UserError, match="--date today: must be a day, as 2026-11-30"):
         repo.resolve_config(["--device", "cpu", "--date", "today"])
-
-
-# ---- what becomes of it in pairs
-
-
-def test_turns_of_pairs_are_checked_and_a_completion_may_be_messages(tmp_path):
-    answer = [{"role": "assistant", "content": "four"}]
-    rows = [{"prompt": TALK, "completion": answer}]
-    source = write(tmp_path / "p.jsonl", rows)
-    [(prompt, said)] = load_pairs(source, tokenizer=tokenizer_of("llama2"))
-    assert messages_of(prompt) == TALK and said == "four"
