@@ -74,8 +74,6 @@ def test_prompts_come_out_of_a_file_as_they_went_in(folder, ending, count):
     @settings(max_examples=count)
     @given(prompts=st.lists(PLAIN, min_size=1, max_size=6))
     def check(prompts):
-        if ending == ".csv":  # there NA, null and 5 are no text
-            prompts = [f"p {prompt}" for prompt in prompts]
         distinct = list(dict.fromkeys(prompts))
         assert repo.load_prompts(write(folder / f"p{ending}", prompts)) == distinct
 
