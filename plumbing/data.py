@@ -421,12 +421,11 @@ def require_sight(prompts: list[str], tokenizer, source: str) -> None:
 def without_special_tokens(prompts: list[str], tokenizer, source: str) -> list[str]:
     """The prompts without special tokens of the tokenizer and without tokens of its template, which
     could end the turn and start another. Raises UserError if no prompt is left."""
-    template = tokenizer.chat_template or ""
-    if template:
-        [written] = conversation_texts(tokenizer, ["Hi"], ["Yes"], [True])
-        template += written
+    [written] = conversation_texts(tokenizer, ["Hi"], ["Yes"], [True])
+    if tokenizer.chat_template:
+        written += tokenizer.get_chat_template()  # which writes other tokens for other turns
     special = [token.content for token in tokenizer.added_tokens_decoder.values()
-               if token.content.strip() and (token.special or token.content in template)]
+               if token.content.strip() and (token.special or token.content in written)]
     if not special:
         return prompts
     spelled = re.compile("|".join(map(re.escape, special)))
@@ -494,8 +493,8 @@ def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int], str]]:
                        safe_only=True)
     require_sight(texts[0], tokenizer, f"--ptx_dataset {config.ptx_dataset}")
     pairs = encode_pairs(texts, tokenizer)
-    kept = [(ids, answer, prompt) for (ids, answer), (prompt, _) in zip(pairs, texts)
-            if len(answer) > 1 and len(ids) + len(answer) <= config.max_length]
+    kept = [(ids, answer, prompt) for (ids, answer), (prompt, said) in zip(pairs, texts)
+            if said and len(ids) + len(answer) <= config.max_length]
     require(kept, f"--ptx_dataset {config.ptx_dataset}: no row has both a prompt and an answer "
                   f"within --max_length {config.max_length}")
     say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(pairs) - len(kept):,} "

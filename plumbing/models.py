@@ -212,7 +212,7 @@ def stop_token_ids(model_config, tokenizer, config) -> set[int]:
     listed = set()
     with unreadable if file.is_file() else suppress(OSError):
         listed = ids_in(GenerationConfig.from_pretrained(str(file.parent)).eos_token_id)
-    listed = listed or ids_in(model_config.get_text_config().eos_token_id)
+    listed = listed or ids_in(getattr(model_config.get_text_config(), "eos_token_id", None))
     return {tokenizer.eos_token_id, end_of_turn(tokenizer)} | listed
 
 
