@@ -312,18 +312,22 @@ def encode_pairs(pairs: list[tuple[str, str | None]], tokenizer) -> list[tuple[l
     counts as empty.
 
     The prompt's ids are those that sampling sees. The answer's ids are those that follow in the
-    whole conversation. If a token there reaches across the border, the answer is tokenised anew
-    behind the prompt's ids.
+    whole conversation. If it begins with other ids, because a token reaches across the border or
+    the template writes an answered prompt in another way, the answer is tokenised anew behind the
+    prompt's ids.
     """
     if not pairs:
         return []
     prompts, answers = zip(*pairs)
     texts = conversation_texts(tokenizer, prompts, answers, [True] * len(pairs))
     prompt_ids, end, encoded = encode_prompts(prompts, tokenizer), end_of_turn(tokenizer), []
-    for prompt, ids, text, whole in zip(prompts, prompt_ids, texts, encode(texts, tokenizer)):
+    for (prompt, said), ids, text, whole in zip(pairs, prompt_ids, texts, encode(texts, tokenizer)):
         answer = whole[len(ids):]
         if whole[:len(ids)] != ids:
-            answer = ids_after(ids, text.removeprefix(render_prompt(prompt, tokenizer)), tokenizer)
+            before, after = render_prompt(prompt, tokenizer), (said or "") + closing(tokenizer)
+            if text.startswith(before):
+                after = text.removeprefix(before)
+            answer = ids_after(ids, after, tokenizer)
         if end in answer:  # what the template writes after it is never sampled
             answer = answer[:len(answer) - answer[::-1].index(end) - 1]
         encoded.append((ids, [*answer, end]))

@@ -151,6 +151,20 @@ def test_a_token_across_the_border_takes_nothing_from_an_answer(is_sentence_piec
     assert tokenizer.convert_ids_to_tokens(answer) == [*"(yes)", "</s>"]
 
 
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_template_that_thinks_first(opens):
+    """The prompt of DeepSeek's opens a thought, which its conversations leave out. Qwen's
+    conversations have an empty one, which its prompt leaves out."""
+    thought, empty = ("<think>\n", "") if opens else ("", "<think></think>")
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = TEMPLATES["chatml"][0].replace(
+        "assistant\n'", f"assistant\n{thought}'").replace(
+        "m.content", f"('{empty}' if m.role == 'assistant' else '') + m.content")
+    [(prompt, answer)] = encode_pairs([("Hi", "(fine)")], tokenizer)
+    assert tokenizer.decode(prompt) == READ["chatml"][0] + thought
+    assert tokenizer.decode(answer) == f"{empty}(fine)<|im_end|>"
+
+
 # ---- score models beside a policy
 
 
