@@ -304,7 +304,7 @@ def test_midnight_changes_nothing(run, tmp_path, monkeypatch):
     """In a template that prints the date, as Llama-3.2's: a run that is resumed or evaluated on
     another day reads the day on which it began."""
     class Day(settings.date):
-        day = "2026-11-30"
+        day = "2020-02-03"
 
         @classmethod
         def today(cls):
@@ -317,8 +317,8 @@ def test_midnight_changes_nothing(run, tmp_path, monkeypatch):
     _, out, _ = run(*flags)
     [tokenizer] = [load_policy(repo.resolve_config([*map(str, flags), "--resume", str(folder)]))[1]
                    for folder in [out / "checkpoints" / "step-1"]]
-    Day.day = "2026-12-01"
-    assert "Today Date: 30 Nov 2026\n" in render_prompt("hi", tokenizer)
+    Day.day = "2020-02-04"
+    assert "Today Date: 03 Feb 2020\n" in render_prompt("hi", tokenizer)
 
     for name in ("summary.json", "checkpoints/step-2/manifest.json"):
         (out / name).unlink()
@@ -326,18 +326,18 @@ def test_midnight_changes_nothing(run, tmp_path, monkeypatch):
     assert code == 0 and "trying the one before it" in printed
     files = "eval.jsonl", "samples.jsonl", "final/actor/model.safetensors"
     assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in files)
-    assert json.loads((out / "config.json").read_text())["date"] == "2026-11-30"
+    assert json.loads((out / "config.json").read_text())["date"] == "2020-02-03"
     [evaluated, new] = [repo.resolve_config([*map(str, words)]) for words in (
         ["--device", "cpu", "--eval_only", out], flags)]
-    assert (evaluated.date, new.date) == ("2026-11-30", "2026-12-01")
-    code, _, printed = run(*flags, "--resume", whole / "checkpoints/step-1", "--date", "2026-12-02",
+    assert (evaluated.date, new.date) == ("2020-02-03", "2020-02-04")
+    code, _, printed = run(*flags, "--resume", whole / "checkpoints/step-1", "--date", "2020-02-05",
                            out="other")
-    assert code == 2 and "was saved with --date 2026-11-30, not 2026-12-02" in printed
+    assert code == 2 and "was saved with --date 2020-02-03, not 2020-02-05" in printed
 
 
 def test_a_date_that_cannot_be_kept_is_refused():
     tokenizer = tokenizer_of("dated")
-    tokenizer.date = "2026-11-30"
+    tokenizer.date = "2020-02-03"
     assert tokenizer.chat_template == DATED[0]  # which is what is saved
     tokenizer.chat_template = "{% set day = '%d' %}{{ strftime_now(day) }}"
     with pytest.raises(UserError, match="a date in a form that cannot be kept"):
