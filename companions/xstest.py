@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from companions.shared import command
-from plumbing.data import read_rows
 from plumbing.errors import blame, require, say
+from plumbing.files import read_rows
 from plumbing.folder import to_jsonl, write_whole
 from plumbing.settings import option
 
@@ -61,9 +61,9 @@ def read_questions(sources: list[str]) -> list[dict]:
     questions = {}
     for source in sources:
         rows = read_rows(source, "the file")
-        label = "final_label" if "final_label" in rows.column_names else "label"
-        require({"type", "prompt", "completion", label} <= set(rows.column_names),
-                f"{source}: has the columns {', '.join(rows.column_names)}, not XSTest's type, "
+        label = "final_label" if "final_label" in rows.columns else "label"
+        require({"type", "prompt", "completion", label} <= set(rows.columns),
+                f"{source}: has the columns {', '.join(rows.columns)}, not XSTest's type, "
                 "prompt, completion and final_label")
         for row in rows:
             question = questions.setdefault(row["prompt"], {
