@@ -89,7 +89,7 @@ def reader_of(rows: Rows, prompt_column: str | None, source: str):
     if not known or not has_pictures(rows, source):
         return next(iter(known.values()), None)
 
-    read, folder = next(iter(known.values())), Path(source).expanduser().parent
+    read, folder = next(iter(known.values())), rows.folder
 
     def read_both(row: dict) -> tuple[str, str | None]:
         if "messages" in row:
@@ -145,7 +145,7 @@ def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dat
     require(pairs, f"{flag} {source}: none of its {len(rows)} rows has a prompt")
     if tokenizer:
         check_turns(zip(places, (prompt for prompt, _ in pairs)), tokenizer)
-    say(f"{flag} {source}: {len(rows):,} rows read, "
+    say(f"{flag} {source}: {len(rows):,} rows read{rows.part}, "
         f"{len(rows) - len(pairs):,} without a prompt dropped")
     return pairs
 

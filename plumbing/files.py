@@ -5,16 +5,19 @@ import csv
 import gzip
 import io
 import json
-import os
+import lzma
 import re
+import shutil
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-import datasets
 import pyarrow.parquet
+from datasets.data_files import DataFilesPatternsDict
+from datasets.load import dataset_module_factory
 
+from plumbing import hub
 from plumbing.errors import blame, require
-from plumbing.hub import check_hub
-from plumbing.pictures import undecoded
 
 LISTS = {"instructions", "inputs", "tags"}  # columns of a file that is one json object of lists
 SPACE = re.compile(r"\s*")
@@ -22,54 +25,131 @@ BOOLS = {"True": True, "true": True, "TRUE": True, "False": False, "false": Fals
 
 
 class Rows(list):
-    """Rows as dicts that all have the same `columns`. An empty cell is None."""
+    """Rows as dicts that all have the same `columns`. An empty cell is None. `folder` is where
+    relative paths in them begin, and `part` says what of a data set they are."""
 
-    def __init__(self, rows: list[dict]):
+    def __init__(self, rows: list[dict], folder: Path, part: str = ""):
         self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        self.folder, self.part = folder, part
         super().__init__({name: row.get(name) for name in self.columns} for row in rows)
 
 
 def read_rows(source: str, flag: str) -> Rows:
-    """A local file or a hub data set, with an optional :SPLIT. Raises UserError."""
-    name, _, split = source.partition(":")
-    if Path(source).exists():
-        name, split = source, ""
-    path = Path(name).expanduser()
-    reader = READERS.get(Path(path.name.removesuffix(".gz")).suffix)
-
-    if path.exists() or reader:
-        require(path.exists(), f"{flag} {source}: no such file")
-        require(path.is_file(), f"{flag} {source}: is a folder, not a file")
-        require(reader, f"{flag} {source}: cannot tell its format, "
-                        f"its ending is none of {', '.join(READERS)} (.gz)")
-        require(path.stat().st_size, f"{flag} {source}: the file is empty")
-        check_pointer(path, f"{flag} {source}")
-        with (
-            blame(f"{flag} {source}: cannot be read"),
-            (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file,
-        ):
-            rows = Rows(reader(file))
-    else:
-        rows = Rows(read_hub(name, split, f"{flag} {source}"))
-
-    require(rows, f"{flag} {source}: has no rows")
-    if LISTS >= set(rows.columns) and isinstance(rows[0].get("instructions"), list):
-        with blame(f"{flag} {source}: cannot be read"):
-            return Rows([each for row in rows for each in unfolded(row)])
-    return rows
+    """The rows of a file, of a downloaded data set's folder, or of a data set on the hub; a
+    :CONFIG:SPLIT may follow the last two. Raises UserError."""
+    label, part = f"{flag} {source}", ""
+    files = [path_of(source)]
+    if is_data_set(source):
+        found = find_part(source, flag)
+        part = f" ({found.what})"
+        files = found.fetch(label)
+    rows = [row for file in files for row in read_file(file, label)]
+    require(rows, f"{label}: has no rows")
+    if LISTS >= rows[0].keys() and isinstance(rows[0].get("instructions"), list):
+        with blame(f"{label}: cannot be read"):
+            rows = [each for row in rows for each in unfolded(row)]
+    return Rows(rows, files[0].parent, part)
 
 
-def read_hub(name: str, split: str, source: str) -> list[dict]:
-    check_hub()
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    is_usable = there.is_dir() and os.access(there, os.W_OK)
-    problem = f"{source}: cannot be read"
-    if not is_usable:
-        problem = (f"the cache of data sets, {cache}, cannot be written; "
-                   "set HF_DATASETS_CACHE to another folder")
-    with blame(problem):
-        return undecoded(datasets.load_dataset(path=name, split=split or "train")).to_list()
+def path_of(source: str) -> Path:
+    """A source's path, without a :CONFIG:SPLIT."""
+    whole = Path(source).expanduser()
+    return whole if whole.exists() else Path(source.partition(":")[0]).expanduser()
+
+
+def is_data_set(source: str) -> bool:
+    """Whether a source is a folder or a name on the hub, not a file, which may be missing."""
+    path = path_of(source)
+    return path.is_dir() or (not reader_for(path) and hub.is_name(source))
+
+
+def reader_for(path: Path):
+    """The function that reads files of such a name; None if their format is unknown."""
+    name = path.stem if path.suffix in OPENERS else path.name
+    return READERS.get(Path(name).suffix)
+
+
+def read_file(path: Path, source: str) -> list[dict]:
+    name = "" if source.endswith(path.name) else f"{path.name}: "
+    reader = reader_for(path)
+    require(path.is_file(), f"{source}: no such file")
+    require(reader, f"{source}: {name}cannot tell its format, its ending is none of "
+                    f"{', '.join(READERS)} ({', '.join(OPENERS)})")
+    require(path.stat().st_size, f"{source}: {name}the file is empty")
+    check_pointer(path, source)
+    with (
+        hub.explained(source, f"{name}cannot be read", path),
+        OPENERS.get(path.suffix, open)(path, "rb") as file,
+    ):
+        return reader(file)
+
+
+# ---- Data sets of several files
+
+class Part(NamedTuple):
+    """One split of a data set: what it is, and its files, in a folder or a repository of the
+    hub."""
+
+    what: str
+    files: list[str]
+    place: Path | hub.Repository
+
+    def fetch(self, label: str) -> list[Path]:
+        folder = self.place
+        if isinstance(folder, hub.Repository):
+            hub.announce(folder, self.files)
+            folder = hub.fetch(folder, self.files, label)
+        return [folder / file for file in self.files]
+
+
+def find_part(source: str, flag: str) -> Part:
+    """What NAME, NAME:SPLIT, NAME:CONFIG or NAME:CONFIG:SPLIT stands for. Raises UserError unless
+    it is one split of one configuration."""
+    label, path = f"{flag} {source}", path_of(source)
+    if path.is_dir():
+        return chosen_part(source.removeprefix(str(path)), path, path, label)
+    repository = hub.look(source, "dataset", label)
+    cards = [name for name in repository.sizes if "/" not in name and Path(name).suffix == ".md"]
+    folder = hub.fetch(repository, cards, label)
+    with tempfile.TemporaryDirectory() as temporary:  # holds the repository, with empty files
+        shell = Path(temporary, Path(repository.name).name)
+        for name in repository.sizes:
+            (shell / name).parent.mkdir(parents=True, exist_ok=True)
+            (shell / name).touch()
+        for name in cards:
+            shutil.copyfile(folder / name, shell / name)
+        return chosen_part(source, shell, repository, label)
+
+
+def chosen_part(source: str, folder: Path, place, label: str) -> Part:
+    """The part of the data set in a folder that the words after a source's first colon name."""
+    folder = folder.resolve()
+    with hub.explained(label, "cannot be read"):
+        parameters = dataset_module_factory(str(folder)).builder_configs_parameters
+    configs = {config.name: config for config in parameters.builder_configs}
+    default = parameters.default_config_name or (list(configs) if len(configs) == 1 else [None])[0]
+
+    def names_of(config: str, split: str) -> list[list[str]]:
+        """The words that stand for a split of a configuration."""
+        is_usual = split == "train" or len(configs[config].data_files) == 1
+        names = [[config, split]] + [[config]] * is_usual
+        return names + ([[split]] + [[]] * is_usual) * (config == default)
+
+    _, *words = source.split(":")
+    parts = [(config, split) for config in configs for split in configs[config].data_files]
+    found = [part for part in parts if words in names_of(*part)]
+    listed = ", ".join(map(":".join, parts[:12])) + ", ..." * (len(parts) > 12)
+    require(len(found) == 1,
+            f"{label}: name one of its parts, as NAME:CONFIG:SPLIT; it has {listed}")
+    [(name, split)] = found
+
+    files = configs[name].data_files
+    with hub.explained(label, "cannot be read"):
+        if isinstance(files, DataFilesPatternsDict):
+            files = files.resolve(str(folder / (configs[name].data_dir or "")))
+    files = [str(Path(file).relative_to(folder)) for file in files[split]]
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    return Part(f"configuration {name}, split {split}, {count}", files, place)
 
 
 def check_pointer(path: Path, source: str) -> None:
@@ -134,5 +214,6 @@ def read_txt(file) -> list[dict]:
     return [{"text": line.removesuffix("\n")} for line in text_of(file)]
 
 
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet,
            ".txt": read_txt}

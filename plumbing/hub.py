@@ -1,25 +1,266 @@
-"""Asks once whether the Hugging Face hub answers. Its libraries would ask for minutes."""
-from contextlib import suppress
+"""The Hugging Face hub: the commit that a name stands for, its files, one sentence per problem.
+
+A source is NAME or NAME@REVISION, for data with :CONFIG:SPLIT behind it. A run fixes the commit of
+each source when it begins. Libraries only ever see a folder of the cache.
+"""
+import fnmatch
+import glob
+import hashlib
+import re
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from threading import Thread
+from typing import NamedTuple
 
-import datasets
-from huggingface_hub import constants, get_session
+import transformers
+from httpx2 import TransportError
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_cached_repo_tree,
+    get_session,
+    get_token,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
-SECONDS = 5  # for any answer
+from plumbing.errors import UserError, blame, say
 
+SECONDS = 5  # for the first answer
+NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
+WEIGHTS = {".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
+
+
+class Repository(NamedTuple):
+    name: str
+    kind: str               # "model" or "dataset"
+    commit: str
+    sizes: dict[str, int]   # bytes of each file
+
+
+COMMITS: dict[str, str] = {}               # of this run, by key_of
+REPOSITORIES: dict[str, Repository] = {}   # that it has looked at, by key_of
+ANNOUNCED: set[tuple[str, str]] = set()    # (kind, name)
+
+
+def fix(commits: str | None) -> None:
+    """Begins a run: sources that `commits` names, as fixed() does, stay at those commits."""
+    for known in (COMMITS, REPOSITORIES, ANNOUNCED):
+        known.clear()
+    COMMITS.update(pair.rsplit("=", 1) for pair in (commits or "").split())
+
+
+def fixed() -> str | None:
+    """The commits of all sources so far, as KEY=COMMIT KEY=COMMIT."""
+    return " ".join("=".join(pair) for pair in COMMITS.items()) or None
+
+
+def is_name(source: str) -> bool:
+    """Whether a source can be a name on the hub, and nothing here has that name."""
+    name = source.partition(":")[0]
+    return bool(NAME.fullmatch(name)) and not Path(source).exists() and not Path(name).exists()
+
+
+def key_of(source: str, kind: str) -> str:
+    return "datasets/" * (kind == "dataset") + source.partition(":")[0]
+
+
+# ---- Whether it answers
 
 @cache
-def check_hub() -> None:
-    """If the hub does not answer, its libraries use their cache alone from now on."""
-    answers = []
+def check_hub() -> str | None:
+    """Asks once whether the hub answers, because its libraries would ask for minutes. If it does
+    not, they use their cache alone from now on. Returns why, or None if it answers."""
+    address, answers = f"{constants.ENDPOINT}/api/models?limit=1", []
 
     def ask():
-        with suppress(Exception):  # any error means no answer
-            answers.append(get_session().head(constants.ENDPOINT, timeout=SECONDS))
+        try:
+            status = get_session().head(address, timeout=SECONDS).status_code
+            answers.append(f"it answers {status}" if is_trouble(status) else None)
+        except Exception as error:  # any error means no answer
+            answers.append(type(error).__name__)
 
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     thread = Thread(target=ask, daemon=True)  # because name resolution ignores the timeout
     thread.start()
     thread.join(SECONDS)
-    if not answers:
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    [reason] = answers or [f"no answer within {SECONDS} seconds"]
+    if reason:
+        constants.HF_HUB_OFFLINE = True
+        say(f"the hub does not answer ({reason}); only the cache is used")
+    return reason
+
+
+def is_trouble(status: int) -> bool:
+    """Whether a hub that answers so has no answer now, but may have one later."""
+    return status == 429 or status >= 500
+
+
+# ---- Its files
+
+def look(source: str, kind: str, label: str) -> Repository:
+    """What a source stands for. The first look at it fixes its commit. Raises UserError that begins
+    with the label."""
+    key = key_of(source, kind)
+    if key in REPOSITORIES:
+        return REPOSITORIES[key]
+    name, _, revision = source.partition(":")[0].partition("@")
+    revision = COMMITS.get(key) or revision or "main"
+    with explained(label, "the hub's library fails"):
+        if check_hub():
+            folder = Path(snapshot_download(name, repo_type=kind, revision=revision,
+                                            allow_patterns=[]))
+            commit, sizes = folder.name, sizes_in_cache(name, kind, folder)
+        else:
+            info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
+            commit, sizes = info.sha, {file.rfilename: file.size or 0 for file in info.siblings}
+    COMMITS[key] = commit
+    REPOSITORIES[key] = Repository(name, kind, commit, sizes)
+    return REPOSITORIES[key]
+
+
+def sizes_in_cache(name: str, kind: str, folder: Path) -> dict[str, int]:
+    """The files that a repository has at a commit, as they were noted when some were fetched."""
+    with suppress(CachedRepoTreeNotFoundError):
+        tree = get_cached_repo_tree(name, repo_type=kind, revision=folder.name)
+        return {file.path: file.size for file in tree}
+    return {str(file.relative_to(folder)): file.stat().st_size
+            for file in folder.rglob("*") if file.is_file()}
+
+
+def announce(repository: Repository, files: list[str]) -> None:
+    """Says once how many bytes of a repository there are to download."""
+    name, kind, commit, sizes = repository
+    if (kind, name) in ANNOUNCED:
+        return
+    ANNOUNCED.add((kind, name))
+    size = sum(sizes[file] for file in set(files) if not isinstance(
+        try_to_load_from_cache(name, file, repo_type=kind, revision=commit), str))
+    what = f"{tqdm.format_sizeof(size)}B to download" if size else "in the cache"
+    say(f"{kind} {name}: {what}, commit {commit}")
+
+
+def fetch(repository: Repository, files: list[str], label: str) -> Path:
+    """The repository's folder in the cache, with these files. Raises UserError."""
+    name, kind, commit, _ = repository
+    with explained(label, "the hub's library fails"):
+        return Path(snapshot_download(name, repo_type=kind, revision=commit,
+                                      allow_patterns=[glob.escape(file) for file in files]))
+
+
+def model_folder(source: str, label: str, with_weights: bool, will_have_weights: bool) -> Path:
+    """A model's folder in the cache; without weights where they are not needed. Raises
+    UserError."""
+    repository = look(source, "model", label)
+    announce(repository, model_files(repository.sizes, will_have_weights))
+    return fetch(repository, model_files(repository.sizes, with_weights), label)
+
+
+def model_files(sizes: dict[str, int], with_weights: bool) -> list[str]:
+    """The files that transformers reads: it looks into no folder and prefers safetensors."""
+    names = [name for name in sizes if "/" not in name]
+    small = [name for name in names if Path(name).suffix not in WEIGHTS]
+    layouts = (fnmatch.filter(names, pattern)
+               for pattern in ("model*.safetensors", "pytorch_model*.bin"))
+    return small + next(filter(None, layouts), []) * with_weights
+
+
+# ---- What goes wrong
+
+@contextmanager
+def explained(label: str, problem: str, path: Path = Path()):
+    """Turns an error about the hub or about a model or data set in a folder into a UserError that
+    says what to do. Another error's sentence begins with `problem`."""
+    with blame(f"{label}: {problem}"):
+        try:
+            yield
+        except Exception as error:
+            sentence = hub_problem(error) or folder_problem(error, path)
+            if sentence:
+                raise UserError(f"{label}: {sentence}") from None
+            raise
+
+
+def hub_problem(error: Exception) -> str | None:
+    """A sentence for an error of the hub or of the way to it."""
+    cause = error.__cause__
+    if isinstance(error, LocalEntryNotFoundError) and not isinstance(cause, HfHubHTTPError):
+        return (f"the hub does not answer ({check_hub() or type(cause).__name__}), and the cache "
+                "has not all of it; run again later, or fetch it where there is a network (hf "
+                "download NAME; with --repo-type dataset for data) and give the folder")
+    error = cause if isinstance(error, LocalEntryNotFoundError) else error
+    if isinstance(error, GatedRepoError):
+        return GATED[bool(get_token())]
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        again = f"the hub answers {status}; run again later, what is complete stays"
+        return MISSING.get(type(error)) or (again if is_trouble(status) else REFUSED.get(status))
+    if isinstance(error, TransportError) or "Consistency check failed" in str(error):
+        return f"the download broke off ({type(error).__name__}); run again, what is complete stays"
+    return None
+
+
+GATED = {  # by whether the user is logged in
+    False: "is gated; ask for access on its page on the hub, then log in (hf auth login)",
+    True: "is gated, and your account has no access; ask for it on its page on the hub",
+}
+MISSING = {
+    RepositoryNotFoundError: "no such folder here and no such name on the hub; correct it or, if "
+                             "it is private, log in (hf auth login)",
+    RevisionNotFoundError: "has no such revision on the hub; correct what follows the @",
+}
+REFUSED = {  # by status
+    401: "the hub refuses your token; log in again (hf auth login), or unset HF_TOKEN",
+    403: "the hub refuses access; ask for it on its page, or use a token that may read it",
+}
+
+
+def folder_problem(error: Exception, path: Path) -> str | None:
+    """A sentence for an error of a library that reads a file or a folder."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return ("cannot be loaded without its custom code; read that code and, if you trust it, "
+                "add --trust_remote_code")
+    if "does not recognize this architecture" in text:
+        return (f"cannot be loaded: transformers {transformers.__version__} does not know its "
+                "model_type; a newer version may, or another model")
+    if "Dataset scripts" in text:
+        return ("is read by a Python script of its own, which never runs; try NAME@refs/convert/"
+                "parquet, where the hub keeps many such data sets as plain files")
+    damaged = next(filter(is_damaged, sorted(path.glob("*")) if path.is_dir() else [path]), None)
+    if damaged:
+        return (f"could not be loaded, because {damaged.name} is damaged; delete "
+                f"{damaged.resolve()} and run again, or fetch it again")
+    return None
+
+
+def is_damaged(file: Path) -> bool:
+    """Whether a file is not what it should be. In the cache its name is a hash: git's of a small
+    file, SHA-256 of a large one."""
+    file = file.resolve()
+    if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.name) and file.is_file():
+        content = hashlib.sha1(b"blob %d\0" % file.stat().st_size)
+        if len(file.name) == 64:
+            content = hashlib.sha256()
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 22):
+                content.update(block)
+        return content.hexdigest() != file.name
+    if file.suffix == ".safetensors":
+        try:
+            safe_open(file, "pt").__enter__()
+        except SafetensorError:
+            return True
+    return False

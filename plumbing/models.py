@@ -4,13 +4,11 @@ Weights are data: a checkpoint brings safetensors or a pickle that may hold tens
 code of its own runs only with --trust_remote_code.
 """
 import re
-from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -25,11 +23,11 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from plumbing import hub
 from plumbing.data import encode_prompts, end_of_turn, pad_rows, render_prompt
-from plumbing.errors import blame, require, say
-from plumbing.files import READERS, check_pointer
+from plumbing.errors import UserError, blame, require, say
+from plumbing.files import check_pointer, find_part, is_data_set
 from plumbing.functions import check_function, is_function
-from plumbing.hub import check_hub
 from plumbing.pictures import (
     check_count,
     check_sight,
@@ -51,27 +49,29 @@ MIN_SHARED = 16  # tokens: a second call of a body takes as long as a few
 def load_pretrained(from_pretrained, source: str, flag: str, config, **options):
     """from_pretrained(source); the source may be a .gguf file. Raises UserError for any problem
     with a folder, a file or a hub name."""
-    path = Path(source).expanduser()
-    if path.exists():
-        check_pointer(path, f"{flag} {source}")
+    has_weights = from_pretrained not in (AutoConfig.from_pretrained, AutoTokenizer.from_pretrained)
+    path = folder_of(source, flag, config, has_weights and not config.dry_run)
+    problem = "cannot be loaded"
     if path.is_file() and path.suffix == ".gguf":
         require(find_spec("gguf") and find_spec("accelerate"),
                 f"{flag} {source}: reading .gguf files takes two more packages "
                 "(pip install gguf accelerate)")
-        source_or_path, options["gguf_file"] = str(path.parent), path.name
-        problem = "cannot be loaded"
-    elif path.exists():
-        source_or_path = str(path)
-        is_tokenizer = from_pretrained == AutoTokenizer.from_pretrained
-        problem = "its tokenizer cannot be loaded" if is_tokenizer else "cannot be loaded"
-    else:
-        check_hub()
-        source_or_path = source
-        problem = (f"is none of {', '.join(PRESETS)}, no folder here, "
-                   "and not to be had from the hub")
-    with blame(f"{flag} {source}: {problem}"):
-        return from_pretrained(source_or_path, trust_remote_code=config.trust_remote_code,
-                               **options)
+        path, options["gguf_file"] = path.parent, path.name
+    elif from_pretrained == AutoTokenizer.from_pretrained:
+        problem = "its tokenizer cannot be loaded"
+    with hub.explained(f"{flag} {source}", problem, path):
+        return from_pretrained(str(path), trust_remote_code=config.trust_remote_code, **options)
+
+
+def folder_of(source: str, flag: str, config, with_weights: bool = False) -> Path:
+    """Where a model is: here, or in the cache of the hub. Raises UserError."""
+    path = Path(source).expanduser()
+    if path.exists():
+        check_pointer(path, f"{flag} {source}")
+        return path
+    require(hub.is_name(source), f"{flag} {source}: is none of {', '.join(PRESETS)}, and there is "
+                                 "no such folder or file")
+    return hub.model_folder(source, f"{flag} {source}", with_weights, not config.dry_run)
 
 
 def shape_of(kind, path, dtype, trust_remote_code, **where) -> PreTrainedModel:
@@ -83,23 +83,24 @@ def shape_of(kind, path, dtype, trust_remote_code, **where) -> PreTrainedModel:
 
 
 def check_sources(config) -> None:
-    """A first look at everything that a run will load. Raises one UserError that names all models
-    and data sets that are neither here nor on the hub, or one for the first source that is not what
-    its flag needs."""
-    missing = [f"--{flag} {getattr(config, flag).partition(':')[0]}"
-               for flag in ("policy", "reward_model", "cost_model", "dataset")
-               if is_on_hub(getattr(config, flag)) and not is_reachable(flag, config)]
-    require(not missing,
-            f"cannot reach {', '.join(missing)}: no such folder here, and on the hub no such name, "
-            "no network, or no access (hf auth login); fetch them where there is a network "
-            "(hf download NAME; with --repo-type dataset for data) and point these flags to the "
-            "folders or files")
-
+    """A first look at everything that a run will load; it fixes the commits of what is on the hub.
+    Raises one UserError for all models and data sets that cannot be had from there, or one for the
+    first model or function that is not what its flag needs."""
     models = {
         config.policy_flag(): config.policy,
         "--reward_model": config.reward_model,
         "--cost_model": config.cost_model,
     }
+    data = {"--dataset": config.dataset, "--eval_dataset": config.eval_dataset}
+    if config.needs_pairs():
+        data["--ptx_dataset"] = config.ptx_dataset
+    data = {flag: source for flag, source in data.items()
+            if source and is_data_set(source) and hub.is_name(source)}
+    on_hub = [(flag, source, "model") for flag, source in models.items()
+              if hub.is_name(source) and not is_function(source)]
+    look_at_hub(on_hub + [(flag, source, "dataset") for flag, source in data.items()])
+    config.commits = hub.fixed()
+
     for flag, source in models.items():
         if is_function(source):
             check_function(source, flag)
@@ -109,27 +110,24 @@ def check_sources(config) -> None:
             load_pretrained(AutoTokenizer.from_pretrained, source, flag, config)
     if config.judge:
         check_function(config.judge, "--judge")
+    parts = [find_part(source, flag) for flag, source in data.items()]
+    for part in parts:
+        hub.announce(part.place, [file for each in parts if each.place == part.place
+                                  for file in each.files])
 
 
-def is_on_hub(source: str) -> bool:
-    """Whether a source can only be owner/name on the hub."""
-    name = source.partition(":")[0]
-    is_file = ".py" in name or Path(name.removesuffix(".gz")).suffix in READERS
-    is_path = name.startswith((".", "/", "~")) or Path(name).exists()
-    return name.count("/") == 1 and not is_file and not is_path
-
-
-def is_reachable(flag: str, config) -> bool:
-    name = getattr(config, flag).partition(":")[0]
-    check_hub()
-    try:
-        if flag == "dataset":
-            datasets.load_dataset_builder(name)
-        else:
-            AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except Exception:  # whatever the library raises, the source cannot be loaded
-        return False
-    return True
+def look_at_hub(sources: list[tuple[str, str, str]]) -> None:
+    """Fixes the commit of each (flag, source, kind). Raises one UserError for all that cannot be
+    had."""
+    problems = {}
+    for flag, source, kind in sources:
+        label = f"{flag} {source.partition(':')[0]}"
+        try:
+            hub.look(source, kind, label)
+        except UserError as error:
+            problems.setdefault(str(error).removeprefix(f"{label}: "), []).append(label)
+    require(not problems, "; ".join(f"{', '.join(labels)}: {problem}"
+                                    for problem, labels in problems.items()))
 
 
 # ---- The policy and its tokenizer
@@ -156,7 +154,8 @@ def tokenizer_with_sight(source: str, flag: str, config):
     tokenizer.sight, tokenizer.date = None, config.date
     if not source.endswith(".gguf"):  # always a language model, and its config is slow to read
         model_config = load_pretrained(AutoConfig.from_pretrained, source, flag, config)
-        tokenizer.sight = load_sight(model_config, tokenizer, source, flag)
+        tokenizer.sight = load_sight(model_config, tokenizer,
+                                     str(folder_of(source, flag, config)), flag)
         if tokenizer.sight:
             set_chat_template(tokenizer, tokenizer.sight.source)
     return tokenizer
@@ -207,11 +206,11 @@ def stop_token_ids(model_config, tokenizer, config) -> set[int]:
     """EOS, the end of turn that the chat template writes, and the tokens that the model lists in
     generation_config.json or, if that lists none, in config.json. Raises UserError for a file that
     cannot be read."""
-    file = Path(config.policy).expanduser() / "generation_config.json"
-    unreadable = blame(f"{config.policy_flag()} {file}: cannot be read")
+    file = folder_of(config.policy, config.policy_flag(), config) / "generation_config.json"
     listed = set()
-    with unreadable if file.is_file() else suppress(OSError):
-        listed = ids_in(GenerationConfig.from_pretrained(str(file.parent)).eos_token_id)
+    if file.is_file():
+        with hub.explained(f"{config.policy_flag()} {file}", "cannot be read", file):
+            listed = ids_in(GenerationConfig.from_pretrained(str(file.parent)).eos_token_id)
     listed = listed or ids_in(getattr(model_config.get_text_config(), "eos_token_id", None))
     return {tokenizer.eos_token_id, end_of_turn(tokenizer)} | listed
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-import datasets
 import torch
 from torch import Tensor
 from transformers import (
@@ -67,14 +66,6 @@ class Pictured(Chat):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()} with picture {self.digest}"
-
-
-def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
-    """Columns of pictures as bytes or paths: pillow is for whoever looks at them."""
-    for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows
 
 
 def with_picture(text: str, image, folder: Path) -> Pictured:

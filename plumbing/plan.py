@@ -42,7 +42,7 @@ def dry_run(config) -> None:
     check_sources(config)
     models = load_shapes(config)
     prompts, _ = split_prompts(config, models.tokenizer)
-    pairs = load_ptx_pairs(config, models.tokenizer) if config.ptx_coeff else []
+    pairs = load_ptx_pairs(config, models.tokenizer) if config.needs_pairs() else []
     if config.judge:
         load_function(config.judge, "--judge")
 

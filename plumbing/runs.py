@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
+from huggingface_hub.utils import enable_progress_bars
 from tqdm import tqdm
 
 from plumbing import metrics
@@ -82,7 +82,7 @@ class Run:
         check_sources(config)
         tokenizer = load_tokenizer(config)
         self.prompts, self.held_out = split_prompts(config, tokenizer)
-        self.ptx_pairs = load_ptx_pairs(config, tokenizer) if config.ptx_coeff else []
+        self.ptx_pairs = load_ptx_pairs(config, tokenizer) if config.needs_pairs() else []
         self.categories = load_categories(config)
         if config.judge and RANK == 0:  # verdicts are for files, and only rank 0 writes files
             self.judge = load_function(config.judge, "--judge")
@@ -311,7 +311,8 @@ class Run:
 
     def __enter__(self):
         transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        if sys.stderr.isatty() and RANK == 0:
+            enable_progress_bars()  # of downloads
         logging.disable(logging.ERROR)  # a UserError says what libraries would log
         warnings.filterwarnings("ignore", module="torch.distributed")
         return self

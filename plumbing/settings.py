@@ -19,6 +19,7 @@ import torch
 from torch import distributed
 from transformers import HfArgumentParser
 
+from plumbing import hub
 from plumbing.errors import UserError, blame, require
 from plumbing.folder import has_metrics, holds_run
 from plumbing.ranks import RANKS, rank_0_first
@@ -44,8 +45,8 @@ class RunSettings:
               "or FILE.py:function")
     cost_model: str | None = option(None, "harm: like --reward_model; above --threshold is unsafe")
     dataset: str | None = option(
-        None, "training prompts: json, jsonl, csv, parquet or txt file, or hub name[:SPLIT]; a "
-              "preset's judge is not used with them")
+        None, "training prompts: json, jsonl, csv, parquet or txt file, or hub name or folder of a "
+              "data set, with [:CONFIG][:SPLIT]; a preset's judge is not used with them")
     eval_dataset: str | None = option(
         None, "held-out prompts; default: a random 5 %% of --dataset, at least 16")
     prompt_column: str | None = option(
@@ -54,6 +55,9 @@ class RunSettings:
     date: str | None = option(
         None, "the day that chat templates print, as 2026-11-30; default: the resumed or evaluated "
               "run's, or today")
+    commits: str | None = option(
+        None, "what hub names stand for, as NAME=COMMIT NAME=COMMIT; default: the resumed or "
+              "evaluated run's, or the newest; NAME@REVISION chooses one")
     judge: str | None = option(
         None, "FILE.py:function(prompts, responses) that returns dicts of bools: safe, refused, "
               "harmful_prompt")
@@ -107,6 +111,9 @@ class RunSettings:
         if self.policy == self.model:
             return "--model"
         return "--eval_only" if self.policy == self.eval_only else "--policy"
+
+    def needs_pairs(self) -> bool:
+        return bool(self.ptx_coeff) and not self.eval_only
 
     def autocast(self):
         """A context in which models with fp32 weights compute in --dtype."""
@@ -166,6 +173,7 @@ def resolve(config_class, argv: list[str], worlds: dict):
     preset = given_in(parser, as_words(preset))
     config = config_class(**layered(preset, saved, flags))
     fill_in(config)
+    hub.fix(config.commits)
     check_numbers(config)
     check_together(config)
     check_folder(config)
@@ -295,7 +303,9 @@ def fill_in(config) -> None:
         config.dtype = "bfloat16" if uses_bf16 else "float32"
     config.lora_rank = config.lora_rank or 0
     config.output_dir = config.output_dir or default_folder(config)
-    config.date = config.date or day_of(config)
+    resumed = settings_of_resumed(config)
+    config.date = config.date or resumed.get("date")
+    config.commits = config.commits or resumed.get("commits")
 
 
 def default_folder(config) -> str:
@@ -305,14 +315,15 @@ def default_folder(config) -> str:
     return f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
 
 
-def day_of(config) -> str | None:
-    """The day of the run to resume, None if that run is older than this setting; else today."""
-    with suppress(OSError, ValueError, AttributeError):  # find_checkpoint says what is missing
+def settings_of_resumed(config) -> dict:
+    """The settings of the run to resume, perhaps one without the newest settings; for a new run
+    what is fixed when it begins."""
+    with suppress(OSError, ValueError, TypeError, KeyError):  # find_checkpoint says what is missing
         if config.resume == "newest":
-            return json.loads(Path(config.output_dir, "config.json").read_text()).get("date")
+            return {**json.loads(Path(config.output_dir, "config.json").read_text())}
         if config.resume:
-            return json.loads(Path(config.resume, "state.json").read_text())["config"].get("date")
-    return date.today().isoformat()
+            return {**json.loads(Path(config.resume, "state.json").read_text())["config"]}
+    return {"date": date.today().isoformat()}
 
 
 def check_numbers(config) -> None:
