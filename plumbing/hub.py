@@ -39,6 +39,7 @@ from plumbing.errors import UserError, blame, say
 
 SECONDS = 5  # for the first answer
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
+DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # of a file, and its name in the cache
 WEIGHTS = {".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
 
 
@@ -241,8 +242,10 @@ def folder_problem(error: Exception, path: Path) -> str | None:
                 "parquet, where the hub keeps many such data sets as plain files")
     damaged = next(filter(is_damaged, sorted(path.glob("*")) if path.is_dir() else [path]), None)
     if damaged:
-        return (f"could not be loaded, because {damaged.name} is damaged; delete "
-                f"{damaged.resolve()} and run again, or fetch it again")
+        remedy = "fetch it again"
+        if DIGEST.fullmatch(damaged.resolve().name):
+            remedy = f"delete {damaged.resolve()} and run again"
+        return f"could not be loaded, because {damaged.name} is damaged; {remedy}"
     return None
 
 
@@ -250,7 +253,7 @@ def is_damaged(file: Path) -> bool:
     """Whether a file is not what it should be. In the cache its name is a hash: git's of a small
     file, SHA-256 of a large one."""
     file = file.resolve()
-    if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.name) and file.is_file():
+    if DIGEST.fullmatch(file.name) and file.is_file():
         content = hashlib.sha1(b"blob %d\0" % file.stat().st_size)
         if len(file.name) == 64:
             content = hashlib.sha256()

@@ -52,7 +52,7 @@ def described(name: str, content: bytes) -> dict:
     entry = {"type": "file", "path": name, "size": len(content), "oid": oid(content)}
     if name.endswith(LARGE):
         sha256 = hashlib.sha256(content).hexdigest()
-        entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 135}
+        entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": len(content), "pointerSize": 9}
     return entry
 
 
@@ -135,7 +135,9 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X_Repo_Commit": commit, "X_Linked_Size": len(content),
                    "ETag": f'"{file.get("lfs", file)["oid"]}"'}
         if "lfs" in file:
-            return self.answer(302, Location=f"/cdn/{repository}/{commit}/{name}", **headers)
+            elsewhere = f"http://localhost:{self.server.server_port}/cdn"  # another host's name
+            location = f"{elsewhere}/{repository}/{commit}/{name}"
+            return self.answer(302, Location=location, **headers)
         return self.send_file(content, **headers)
 
     def send_file(self, content: bytes, **headers):

@@ -1,70 +1,252 @@
 # pytest tests/test_hub.py
-"""A hub that does not answer is reported in seconds, not after many attempts of its libraries."""
+"""Everything between `--model alpaca-7b` and the first step, on a hub of the loopback: the two
+presets from an empty cache to a finished run, fixed commits, parts of data sets, and one sentence
+for each thing that goes wrong."""
 
+import io
+import json
+import lzma
 import os
+import re
+import shutil
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
-import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
+from conftest import (
+    PUBLISHED_FIELDS,
+    exhaustive,
+    random_beaver,
+    tiny_config,
+    write_beaver,
+    write_policy,
+    write_sharded_bin,
+)
 from huggingface_hub import close_session, constants
+from huggingface_hub.constants import HUGGINGFACE_CO_URL_TEMPLATE
+from safetensors.torch import save_file
+from small_hub import TOKEN, SmallHub
+from test_chats import tokenizer_of
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import repo
 from plumbing import hub
+from plumbing.data import encode_prompts
+from plumbing.errors import UserError
+from plumbing.files import read_rows
+from plumbing.models import check_sources, load_policy
 
-NAMES = ("--model", "alpaca-7b", "--device", "cpu")
-REFUSAL = "error: cannot reach --policy PKU-Alignment/alpaca-7b-reproduced, --reward_model PKU"
-
-
-@pytest.fixture
-def silent():
-    """The address of a server that accepts connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+# ---- a hub, and repositories in published layouts
 
 
 @pytest.fixture
-def online(monkeypatch):
-    """Inside it the libraries believe in a network without a proxy."""
+def online(monkeypatch, tmp_path):
+    """Inside it the libraries believe in a network without a proxy, and their cache is empty."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "SECONDS", 0.5)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_CACHE", str(tmp_path / "cache")),
+                        ("HF_TOKEN_PATH", str(tmp_path / "token"))):
+        monkeypatch.setattr(constants, name, value)
     close_session()  # it remembers proxies
     hub.check_hub.cache_clear()
+    hub.fix(None)
     yield
     hub.check_hub.cache_clear()
     close_session()
 
 
-def test_without_an_answer_the_libraries_use_their_cache(online, silent, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", silent)
-    hub.check_hub()
-    assert constants.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+def point_to(address: str, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    path = HUGGINGFACE_CO_URL_TEMPLATE.partition("://")[2].partition("/")[2]
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{path}")
 
 
-def test_a_hub_that_never_answers_is_asked_once(run, online, silent, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", silent)
-    begin = time.monotonic()
-    code, out, printed = run(*NAMES)
-    assert code == 2 and REFUSAL in printed and not out.exists()
-    assert time.monotonic() - begin < 5  # four names, each with several files
+@pytest.fixture
+def served(online, monkeypatch):
+    """A small hub, where the libraries look for the real one."""
+    small = SmallHub()
+    with small.serving() as address:
+        point_to(address, monkeypatch)
+        yield small
 
 
-class Missing(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.send_error(404)
+def llama_tokenizer(folder: Path) -> None:
+    """Writes Llama's tokenizer as alpaca-7b-reproduced and the Beaver models have it, with no words
+    but bytes."""
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [],
+                                     unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                                 normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens([
+        AddedToken(token, special=True, normalized=False) for token in
+        ("<unk>", "<s>", "</s>", "<pad>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 260}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(special | {
+        "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False,
+        "legacy": True, "model_max_length": 512, "padding_side": "left",
+        "tokenizer_class": "LlamaTokenizer"}))
 
-    def log_message(self, *_):
-        pass
+
+LLAMA = {  # but for sizes as in the published files
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 260, "hidden_act": "silu",
+    "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 48,
+    "max_position_embeddings": 2048, "model_type": "llama", "num_attention_heads": 4,
+    "num_hidden_layers": 2, "num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.36.2", "use_cache": True,
+    "vocab_size": 261,
+}
+PUBLISHED_LLAMA_3 = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "head_dim": 8, "max_position_embeddings": 131072, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True,
+    "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+}
 
 
-def test_any_answer_will_do(online, monkeypatch):
-    with HTTPServer(("127.0.0.1", 0), Missing) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr(hub, "SECONDS", 5)
-        hub.check_hub()
-    assert not constants.is_offline_mode() and not datasets.config.HF_HUB_OFFLINE
+def write_llama(folder: Path, shard_size: str = "5GB", **fields) -> dict:
+    """Writes a small random Llama, with a config as published. Returns its weights."""
+    torch.manual_seed(len(folder.name))
+    config = LLAMA | fields
+    model = LlamaForCausalLM(LlamaConfig(**config)).bfloat16()
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    (folder / "config.json").write_text(json.dumps(config))
+    return model.state_dict()
+
+
+def write_alpaca(folder: Path) -> None:
+    write_llama(folder, "20KB", architectures=["LlamaForCausalLM"])
+    (folder / "generation_config.json").write_text(json.dumps({
+        "_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 260,
+        "transformers_version": "4.36.2"}))
+    llama_tokenizer(folder)
+
+
+def write_beaver_of_llama(folder: Path, older: bool) -> None:
+    """A reward or cost model; the older layout has two pickles instead of safetensors."""
+    weights = write_llama(folder, **PUBLISHED_FIELDS | {"architectures": ["LlamaModelForScore"]})
+    weights = {name: weight for name, weight in weights.items() if name != "lm_head.weight"}
+    weights |= {"score_head.weight": torch.randn(1, 32), "score_head.bias": torch.randn(1)}
+    (folder / "model.safetensors").unlink()
+    if older:
+        write_sharded_bin(folder, weights)
+    else:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    llama_tokenizer(folder)
+
+
+def write_llama_3(folder: Path) -> None:
+    tokenizer = tokenizer_of("dated")
+    ends = tokenizer.convert_tokens_to_ids(["</s>", "<|eot_id|>", "<|end_header_id|>"])
+    write_llama(folder, **PUBLISHED_LLAMA_3 | {
+        "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": ends,
+        "pad_token_id": None})
+    (folder / "generation_config.json").write_text(json.dumps({
+        "bos_token_id": 0, "do_sample": True, "eos_token_id": ends, "temperature": 0.6,
+        "top_p": 0.9, "transformers_version": "4.45.0.dev0"}))
+    tokenizer.save_pretrained(folder)
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.00.pth").write_text("the same weights again")
+
+
+def safe_rlhf(count: int, of: str) -> str:
+    """Rows of PKU-SafeRLHF."""
+    return "".join(json.dumps({
+        "prompt": f"{of} {i}?", "response_0": "Yes.", "response_1": "No.",
+        "prompt_source": "Alpaca3-8B", "response_0_source": of, "response_1_source": of,
+        "is_response_0_safe": False, "is_response_1_safe": True,
+        "response_0_harm_category": {"Violence": True}, "better_response_id": i % 2,
+        "safer_response_id": 1}) + "\n" for i in range(count))
+
+
+FOLDERS = {"alpaca-7b": "Alpaca-7B", "alpaca2-7b": "Alpaca2-7B", "alpaca3-8b": "Alpaca3-8B"}
+CARD = "---\nlicense: cc-by-nc-4.0\nconfigs:\n" + "".join(
+    f"- config_name: {name}\n  data_files:\n  - split: train\n    path:\n{train}"
+    f"  - split: test\n    path:\n{test}" for name, train, test in (
+        (name, *("".join(f"    - data/{folder}/{split}.jsonl\n" for folder in folders)
+                 for split in ("train", "test")))
+        for name, folders in {"default": FOLDERS.values(),
+                              **{name: [folder] for name, folder in FOLDERS.items()}}.items())
+) + "---\n# PKU-SafeRLHF\n"
+
+
+def pku() -> dict[str, str]:
+    return {"README.md": CARD, ".gitattributes": "*.jsonl text\n"} | {
+        f"data/{folder}/{split}.jsonl": safe_rlhf(count, f"{folder} {split}")
+        for folder in FOLDERS.values() for split, count in (("train", 8), ("test", 2))}
+
+
+def parquet(rows: list[dict]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+ALPACA = {
+    "README.md": "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
+                 "    path: data/train-*\n---\n",
+    "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet": parquet(
+        [{"instruction": f"Count to {i}.", "input": "", "output": "1, 2.", "text": "Below is"}
+         for i in range(12)]),
+}
+REPOSITORIES = {
+    "alpaca-7b": ("PKU-Alignment/alpaca-7b-reproduced", write_alpaca),
+    "llama-3.2-3b": ("meta-llama/Llama-3.2-3B-Instruct", write_llama_3),
+}
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """The files of a preset's models, written once."""
+    folder = tmp_path_factory.mktemp("published")
+    written = {}
+    for name, write in [*REPOSITORIES.values(),
+                        ("PKU-Alignment/beaver-7b-v1.0-reward",
+                         lambda folder: write_beaver_of_llama(folder, older=True)),
+                        ("PKU-Alignment/beaver-7b-v1.0-cost",
+                         lambda folder: write_beaver_of_llama(folder, older=False))]:
+        written[name] = folder / name
+        written[name].mkdir(parents=True)
+        write(written[name])
+    return written
+
+
+@pytest.fixture
+def full(served, published):
+    """A small hub with all that the two presets name."""
+    for name, folder in published.items():
+        served.push(name, folder)
+    served.push("datasets/PKU-Alignment/PKU-SafeRLHF", pku())
+    served.push("datasets/tatsu-lab/alpaca", ALPACA)
+    return served
+
+
+SMALL = ("--device", "cpu", "--steps", 2, "--batch_size", 2, "--max_response_length", 4,
+         "--max_eval_prompts", 2, "--eval_samples", 1, "--lora_rank", 2, "--sample_every", 0,
+         "--save_every", 1)
+
+
+# ---- the presets
+
+
+@pytest.mark.parametrize("preset", ["alpaca-7b", "llama-3.2-3b"])
+def test_a_preset_from_an_empty_cache_to_a_finished_run(run, full, preset):
+    code, out, printed = run("--model", preset, *SMALL)
+    assert code == 0, printed
+    print(printed)
+    policy, _ = REPOSITORIES[preset]
+    assert 0

@@ -308,7 +308,7 @@ def load_models(config) -> None:
     ("--policy {}/no_tokenizer", "no_tokenizer: its tokenizer cannot be loaded"),
     ("--policy {}/no_weights", "no_weights: cannot be loaded"),
     ("--policy {}/pointer", "pointer: model.safetensors is a Git LFS pointer"),
-    ("--policy {}/cut_weights", "cut_weights: cannot be loaded"),
+    ("--policy {}/cut_weights", "cut_weights: could not be loaded, because model.safetensors is"),
     ("--policy {}/good.jsonl", "good.jsonl: cannot be loaded"),
     exhaustive("--policy {}/t5", "t5: cannot be loaded"),  # the message takes seconds to make
     ("--policy {}/encoder", "encoder: its tokens see the tokens after them"),
