@@ -16,7 +16,6 @@ from typing import NamedTuple
 import transformers
 from httpx2 import TransportError
 from huggingface_hub import (
-    HfApi,
     constants,
     get_cached_repo_tree,
     get_session,
@@ -119,21 +118,16 @@ def look(source: str, kind: str, label: str) -> Repository:
         return REPOSITORIES[key]
     name, _, revision = source.partition(":")[0].partition("@")
     revision = COMMITS.get(key) or revision or "main"
-    with explained(label, "the hub's library fails"):
-        if check_hub():
-            folder = Path(snapshot_download(name, repo_type=kind, revision=revision,
-                                            allow_patterns=[]))
-            commit, sizes = folder.name, sizes_in_cache(name, kind, folder)
-        else:
-            info = HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True)
-            commit, sizes = info.sha, {file.rfilename: file.size or 0 for file in info.siblings}
-    COMMITS[key] = commit
-    REPOSITORIES[key] = Repository(name, kind, commit, sizes)
+    check_hub()
+    with explained(label, "the hub's library fails"):  # this finds the commit and lists its files
+        folder = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=[]))
+    COMMITS[key] = folder.name
+    REPOSITORIES[key] = Repository(name, kind, folder.name, sizes_in(folder, name, kind))
     return REPOSITORIES[key]
 
 
-def sizes_in_cache(name: str, kind: str, folder: Path) -> dict[str, int]:
-    """The files that a repository has at a commit, as they were noted when some were fetched."""
+def sizes_in(folder: Path, name: str, kind: str) -> dict[str, int]:
+    """{file of a repository: bytes}, of the files that are here if there is no list of all."""
     with suppress(CachedRepoTreeNotFoundError):
         tree = get_cached_repo_tree(name, repo_type=kind, revision=folder.name)
         return {file.path: file.size for file in tree}
@@ -236,15 +230,17 @@ def folder_problem(error: Exception, path: Path) -> str | None:
                 "add --trust_remote_code")
     if "does not recognize this architecture" in text:
         return (f"cannot be loaded: transformers {transformers.__version__} does not know its "
-                "model_type; a newer version may, or another model")
+                "model_type; a newer version may, or take another model")
     if "Dataset scripts" in text:
         return ("is read by a Python script of its own, which never runs; try NAME@refs/convert/"
                 "parquet, where the hub keeps many such data sets as plain files")
+    if re.search("tiktoken|sentencepiece|protobuf", text) and (path / "tokenizer.model").exists():
+        return ("its tokenizer is a tokenizer.model; reading that takes two more packages (pip "
+                "install sentencepiece protobuf)")
     damaged = next(filter(is_damaged, sorted(path.glob("*")) if path.is_dir() else [path]), None)
     if damaged:
-        remedy = "fetch it again"
-        if DIGEST.fullmatch(damaged.resolve().name):
-            remedy = f"delete {damaged.resolve()} and run again"
+        in_cache = DIGEST.fullmatch(damaged.resolve().name)
+        remedy = f"delete {damaged.resolve()} and run again" if in_cache else "fetch it again"
         return f"could not be loaded, because {damaged.name} is damaged; {remedy}"
     return None
 
@@ -252,18 +248,19 @@ def folder_problem(error: Exception, path: Path) -> str | None:
 def is_damaged(file: Path) -> bool:
     """Whether a file is not what it should be. In the cache its name is a hash: git's of a small
     file, SHA-256 of a large one."""
-    file = file.resolve()
-    if DIGEST.fullmatch(file.name) and file.is_file():
-        content = hashlib.sha1(b"blob %d\0" % file.stat().st_size)
-        if len(file.name) == 64:
-            content = hashlib.sha256()
+    name = file.resolve().name
+    if DIGEST.fullmatch(name) and file.is_file():
+        content = hashlib.sha256()
+        if len(name) == 40:
+            content = hashlib.sha1(b"blob %d\0" % file.stat().st_size)
         with file.open("rb") as opened:
             while block := opened.read(1 << 22):
                 content.update(block)
-        return content.hexdigest() != file.name
-    if file.suffix == ".safetensors":
-        try:
-            safe_open(file, "pt").__enter__()
-        except SafetensorError:
+        if content.hexdigest() != name:
             return True
+    try:
+        if file.suffix == ".safetensors":
+            safe_open(file, "pt").__enter__()
+    except (SafetensorError, OSError):
+        return True
     return False

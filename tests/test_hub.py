@@ -240,13 +240,71 @@ SMALL = ("--device", "cpu", "--steps", 2, "--batch_size", 2, "--max_response_len
          "--save_every", 1)
 
 
-# ---- the presets
+# ---- scratch
+
+def first_look(*flags):
+    config = repo.resolve_config(["--model", "alpaca-7b", "--device", "cpu", *map(str, flags)])
+    hub.check_hub.cache_clear()
+    check_sources(config)
+    load_policy(config)
+    return config
+
+POLICY = "PKU-Alignment/alpaca-7b-reproduced"
+
+def test_scratch(full, published, monkeypatch, tmp_path):
+    def look(what, *flags):
+        t = time.time()
+        try:
+            first_look(*flags); print(what, "-> OK", round(time.time()-t, 1))
+        except BaseException as e:
+            print(what, "->", type(e).__name__, e, round(time.time()-t, 1))
+        constants.HF_HUB_OFFLINE = False
+    look("no such", "--policy", "a/b", "--dataset", "a/c", "--reward_model", "gpt3")
+    look("rev", "--policy", POLICY + "@v9", "--dataset", "PKU-Alignment/PKU-SafeRLHF:nope", )
+    look("split", "--dataset", "PKU-Alignment/PKU-SafeRLHF:nope", )
+    full.gated = {POLICY, "datasets/tatsu-lab/alpaca"}
+    look("gated")
+    monkeypatch.setenv("HF_TOKEN", "hf_other"); look("refused")
+    monkeypatch.setenv("HF_TOKEN", "hf_bad"); look("bad")
+    monkeypatch.setenv("HF_TOKEN", TOKEN); look("ok")
+    full.gated = set()
+    monkeypatch.delenv("HF_TOKEN")
+    for status in (429, 503):
+        full.faults = [("PKU-SafeRLHF", status)]; look("partial cached %s" % status)
+    full.faults = [("api", 503)]; look("all warm")
+    shutil.rmtree(tmp_path / "cache"); look("all cold")
 
 
-@pytest.mark.parametrize("preset", ["alpaca-7b", "llama-3.2-3b"])
-def test_a_preset_from_an_empty_cache_to_a_finished_run(run, full, preset):
-    code, out, printed = run("--model", preset, *SMALL)
-    assert code == 0, printed
-    print(printed)
-    policy, _ = REPOSITORIES[preset]
+
+    full.faults = []; look("again")
+    files = {f.name: f.read_bytes() for f in published[POLICY].glob("*")}
+    full.push("a/script", {"script.py": "x", "README.md": "hi"} ) ; full.push("datasets/a/script", {"script.py": "x", "README.md": "hi"} )
+    look("script", "--dataset", "a/script")
+    full.push("a/own", files | {"own.py": "", "config.json": json.dumps(json.loads(files["config.json"]) | {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}})})
+    look("own", "--policy", "a/own")
+    full.push("a/arch", files | {"config.json": json.dumps(json.loads(files["config.json"]) | {"model_type": "mamba9"})})
+    look("arch", "--policy", "a/arch")
+    full.push("a/nothing", {"README.md": ""})
+    look("nothing", "--policy", "a/nothing")
+    full.push("a/noweights", {k: v for k, v in files.items() if "safetensors" not in k})
+    look("noweights", "--policy", "a/noweights")
+    full.push("a/gen", files | {"generation_config.json": "{"})
+    look("gen", "--policy", "a/gen")
+    full.push("a/sp", {k: v for k, v in files.items() if k != "tokenizer.json"} | {"tokenizer.model": b"x"})
+    look("sp", "--policy", "a/sp")
+    full.push("a/sp2", {k: v for k, v in files.items() if k not in ("tokenizer.json", "tokenizer_config.json")} | {"tokenizer.model": b"x"})
+    look("sp2", "--policy", "a/sp2")
+    n = "model-00002-of-00004.safetensors"
+    full.push("a/dam", files | {n: b"\xff" * 8 + files[n][8:]})
+    look("damaged at origin", "--policy", "a/dam")
+    blob = next((tmp_path / "cache").glob("models--PKU-Alignment--alpaca-7b-reproduced/snapshots/*/" + n)).resolve()
+    blob.write_bytes(b"\xff" * 8 + files[n][8:]); look("damaged in cache")
+    blob.unlink(); look("advice followed")
+    t = blob.parent.parent.glob("snapshots/*/tokenizer.json"); b2 = next(t).resolve(); b2.write_bytes(b"{"); look("damaged tokenizer")
+    b2.unlink()
+    c = next(blob.parent.parent.glob("snapshots/*/config.json")).resolve(); c.write_bytes(b"{"); look("damaged config")
+    c.unlink()
+    read_rows("tatsu-lab/alpaca", "--x");     c = next((tmp_path / "cache").glob("datasets--tatsu*/snapshots/*/data/*")).resolve(); c.write_bytes(c.read_bytes()[:-5])
+    try: read_rows("tatsu-lab/alpaca", "--x")
+    except UserError as e: print(e)
     assert 0
