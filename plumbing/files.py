@@ -127,7 +127,7 @@ def chosen_part(source: str, folder: Path, place, label: str) -> Part:
     with hub.explained(label, "cannot be read"):
         parameters = dataset_module_factory(str(folder)).builder_configs_parameters
     configs = {config.name: config for config in parameters.builder_configs}
-    default = parameters.default_config_name or (list(configs) if len(configs) == 1 else [None])[0]
+    default = parameters.default_config_name or (next(iter(configs)) if len(configs) == 1 else None)
 
     def names_of(config: str, split: str) -> list[list[str]]:
         """The words that stand for a split of a configuration."""
@@ -136,20 +136,21 @@ def chosen_part(source: str, folder: Path, place, label: str) -> Part:
         return names + ([[split]] + [[]] * is_usual) * (config == default)
 
     _, *words = source.split(":")
-    parts = [(config, split) for config in configs for split in configs[config].data_files]
+    parts = [(config, str(split)) for config in configs for split in configs[config].data_files]
     found = [part for part in parts if words in names_of(*part)]
     listed = ", ".join(map(":".join, parts[:12])) + ", ..." * (len(parts) > 12)
     require(len(found) == 1,
             f"{label}: name one of its parts, as NAME:CONFIG:SPLIT; it has {listed}")
-    [(name, split)] = found
+    [(config, split)] = found
 
-    files = configs[name].data_files
+    files = configs[config].data_files
     with hub.explained(label, "cannot be read"):
         if isinstance(files, DataFilesPatternsDict):
-            files = files.resolve(str(folder / (configs[name].data_dir or "")))
-    files = [str(Path(file).relative_to(folder)) for file in files[split]]
-    count = "1 file" if len(files) == 1 else f"{len(files)} files"
-    return Part(f"configuration {name}, split {split}, {count}", files, place)
+            files = files.resolve(str(folder / (configs[config].data_dir or "")))
+    names = [str(Path(file).relative_to(folder)) for key in files if key == split
+             for file in files[key]]
+    count = "1 file" if len(names) == 1 else f"{len(names)} files"
+    return Part(f"configuration {config}, split {split}, {count}", names, place)
 
 
 def check_pointer(path: Path, source: str) -> None:

@@ -33,6 +33,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from plumbing.errors import UserError, blame, say
 
@@ -181,6 +182,8 @@ def explained(label: str, problem: str, path: Path = Path()):
     with blame(f"{label}: {problem}"):
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             sentence = hub_problem(error) or folder_problem(error, path)
             if sentence:
@@ -234,7 +237,7 @@ def folder_problem(error: Exception, path: Path) -> str | None:
     if "Dataset scripts" in text:
         return ("is read by a Python script of its own, which never runs; try NAME@refs/convert/"
                 "parquet, where the hub keeps many such data sets as plain files")
-    if re.search("tiktoken|sentencepiece|protobuf", text) and (path / "tokenizer.model").exists():
+    if "tiktoken" in text and not (is_sentencepiece_available() and is_protobuf_available()):
         return ("its tokenizer is a tokenizer.model; reading that takes two more packages (pip "
                 "install sentencepiece protobuf)")
     damaged = next(filter(is_damaged, sorted(path.glob("*")) if path.is_dir() else [path]), None)
