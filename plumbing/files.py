@@ -106,8 +106,9 @@ def find_part(source: str, flag: str) -> Part:
     """What NAME, NAME:SPLIT, NAME:CONFIG or NAME:CONFIG:SPLIT stands for. Raises UserError unless
     it is one split of one configuration."""
     label, path = f"{flag} {source}", path_of(source)
+    words = [] if Path(source).expanduser().exists() else source.split(":")[1:]
     if path.is_dir():
-        return chosen_part(source.removeprefix(str(path)), path, path, label)
+        return chosen_part(words, path, path, label)
     repository = hub.look(source, "dataset", label)
     cards = [name for name in repository.sizes if "/" not in name and Path(name).suffix == ".md"]
     folder = hub.fetch(repository, cards, label)
@@ -118,11 +119,11 @@ def find_part(source: str, flag: str) -> Part:
             (shell / name).touch()
         for name in cards:
             shutil.copyfile(folder / name, shell / name)
-        return chosen_part(source, shell, repository, label)
+        return chosen_part(words, shell, repository, label)
 
 
-def chosen_part(source: str, folder: Path, place, label: str) -> Part:
-    """The part of the data set in a folder that the words after a source's first colon name."""
+def chosen_part(words: list[str], folder: Path, place, label: str) -> Part:
+    """The part that some words, [CONFIG, SPLIT] or fewer, name of the data set in a folder."""
     folder = folder.resolve()
     with hub.explained(label, "cannot be read"):
         parameters = dataset_module_factory(str(folder)).builder_configs_parameters
@@ -135,7 +136,6 @@ def chosen_part(source: str, folder: Path, place, label: str) -> Part:
         names = [[config, split]] + [[config]] * is_usual
         return names + ([[split]] + [[]] * is_usual) * (config == default)
 
-    _, *words = source.split(":")
     parts = [(config, str(split)) for config in configs for split in configs[config].data_files]
     found = [part for part in parts if words in names_of(*part)]
     listed = ", ".join(map(":".join, parts[:12])) + ", ..." * (len(parts) > 12)

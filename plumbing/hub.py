@@ -3,6 +3,7 @@
 A source is NAME or NAME@REVISION, for data with :CONFIG:SPLIT behind it. A run fixes the commit of
 each source when it begins. Libraries only ever see a folder of the cache.
 """
+import errno
 import fnmatch
 import glob
 import hashlib
@@ -122,8 +123,8 @@ def look(source: str, kind: str, label: str) -> Repository:
     check_hub()
     with explained(label, "the hub's library fails"):  # this finds the commit and lists its files
         folder = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=[]))
+        REPOSITORIES[key] = Repository(name, kind, folder.name, sizes_in(folder, name, kind))
     COMMITS[key] = folder.name
-    REPOSITORIES[key] = Repository(name, kind, folder.name, sizes_in(folder, name, kind))
     return REPOSITORIES[key]
 
 
@@ -132,6 +133,8 @@ def sizes_in(folder: Path, name: str, kind: str) -> dict[str, int]:
     with suppress(CachedRepoTreeNotFoundError):
         tree = get_cached_repo_tree(name, repo_type=kind, revision=folder.name)
         return {file.path: file.size for file in tree}
+    if not folder.is_dir():  # the library has failed to write the list, and says nothing
+        raise PermissionError(errno.EACCES, "Permission denied or no space")
     return {str(file.relative_to(folder)): file.stat().st_size
             for file in folder.rglob("*") if file.is_file()}
 
@@ -207,9 +210,13 @@ def hub_problem(error: Exception) -> str | None:
         return MISSING.get(type(error)) or (again if is_trouble(status) else REFUSED.get(status))
     if isinstance(error, TransportError) or "Consistency check failed" in str(error):
         return f"the download broke off ({type(error).__name__}); run again, what is complete stays"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return (f"the cache of the hub, {constants.HF_HUB_CACHE}, cannot be written "
+                f"({error.strerror}); set HF_HOME to another folder, or make room")
     return None
 
 
+UNWRITABLE = {errno.EACCES, errno.EEXIST, errno.ENOSPC, errno.ENOTDIR, errno.EROFS}
 GATED = {  # by whether the user is logged in
     False: "is gated; ask for access on its page on the hub, then log in (hf auth login)",
     True: "is gated, and your account has no access; ask for it on its page on the hub",

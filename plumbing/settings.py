@@ -173,7 +173,8 @@ def resolve(config_class, argv: list[str], worlds: dict):
     preset = given_in(parser, as_words(preset))
     config = config_class(**layered(preset, saved, flags))
     fill_in(config)
-    hub.fix(config.commits)
+    with blame(f"--commits {config.commits}: must be NAME=COMMIT NAME=COMMIT"):
+        hub.fix(config.commits)
     check_numbers(config)
     check_together(config)
     check_folder(config)

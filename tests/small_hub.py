@@ -70,9 +70,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command == "GET":
-            kept = next((kept for pattern, kept in self.matching() if isinstance(kept, slice)), None)
-            self.wfile.write(body[kept] if kept else body)
-            self.close_connection = kept is not None
+            kept = [kept for _, kept in self.matching() if isinstance(kept, slice)]
+            self.wfile.write(body[kept[0]] if kept else body)
+            self.close_connection = bool(kept)
 
     def refuse(self, status: int, code: str, message: str = ""):
         self.answer(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)

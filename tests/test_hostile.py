@@ -162,7 +162,7 @@ def test_a_data_set_with_a_script_is_not_run(tmp_path, marker):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "data.py").write_text(f"open({str(marker)!r}, 'w')\n")
     (tmp_path / "data" / "p.jsonl").write_text('{"prompt": "a"}\n' * 40)
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="a Python script of its own, which never runs"):
         repo.load_prompts(str(tmp_path / "data"))
 
 

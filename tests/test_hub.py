@@ -310,11 +310,11 @@ def test_an_evaluation_needs_no_pairs(run, full):
     assert not [line for line in full.log if "tatsu" in line]
 
 
-def test_downloads_show_bars_on_a_terminal_alone(monkeypatch):
-    for is_terminal in (True, False):
-        monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
-        with runs.Run():
-            assert are_progress_bars_disabled() is not is_terminal
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_downloads_show_bars_on_a_terminal_alone(monkeypatch, is_terminal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
+    with runs.Run():
+        assert are_progress_bars_disabled() is not is_terminal
 
 
 # ---- what a name stands for
@@ -336,7 +336,7 @@ OTHERS = {
             f"- config_name: {name}\n  data_files:\n  - split: train\n    path: data/{name}/t-*\n"
             for name in ("animal_abuse", "self_harm")) + "---\n",
         "data/animal_abuse/t-0.parquet": parquet([{"question": "a", "image": IMAGE}]),
-        "data/animal_abuse/t-1.parquet": parquet([{"question": "b", "image": IMAGE}, {"question": "c", "image": IMAGE}]),
+        "data/animal_abuse/t-1.parquet": parquet([{"question": q, "image": IMAGE} for q in "bc"]),
         "data/self_harm/t-0.parquet": parquet([{"question": "d", "image": IMAGE}] * 4),
     },
     "datasets/o/plain": {"train.csv": "prompt\na\nb\n", "test.csv": "prompt\nc\n"},
@@ -419,7 +419,7 @@ def test_a_part_of_which_the_cache_has_only_some_files_is_not_read(more):
     constants.HF_HUB_OFFLINE = True
     hub.check_hub.cache_clear()
     assert len(read_rows(f"{PKU}:alpaca-7b:train", "--dataset")) == 8
-    with pytest.raises(UserError, match=r"does not answer \(HF_HUB_OFFLINE is set\), and the cache"):
+    with pytest.raises(UserError, match=r"answer \(HF_HUB_OFFLINE is set\), and the cache"):
         read_rows(PKU, "--dataset")
 
 
@@ -427,12 +427,12 @@ def test_a_revision_can_be_named(served, tmp_path, tokenizer):
     write_policy(tmp_path / "one", tokenizer, seed=1)
     write_policy(tmp_path / "two", tokenizer, seed=2)
     first = served.push("o/policy", tmp_path / "one", ref="v1")
-    served.push("o/policy", tmp_path / "two")
-    weights = []
-    for source in ("o/policy", "o/policy@v1", f"o/policy@{first}"):
+    second, weights = served.push("o/policy", tmp_path / "two"), []
+    for source, commit in (("o/policy", second), ("o/policy@v1", first),
+                           (f"o/policy@{first}", first)):
         config = repo.resolve_config(["--device", "cpu", "--policy", source])
         check_sources(config)
-        assert config.commits == f"{source}={served.refs['o/policy']['v1' if '@' in source else 'main']}"
+        assert config.commits == f"{source}={commit}"
         weights.append(load_policy(config)[0].lm_head.weight)
     assert not weights[0].equal(weights[1]) and weights[1].equal(weights[2])
 
@@ -551,7 +551,8 @@ def test_a_hub_in_trouble_is_asked_once_and_the_cache_is_used(full, capsys, stat
     check_sources(after)
     load_policy(after)
     assert after.commits == before.commits
-    assert f"does not answer (it answers {status}); only the cache is used" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"does not answer (it answers {status}); only the cache is used" in printed
     assert len(full.log) == 1
 
 
@@ -564,6 +565,17 @@ def test_a_hub_that_never_answers_is_asked_once(run, online, monkeypatch):
     assert code == 2 and f"error: --policy {POLICY}, --reward_model PKU-" in printed
     assert "the hub does not answer (no answer within 0.5 seconds), and the cache" in printed
     assert not out.exists() and time.monotonic() - begin < 5
+
+
+def test_a_cache_that_cannot_be_written_is_named(full, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match="cache, cannot be written .*; set HF_HOME to an"):
+        read_rows(PKU, "--dataset")
+
+
+def test_commits_in_another_form_are_refused():
+    with pytest.raises(UserError, match="--commits abc: must be NAME=COMMIT NAME=COMMIT"):
+        repo.resolve_config(["--device", "cpu", "--commits", "abc"])
 
 
 def test_any_other_answer_will_do(served):

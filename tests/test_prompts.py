@@ -14,7 +14,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import repo
-from plumbing import files
 from plumbing.errors import UserError
 from plumbing.data import (
     cyclic_batch,
@@ -140,20 +139,13 @@ def test_ptx_learns_no_answer_that_is_labelled_unsafe(tmp_path, name, answers):
     assert [answer for _, answer in load_pairs(source, safe_only=True)] == answers
 
 
-def test_a_file_is_what_is_on_disk_and_needs_no_cache(tmp_path, monkeypatch):
+def test_a_file_is_what_is_on_disk(tmp_path):
     """Also if another one stood there, as large and as old."""
-    (tmp_path / "cache").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache" / "datasets")
     source = tmp_path / "p.jsonl"
     for prompt in ("yesterday", "this noon"):
         source.write_text(json.dumps({"prompt": prompt}))
         os.utime(source, (10**9, 10**9))
         assert repo.load_prompts(str(source)) == [prompt]
-
-    monkeypatch.setattr(files, "check_hub", lambda: None)
-    monkeypatch.setattr(datasets, "load_dataset", lambda **_: (tmp_path / "cache" / "x").mkdir())
-    with pytest.raises(UserError, match="^the cache of data sets, .*set HF_DATASETS_CACHE to"):
-        repo.load_prompts("owner/name")
 
 
 def test_prompts_that_spell_special_tokens_are_left_out(tmp_path, tokenizer):
