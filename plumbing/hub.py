@@ -8,6 +8,7 @@ import fnmatch
 import glob
 import hashlib
 import re
+import sys
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,6 @@ from huggingface_hub import (
     get_session,
     get_token,
     snapshot_download,
-    try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
@@ -32,11 +32,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from plumbing.errors import UserError, blame, say
+from plumbing.ranks import RANK
 
 SECONDS = 5  # for the first answer
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
@@ -45,10 +47,16 @@ WEIGHTS = {".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".
 
 
 class Repository(NamedTuple):
+    """A repository at one commit."""
+
     name: str
     kind: str               # "model" or "dataset"
-    commit: str
+    folder: Path            # in the cache; its name is the commit
     sizes: dict[str, int]   # bytes of each file
+
+    def missing(self, files: list[str]) -> list[str]:
+        """Those that are not in the cache."""
+        return [file for file in dict.fromkeys(files) if not (self.folder / file).exists()]
 
 
 COMMITS: dict[str, str] = {}               # of this run, by key_of
@@ -123,7 +131,7 @@ def look(source: str, kind: str, label: str) -> Repository:
     check_hub()
     with explained(label, "the hub's library fails"):  # this finds the commit and lists its files
         folder = Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=[]))
-        REPOSITORIES[key] = Repository(name, kind, folder.name, sizes_in(folder, name, kind))
+        REPOSITORIES[key] = Repository(name, kind, folder, sizes_in(folder, name, kind))
     COMMITS[key] = folder.name
     return REPOSITORIES[key]
 
@@ -141,22 +149,32 @@ def sizes_in(folder: Path, name: str, kind: str) -> dict[str, int]:
 
 def announce(repository: Repository, files: list[str]) -> None:
     """Says once how many bytes of a repository there are to download."""
-    name, kind, commit, sizes = repository
-    if (kind, name) in ANNOUNCED:
-        return
+    name, kind, folder, sizes = repository
+    if (kind, name) not in ANNOUNCED:
+        size = sum(sizes[file] for file in repository.missing(files))
+        what = f"{tqdm.format_sizeof(size)}B to download" if size else "in the cache"
+        say(f"{kind} {name}: {what}, commit {folder.name}")
     ANNOUNCED.add((kind, name))
-    size = sum(sizes[file] for file in set(files) if not isinstance(
-        try_to_load_from_cache(name, file, repo_type=kind, revision=commit), str))
-    what = f"{tqdm.format_sizeof(size)}B to download" if size else "in the cache"
-    say(f"{kind} {name}: {what}, commit {commit}")
 
 
 def fetch(repository: Repository, files: list[str], label: str) -> Path:
     """The repository's folder in the cache, with these files. Raises UserError."""
-    name, kind, commit, _ = repository
-    with explained(label, "the hub's library fails"):
-        return Path(snapshot_download(name, repo_type=kind, revision=commit,
-                                      allow_patterns=[glob.escape(file) for file in files]))
+    name, kind, folder, _ = repository
+    missing = [glob.escape(file) for file in repository.missing(files)]
+    if missing:
+        with explained(label, "the hub's library fails"), bars_on_a_terminal():
+            snapshot_download(name, repo_type=kind, revision=folder.name, allow_patterns=missing)
+    return folder
+
+
+@contextmanager
+def bars_on_a_terminal():
+    if sys.stderr.isatty() and RANK == 0:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        disable_progress_bars()
 
 
 def model_folder(source: str, label: str, with_weights: bool, will_have_weights: bool) -> Path:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.utils import enable_progress_bars
 from tqdm import tqdm
 
 from plumbing import metrics
@@ -311,8 +310,6 @@ class Run:
 
     def __enter__(self):
         transformers.utils.logging.disable_progress_bar()
-        if sys.stderr.isatty() and RANK == 0:
-            enable_progress_bars()  # of downloads
         logging.disable(logging.ERROR)  # a UserError says what libraries would log
         warnings.filterwarnings("ignore", module="torch.distributed")
         return self

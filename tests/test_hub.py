@@ -26,7 +26,6 @@ from conftest import (
 )
 from huggingface_hub import close_session, constants
 from huggingface_hub.constants import HUGGINGFACE_CO_URL_TEMPLATE
-from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import save_file
 from small_hub import TOKEN, SmallHub
 from test_chats import tokenizer_of
@@ -311,10 +310,13 @@ def test_an_evaluation_needs_no_pairs(run, full):
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_downloads_show_bars_on_a_terminal_alone(monkeypatch, is_terminal):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
+def test_downloads_show_bars_on_a_terminal_alone(full, monkeypatch, capsys, is_terminal):
     with runs.Run():
-        assert are_progress_bars_disabled() is not is_terminal
+        monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
+        assert len(read_rows(PKU, "--dataset")) == 24
+        assert ("Fetching 3 files" in capsys.readouterr().err) is is_terminal
+        assert len(read_rows(PKU, "--dataset")) == 24
+    assert "Fetching" not in capsys.readouterr().err
 
 
 # ---- what a name stands for
