@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import pyarrow.parquet
 from datasets.data_files import DataFilesPatternsDict
 from datasets.load import dataset_module_factory
@@ -20,6 +21,11 @@ from plumbing import hub
 from plumbing.errors import blame, require
 
 LISTS = {"instructions", "inputs", "tags"}  # columns of a file that is one json object of lists
+CARDS = (  # files that say what is in a data set
+    datasets.config.REPOCARD_FILENAME,
+    datasets.config.REPOYAML_FILENAME,
+    datasets.config.DATASETDICT_INFOS_FILENAME,
+)
 SPACE = re.compile(r"\s*")
 BOOLS = {"True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False}
 
@@ -43,12 +49,12 @@ def read_rows(source: str, flag: str) -> Rows:
         found = find_part(source, flag)
         part = f" ({found.what})"
         files = found.fetch(label)
-    rows = [row for file in files for row in read_file(file, label)]
+    rows = Rows([row for file in files for row in read_file(file, label)], files[0].parent, part)
     require(rows, f"{label}: has no rows")
-    if LISTS >= rows[0].keys() and isinstance(rows[0].get("instructions"), list):
+    if LISTS >= set(rows.columns) and isinstance(rows[0].get("instructions"), list):
         with blame(f"{label}: cannot be read"):
-            rows = [each for row in rows for each in unfolded(row)]
-    return Rows(rows, files[0].parent, part)
+            return Rows([each for row in rows for each in unfolded(row)], rows.folder, part)
+    return rows
 
 
 def path_of(source: str) -> Path:
@@ -110,7 +116,7 @@ def find_part(source: str, flag: str) -> Part:
     if path.is_dir():
         return chosen_part(words, path, path, label)
     repository = hub.look(source, "dataset", label)
-    cards = [name for name in repository.sizes if "/" not in name and Path(name).suffix == ".md"]
+    cards = [name for name in CARDS if name in repository.sizes]
     folder = hub.fetch(repository, cards, label)
     with tempfile.TemporaryDirectory() as temporary:  # holds the repository, with empty files
         shell = Path(temporary, Path(repository.name).name)
@@ -125,7 +131,7 @@ def find_part(source: str, flag: str) -> Part:
 def chosen_part(words: list[str], folder: Path, place, label: str) -> Part:
     """The part that some words, [CONFIG, SPLIT] or fewer, name of the data set in a folder."""
     folder = folder.resolve()
-    with hub.explained(label, "cannot be read"):
+    with hub.explained(label, "cannot be read", folder):
         parameters = dataset_module_factory(str(folder)).builder_configs_parameters
     configs = {config.name: config for config in parameters.builder_configs}
     default = parameters.default_config_name or (next(iter(configs)) if len(configs) == 1 else None)
@@ -144,7 +150,7 @@ def chosen_part(words: list[str], folder: Path, place, label: str) -> Part:
     [(config, split)] = found
 
     files = configs[config].data_files
-    with hub.explained(label, "cannot be read"):
+    with blame(f"{label}: cannot be read"):
         if isinstance(files, DataFilesPatternsDict):
             files = files.resolve(str(folder / (configs[config].data_dir or "")))
     names = [str(Path(file).relative_to(folder)) for key in files if key == split

@@ -61,7 +61,7 @@ class Repository(NamedTuple):
 
 COMMITS: dict[str, str] = {}               # of this run, by key_of
 REPOSITORIES: dict[str, Repository] = {}   # that it has looked at, by key_of
-ANNOUNCED: set[tuple[str, str]] = set()    # (kind, name)
+ANNOUNCED: set[Path] = set()               # their folders, of those whose size is said
 
 
 def fix(commits: str | None) -> None:
@@ -150,11 +150,11 @@ def sizes_in(folder: Path, name: str, kind: str) -> dict[str, int]:
 def announce(repository: Repository, files: list[str]) -> None:
     """Says once how many bytes of a repository there are to download."""
     name, kind, folder, sizes = repository
-    if (kind, name) not in ANNOUNCED:
+    if folder not in ANNOUNCED:
         size = sum(sizes[file] for file in repository.missing(files))
         what = f"{tqdm.format_sizeof(size)}B to download" if size else "in the cache"
         say(f"{kind} {name}: {what}, commit {folder.name}")
-    ANNOUNCED.add((kind, name))
+    ANNOUNCED.add(folder)
 
 
 def fetch(repository: Repository, files: list[str], label: str) -> Path:
@@ -197,16 +197,16 @@ def model_files(sizes: dict[str, int], with_weights: bool) -> list[str]:
 # ---- What goes wrong
 
 @contextmanager
-def explained(label: str, problem: str, path: Path = Path()):
-    """Turns an error about the hub or about a model or data set in a folder into a UserError that
-    says what to do. Another error's sentence begins with `problem`."""
+def explained(label: str, problem: str, path: Path | None = None):
+    """Turns an error of the hub, or with a path one about the model or data set there, into a
+    UserError that says what to do. Another error's sentence begins with `problem`."""
     with blame(f"{label}: {problem}"):
         try:
             yield
         except UserError:
             raise
         except Exception as error:
-            sentence = hub_problem(error) or folder_problem(error, path)
+            sentence = folder_problem(error, path) if path else hub_problem(error)
             if sentence:
                 raise UserError(f"{label}: {sentence}") from None
             raise
@@ -242,7 +242,8 @@ GATED = {  # by whether the user is logged in
 MISSING = {
     RepositoryNotFoundError: "no such folder here and no such name on the hub; correct it or, if "
                              "it is private, log in (hf auth login)",
-    RevisionNotFoundError: "has no such revision on the hub; correct what follows the @",
+    RevisionNotFoundError: "has no such revision on the hub; correct what follows the @ or is in "
+                           "--commits",
 }
 REFUSED = {  # by status
     401: "the hub refuses your token; log in again (hf auth login), or unset HF_TOKEN",
@@ -262,7 +263,8 @@ def folder_problem(error: Exception, path: Path) -> str | None:
     if "Dataset scripts" in text:
         return ("is read by a Python script of its own, which never runs; try NAME@refs/convert/"
                 "parquet, where the hub keeps many such data sets as plain files")
-    if "tiktoken" in text and not (is_sentencepiece_available() and is_protobuf_available()):
+    can_read = is_sentencepiece_available() and is_protobuf_available()
+    if "tiktoken" in text and (path / "tokenizer.model").exists() and not can_read:
         return ("its tokenizer is a tokenizer.model; reading that takes two more packages (pip "
                 "install sentencepiece protobuf)")
     damaged = next(filter(is_damaged, sorted(path.glob("*")) if path.is_dir() else [path]), None)

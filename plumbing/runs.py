@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from tqdm import tqdm
@@ -310,6 +311,7 @@ class Run:
 
     def __enter__(self):
         transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
         logging.disable(logging.ERROR)  # a UserError says what libraries would log
         warnings.filterwarnings("ignore", module="torch.distributed")
         return self

@@ -341,7 +341,8 @@ OTHERS = {
         "data/animal_abuse/t-1.parquet": parquet([{"question": q, "image": IMAGE} for q in "bc"]),
         "data/self_harm/t-0.parquet": parquet([{"question": "d", "image": IMAGE}] * 4),
     },
-    "datasets/o/plain": {"train.csv": "prompt\na\nb\n", "test.csv": "prompt\nc\n"},
+    "datasets/o/plain": {"train.csv": "prompt\na\nb\n", "test.csv": "prompt\nc\n",
+                         "dataset_infos.json": "{}"},
     "datasets/o/one": {"harmful.jsonl": safe_rlhf(2, "x")},
     "datasets/o/both": {
         "README.md": "---\nconfigs:\n" + "".join(
