@@ -17,6 +17,7 @@ from plumbing.hub import check_hub
 from plumbing.pictures import undecoded
 
 LISTS = {"instructions", "inputs", "tags"}  # columns of a file that is one json object of lists
+POINTER = b"version https://git-lfs"
 SPACE = re.compile(r"\s*")
 BOOLS = {"True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False}
 
@@ -75,10 +76,11 @@ def read_hub(name: str, split: str, source: str) -> list[dict]:
 def check_pointer(path: Path, source: str) -> None:
     """Raises UserError for a Git LFS pointer, which stands where a file was not fetched; in a
     folder for the first."""
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        is_pointer = file.is_file() and file.open("rb").read(20) == b"version https://git-"
-        require(not is_pointer, f"{source}: {file.name} is a Git LFS pointer, not the file itself; "
-                                "fetch the file (git lfs pull)")
+    for file in filter(Path.is_file, sorted(path.iterdir()) if path.is_dir() else [path]):
+        with file.open("rb") as opened:
+            require(opened.read(len(POINTER)) != POINTER,
+                    f"{source}: {file.name} is a Git LFS pointer, not the file itself; "
+                    "fetch the file (git lfs pull)")
 
 
 def unfolded(lists: dict) -> list[dict]:
