@@ -352,6 +352,8 @@ BUGS = [
         "beta = 0.0 if is_first else 1.0", "beta = 0.0"),
     Bug("kernels/linear.py", "linear", "Triton linear: the first chunk adds to what was there",
         "beta = 0.0 if is_first else 1.0", "beta = 1.0"),
+    Bug("kernels/linear.py", "linear", "Triton linear: dX without the last V mod 8 tokens",
+        "is_first=part.stop == vocab", "is_first=True"),
     Bug("kernels/linear.py", "linear", "Triton linear: dW is summed in the weight's type",
         "make(weight.shape if weight_needs else 0, dtype=torch.float32)",
         "make(weight.shape if weight_needs else 0)"),
