@@ -25,7 +25,7 @@ from plumbing.data import (
     load_ptx_pairs,
     split_prompts,
 )
-from plumbing.errors import UserError, ctrl_c_waits, printable, say
+from plumbing.errors import UserError, ctrl_c_waits, printable, require, say
 from plumbing.folder import (
     append,
     claim_output_dir,
@@ -48,6 +48,7 @@ from plumbing.reports import (
     what_it_says,
 )
 from plumbing.training import State
+from plumbing.trial import problem_of_saved, try_models
 
 
 class Run:
@@ -98,6 +99,7 @@ class Run:
             # it trained is the one to score.
             trained = replace(config, policy=str(Path(config.eval_only, "final", "actor")))
             self.state.policy = sharded(load_policy(trained)[0], config)
+        try_models(self.state, config)
         introduce(self.state, config)
 
     def start(self, evaluate) -> None:
@@ -227,17 +229,19 @@ class Run:
 
     def finish(self, evaluate) -> None:
         """Saves final/, scores the trained policy, writes eval.jsonl and summary.json."""
-        state, config = self.state, self.config
+        state, config, problem = self.state, self.config, None
         if self.is_training:
             if RANKS > 1:  # one rank alone may fail from here on, and then none can save
                 save_checkpoint(state, self.out, config)
             save_final(state, self.out, config)
+            problem = problem_of_saved(state, self.out / "final" / "actor", config)
         rows = self.scored(evaluate)
         self.is_training = False
         if config.eval_only:
             self.out = claim_output_dir(config)
         if RANK == 0:
             self.report(rows)
+        require(not problem, problem)
 
     def scored(self, evaluate) -> list[dict]:
         """The rows of eval.jsonl, one per held-out prompt. Raises UserError for bad numbers."""
