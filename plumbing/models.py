@@ -227,17 +227,17 @@ def take_out_dropout(model: PreTrainedModel) -> None:
     """Sets all of a loaded model's dropout probabilities to 0. Layers that checkpoint are in
     training mode during an update, and would obey them. The body keeps the published config, which
     is saved with the trained weights."""
-    model.base_model.published_config = copy.deepcopy(model.config)
+    published = copy.deepcopy(model.config)
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
         set_dropout_to_0(module)
-        set_dropout_to_0(getattr(module, "config", None))
+    model.base_model.published_config = published
 
 
-def set_dropout_to_0(owner) -> None:
-    """Of a module, a config, or a config in a config."""
-    for name, value in vars(owner).items() if hasattr(owner, "__dict__") else ():
+def set_dropout_to_0(owner: nn.Module | PreTrainedConfig) -> None:
+    """Of a module and its config, or of a config and those in it."""
+    for name, value in vars(owner).items():
         if isinstance(value, float) and "drop" in name:
             setattr(owner, name, 0.0)
         elif isinstance(value, PreTrainedConfig):
@@ -297,9 +297,12 @@ def check_weights(model, tokenizer, embeddings, source: str) -> None:
 def check_policy(policy, tokenizer, source: str) -> None:
     """Raises UserError unless a policy is a causal language model with finite weights."""
     check_weights(policy, tokenizer, policy.get_input_embeddings(), source)
-    require(policy.device.type == "meta" or is_causal(policy),
-            f"{source}: its tokens see the tokens after them, as in an encoder; "
-            "a policy must be a causal language model")
+    if policy.device.type == "meta":
+        return
+    with blame(f"{source}: cannot read tokens"):
+        causal = is_causal(policy)
+    require(causal, f"{source}: its tokens see the tokens after them, as in an encoder; "
+                    "a policy must be a causal language model")
 
 
 @torch.no_grad()
