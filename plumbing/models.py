@@ -70,10 +70,10 @@ def load_pretrained(from_pretrained, source: str, flag: str, config, **options):
         source_or_path = source
         problem = (f"is none of {', '.join(PRESETS)}, no folder here, "
                    "and not to be had from the hub")
-    require(not in_checkpoint(source_or_path, "adapter_config.json"),
-            f"{flag} {source}: holds a LoRA adapter (adapter_config.json); merge it into its base "
-            "model first (peft: merge_and_unload), and give the merged model")
     with blame(f"{flag} {source}: {problem}"):
+        require(not in_checkpoint(source_or_path, "adapter_config.json"),
+                f"{flag} {source}: holds a LoRA adapter (adapter_config.json); merge it into its "
+                "base model first (peft: merge_and_unload), and give the merged model")
         return from_pretrained(source_or_path, trust_remote_code=config.trust_remote_code,
                                **options)
 

@@ -198,7 +198,8 @@ class Scorer:
             role=role, dtype=getattr(torch, config.dtype), dry_run=config.dry_run)
         self.model.requires_grad_(False)
         self.tokenizer = tokenizer_with_sight(self.source, self.flag, config)
-        check_scorer(self.model, self.tokenizer, role, f"{self.flag} {self.source}")
+        with blame(f"{self.flag} {self.source}: is no model of a known kind"):
+            check_scorer(self.model, self.tokenizer, role, f"{self.flag} {self.source}")
         if self.tokenizer.sight:
             check_count(self.model.model, self.tokenizer.sight, f"{self.flag} {self.source}")
         self.set_pad_token()
@@ -290,7 +291,7 @@ def check_scorer(model, tokenizer, role: str, source: str) -> None:
     require(tokenizer.pad_token or tokenizer.eos_token,
             f"{source}: its tokenizer has neither a pad nor an EOS token; "
             "set one in tokenizer_config.json")
-    require(role == "cost" or not classifier or classifier.num_labels == 1,
+    require(role == "cost" or not classifier or classifier.config.num_labels == 1,
             f"{source}: a classifier of two labels; a reward is one number "
             "(a cost may come from two, of which one is unsafe)")
 
