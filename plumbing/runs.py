@@ -160,6 +160,9 @@ class Run:
         state, config = self.state, self.config
         self.bad_steps = 0
         sign = metrics.collapse(rollout.responses, row["entropy"])
+        if self.bar.n == self.bar.initial:
+            self.warn_once("ratio", metrics.not_the_sampled_policy(
+                state.first_ratio_max, config.dtype))
         self.warn_once("collapse", sign and f"{sign}; the policy may have collapsed")
         self.warn_once("destruction", metrics.destruction(row))
         self.log("metrics.jsonl", [row])

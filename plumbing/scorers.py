@@ -244,7 +244,10 @@ class Scorer:
         values, pairs = [], list(zip(rows, prompts))
         for chunk in rank_chunks(pairs, self.config.micro_batch_size):
             chosen_rows, chosen_prompts = zip(*(chunk or pairs[:1]))  # all ranks call the model
-            scored = self.score_tokens(chosen_rows, chosen_prompts)
+            longest = max(map(len, chosen_rows))
+            with blame(f"{self.flag} {self.source}: cannot score a row of {longest} of its tokens; "
+                       "lower --max_length"):
+                scored = self.score_tokens(chosen_rows, chosen_prompts)
             values += scored if chunk else []
         return values
 

@@ -51,7 +51,7 @@ def trial_rows(tokenizer, policy) -> list[list[int]]:
         special.add(tokenizer.convert_tokens_to_ids(tokenizer.sight.place_holder))
     ids = sorted(set(tokenizer.get_vocab().values()) - special)
     mixed = [ids[7919 * i % len(ids)] for i in range(30)] + ids[-1:]
-    return [mixed[:4] + ids[-1:], mixed[4:], mixed[4:25] + ids[-1:]]
+    return [mixed[:2] + ids[-1:], mixed[2:], mixed[2:25] + ids[-1:]]
 
 
 # ---- What a run makes of a model's call, and what the library does
@@ -126,16 +126,16 @@ class Dictated(LogitsProcessor):
 def try_sampling(policy, tokenizer, rows: list, source: str, config) -> None:
     """The distribution that a cached decoding step samples from must be the one whose log-probs are
     logged."""
-    count, rows = 3, rows[:2]
-    said = torch.tensor([row[-count:] for row in rows], device=config.device)        # [2, 3]
+    count, rows = 2, rows[:2]
+    said = torch.tensor([row[-count:] for row in rows], device=config.device)        # [2, 2]
     dictated = Dictated(said)
     with blame(f"{source}: cannot sample"), gathered(policy):
         generate(policy, tokenizer, [row[:-count] for row in rows], dictated, count, config,
                  may_compile=False)
-    sampled = torch.stack(dictated.scores, 1)                                        # [2, 3, V]
+    sampled = torch.stack(dictated.scores, 1)                                        # [2, 2, V]
     for row, scores in zip(rows, sampled):
         ids = torch.tensor([row], device=config.device)
-        logits = call_as_forward(policy, own_logits, ids)[0, -count - 1:-1]          # [3, V]
+        logits = call_as_forward(policy, own_logits, ids)[0, -count - 1:-1]          # [2, V]
         can_be_sampled = scores[0, :logits.shape[1]].isfinite()                      # [V]
         compare(scores[:, :logits.shape[1]][:, can_be_sampled], logits[:, can_be_sampled],
                 f"{source}: a sampled token", config)
