@@ -30,7 +30,7 @@ ENTROPY_FLOOR = 0.01
 # and .08.
 DESTRUCTIVE = {"clip_fraction": 0.5, "approx_kl": 1.0}
 # The largest ratio of a run's first update is 1; this much is rounding, by --dtype.
-FIRST_RATIO = {"float32": 1.01, "bfloat16": 1.25}
+FIRST_RATIO = {"float32": 1.01, "bfloat16": 1.5}
 
 
 class BadNumbers(Exception):
@@ -227,8 +227,8 @@ def not_the_sampled_policy(first_ratio_max: float, dtype: str) -> str | None:
     """A sign that a first update did not find the log-probs of its rollout again, or None."""
     if first_ratio_max <= FIRST_RATIO[dtype]:
         return None
-    return (f"the largest ratio of the first update is {first_ratio_max:.3g}, not 1: the model gives "
-            "other log-probs in an update than while it samples, so do not trust this run")
+    return (f"the largest ratio of the first update is {first_ratio_max:.3g}, not 1: the model "
+            "gives other log-probs in an update than while it samples, so do not trust this run")
 
 
 def destruction(metrics: dict) -> str | None:

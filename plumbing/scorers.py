@@ -181,7 +181,6 @@ def unsafe_label(names: dict[int, str], source: str) -> int:
     return unsafe
 
 
-
 class Scorer:
     """Where rewards or costs come from: a model with its tokenizer, or a Python function."""
 

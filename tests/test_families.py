@@ -257,8 +257,11 @@ def scorer_verdict(path: Path, shop: Workshop, own_score) -> str:
 
 # ---- Tests
 
-KINDS = {"policy": (policy_verdict, POLICIES), "classifier": (classifier_verdict, CLASSIFIERS),
-         "Beaver": (beaver_verdict, BEAVERS)}
+KINDS = {
+    "policy": (policy_verdict, POLICIES),
+    "classifier": (classifier_verdict, CLASSIFIERS),
+    "score model in the Beaver layout": (beaver_verdict, BEAVERS),
+}
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +280,7 @@ def verdict_on(kind: str, name: str, shop: Workshop) -> str:
     ("policy", "mixtral", "the same numbers"),
     ("policy", "rwkv", "masks or positions are not respected"),
     ("classifier", "xlnet", "masks or positions are not respected"),
-    ("Beaver", "opt-350m", "the same numbers"),
+    ("score model in the Beaver layout", "opt-350m", "the same numbers"),
 ])
 def test_a_family(shop, kind, name, verdict):
     assert verdict_on(kind, name, shop) == verdict
@@ -286,10 +289,10 @@ def test_a_family(shop, kind, name, verdict):
 def page_of(verdicts: dict) -> str:
     """{(kind, family): verdict} as tables."""
     lines = ["# Model families", "",
-             "`python tests/test_families.py` tried tiny random models and wrote this page. \"The same",
-             "numbers\": padded log-probs, scores, the sampled distribution, merged adapters and the",
-             "saved policy are those that transformers gives. Any other family gets the same trial",
-             "when a run loads it."]
+             "`python tests/test_families.py` tried tiny random models and wrote this page.",
+             "\"The same numbers\": padded log-probs, scores, the sampled distribution, merged",
+             "adapters and the saved policy are those that transformers gives. Every other family",
+             "gets a trial when a run loads it."]
     for kind in KINDS:
         lines += ["", f"| as a {kind} | |", "|---|---|"]
         for verdict in sorted({found for (of, _), found in verdicts.items() if of == kind}):

@@ -1,6 +1,6 @@
 # pytest tests/test_trial.py
-"""What a user's checkpoint may hold or lack, point by point: each has the right value, or is refused
-in one sentence before anything is written. tests/test_families.py tries whole families."""
+"""What a user's checkpoint may hold or lack, point by point: each has the right value, or is
+refused in one sentence before anything is written. tests/test_families.py tries whole families."""
 
 import json
 import re
@@ -80,8 +80,9 @@ def test_a_saved_policy_that_is_not_the_trained_one_is_told_at_the_end(run, monk
     monkeypatch.setattr(checkpoints, "merged", lambda weights: (
         without_head(weights) if "lm_head.weight" in weights else weights))
     code, out, printed = run(*FEW, "--steps", 1)
-    says = r"error: .*/final/actor: the saved policy is not the trained one: its logits are off by "
-    assert code == 2 and re.search(says + r"(1|0\.99)", printed)
+    [error] = re.findall("error: .*final/actor: the saved policy is not the trained one: its "
+                         r"logits are off by ([\d.]+)", printed)
+    assert code == 2 and float(error) > 0.99  # of what is no longer there
     assert (out / "summary.json").exists() and (out / "final" / "actor").exists()
 
 
@@ -116,14 +117,15 @@ def test_a_ratio_that_is_not_1_at_first_is_warned_of_once(run, tmp_path, tokeniz
 
     monkeypatch.setattr(runs, "try_models", lambda *_: None)
     code, out, printed = run(*FEW, "--steps", 2, *flags)
-    assert code == 0 and printed.count("warning: step 1: the largest ratio of the first update") == 1
+    warning = "warning: step 1: the largest ratio of the first update"
+    assert code == 0 and printed.count(warning) == 1
 
 
 def test_how_far_from_1_is_rounding():
     assert metrics.not_the_sampled_policy(1.009, "float32") is None
     assert "is 1.02, not 1" in metrics.not_the_sampled_policy(1.02, "float32")
-    assert metrics.not_the_sampled_policy(1.2, "bfloat16") is None
-    assert "is 1.3, not 1" in metrics.not_the_sampled_policy(1.3, "bfloat16")
+    assert metrics.not_the_sampled_policy(1.4, "bfloat16") is None
+    assert "is 1.6, not 1" in metrics.not_the_sampled_policy(1.6, "bfloat16")
 
 
 # ---- content that has no place in the model
@@ -275,7 +277,8 @@ def test_the_longest_row_is_tried(run, tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "x")
     code, out, printed = run(*FEW, "--reward_model", tmp_path / "x")
     assert code == 2 and not out.exists()
-    assert f"error: --reward_model {tmp_path / 'x'}: cannot read a row of --max_length 672" in printed
+    says = f"error: --reward_model {tmp_path / 'x'}: cannot read a row of --max_length 672"
+    assert says in printed
     code, _, printed = run(*FEW, "--reward_model", tmp_path / "x", "--max_length", 670,
                            "--steps", 1)
     assert code == 0, printed
