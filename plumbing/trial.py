@@ -177,7 +177,7 @@ def try_backward(model, run_outputs, rows: list, source: str, config) -> None:
         outputs = run_outputs(model, ids, mask)[mask.bool()]
         return outputs.mean(), outputs.detach()
 
-    way = "with" if recomputes(model, config) else "without" 
+    way = "with" if recomputes(model, config) else "without"
     with blame(f"{source}: cannot learn {way} gradient checkpointing"):
         _, outputs = backward(model, loss, ids, mask, config=config)
         norm = clip_gradients(model)
