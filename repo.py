@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from plumbing.threads import fit_threads  # before torch, which reads its variables
+from plumbing.threads import fit_threads  # sets what torch reads when it is imported
 
 import torch
 from torch import Tensor
@@ -140,8 +140,8 @@ class Rollout(Sequences):
 
 
 def random_numbers(*key) -> torch.Generator:
-    """A generator that depends on its key alone. So a resumed run, or another number of ranks,
-    draws the same numbers."""
+    """A generator that depends on its key alone. So a run draws the same numbers after a resume and
+    on any number of ranks."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
@@ -150,8 +150,8 @@ class Draw(LogitsProcessor):
     """Draws each response's next token from the whole softmax at the sampling temperature: the
     first token whose cumulated probability reaches a uniform random number.
 
-    Every response has its own row of numbers [B, T]. So the response does not depend on which rank
-    samples it, in which batch.
+    Every response has its own row of numbers [B, T]. So it does not matter which rank samples it,
+    and in which batch.
     """
 
     def __init__(self, uniform: Tensor, prompt_length: int, temperature: float):
@@ -166,7 +166,7 @@ class Draw(LogitsProcessor):
         total = cumulated[:, -1:]  # 1, up to rounding                           # [B, 1]
         token = torch.searchsorted(cumulated, self.uniform[:, t:t + 1] * total)  # [B, 1]
         token = token.clamp(max=scores.shape[1] - 1)  # the index is V for NaN   # [B, 1]
-        return scores.scatter(1, token, torch.inf)  # the library takes the largest score
+        return scores.scatter(1, token, torch.inf)  # generate() takes the largest score
 
 
 def response_limit(prompt: list[int], config: Config) -> int:
@@ -198,7 +198,8 @@ def response_log_probs(policy, batch: Sequences, temperature: float, return_entr
     hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
                                   batch.pixel_values)[row, state_column]         # [N, H]
     head_weight = models.head_weight(policy)                                     # [V, H]
-    # The logits are head.scale (hidden @ head_weight.T), soft-capped if the model does so.
+    # The logits are head.scale (hidden @ head_weight.T), soft-capped if the model does so. Dividing
+    # the temperature by the scale multiplies the logits by it.
     return linear_log_probs(
         hidden, head_weight, ids, temperature / head.scale, soft_cap=head.soft_cap,
         return_entropy=return_entropy)
@@ -281,9 +282,9 @@ def rectify(cost: Tensor, threshold: float = 0.0) -> Tensor:
 
 
 def costs_and_lambdas(cost: Tensor, lam: float, config: Config) -> tuple[Tensor, Tensor]:
-    """Which cost enters the returns, and which lambda_i the loss: C [B] -> [B], [B]. The Lagrangian
-    (1) is E[-R + lambda {C - d}+]. Its gradient (2), the rectified policy gradient, is
-    E[grad log pi(y|x) (-R + lambda {C - d}+)].
+    """Chooses the cost that enters the returns and the lambda_i that enters the loss, C [B] -> two
+    [B]. The Lagrangian (1) is E[-R + lambda {C - d}+]. Its gradient (2), the rectified policy
+    gradient, is E[grad log pi(y|x) (-R + lambda {C - d}+)].
         method         in returns   lambda_i
         repo, return   {C - d}+     lambda            estimates (2), up to 1 / (1 + lambda)
         repo, mask     C - d        lambda 1[C > d]   does not estimate (2): see the README
@@ -303,7 +304,7 @@ def shape_rewards_and_costs(reward: Tensor, cost: Tensor, log_probs: Tensor, ref
                             mask: Tensor, kl_coeff: float,
                             clip_range_score: float = 50.0) -> tuple[Tensor, Tensor]:
     """Equations (4) and (5): two [B], three [B, T] -> token rewards r_t and costs c_t, [B, T] each,
-    0 outside the mask. beta in both gives the combined advantage the same KL weight for any lambda.
+    0 outside the mask. With beta in both, the KL penalty of A_t has the weight beta for any lambda.
 
         r_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T_i] R
         c_t = +beta (log pi_old(y_t) - log pi_ref(y_t)) + 1[t = T_i] cost
@@ -382,8 +383,8 @@ def update_lambda(lam: float, costs: Tensor, config: Config) -> float:
 
         lambda <- min(lambda + alpha mean{C - d}+, lambda_max)
 
-    costs are a step's. For --algo ppo_lag they are those of the latest cost_window x RANKS
-    responses, with the same cap:
+    costs are those of this step. With --algo ppo_lag they are those of the latest
+    cost_window x RANKS responses, and the rule, with the same cap, is
 
         ln lambda <- ln lambda + alpha lambda (mean C - d)
 
@@ -456,8 +457,8 @@ def value_loss(critic: ScoreModel, batch: Rollout, token_weight: Tensor, old_val
 
 
 def ptx_loss(policy, batch: Sequences, token_count: Tensor, config: Config) -> tuple[Tensor, dict]:
-    """The next-token loss of supervised answers: the sum over this batch, divided by the number of
-    all pairs' answer tokens. Returns (scalar, no statistics)."""
+    """The next-token loss of supervised answers, summed over this batch and divided by token_count,
+    the answer tokens of all the step's pairs. Returns (scalar, no statistics)."""
     return -response_log_probs(policy, batch, 1.0).sum() / token_count, {}
 
 
@@ -493,8 +494,9 @@ def train_step(state: training.State, prompts: list[str], ptx_pairs: list,
 
 def update(state: training.State, rollout: Rollout, rows: Tensor, ptx: Sequences | None,
            meter: metrics.Meter, config: Config) -> None:
-    """One optimiser step of policy and critics, on the M rows of a minibatch, and of the policy on
-    all of the step's supervised pairs. training.backward calls loss(model, *arguments, config)."""
+    """One optimiser step of policy and critics on the M rows of a minibatch. The policy also learns
+    from all of the step's supervised pairs. training.backward calls loss(model, *arguments, config)
+    and adds the gradients of a micro-batch to those before it."""
     for batch in ranks.micro_batches(rollout, rows, config.micro_batch_size):
         mask = batch.response_mask                                               # [b, T]
         token_weight = mask / mask.sum(1, keepdim=True) / len(rows)              # w_t = 1 / (T_i M)

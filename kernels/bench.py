@@ -3,6 +3,7 @@
     python -m kernels.bench               # times and memory of the four functions, both passes
     python -m kernels.bench --rows 8192 --vocab 128256 --hidden 3072
     python -m kernels.bench --functions linear_log_probs --providers ours,Liger,quack
+    python -m kernels.bench --functions linear_repo_loss --split whole,even
     python -m kernels.bench --compiled    # registers, spills and load widths; needs no GPU
 
 The column "% of floor" compares a time with the least that its function can take. That is the time
@@ -24,6 +25,7 @@ import torch
 import triton
 from torch.profiler import ProfilerActivity, profile
 
+from kernels import runs_triton
 from kernels.compiled import KERNELS, TARGETS, compile_for
 from kernels.providers import OVERWRITES, floor, inputs, providers
 
@@ -91,10 +93,14 @@ def measure(arguments, device):
     print(f"copy {copy_rate / 1e9:,.0f} GB/s, "
           f"product {product_rate / 1e12:,.2f} TFLOP/s ({arguments.dtype}); "
           f"N = {arguments.rows}, V = {arguments.vocab}, H = {arguments.hidden}", flush=True)
-    for function, loaders in providers(arguments.rows).items():
+    for function, loaders in providers(arguments.rows, arguments.split).items():
         for provider, load in loaders.items():
-            if takes_part(function, provider, arguments, device):
-                yield from measure_provider(arguments, device, machine, function, provider, load)
+            if not takes_part(function, provider, arguments):
+                continue
+            if short(provider) == "ours" and not has_triton(device):
+                print(f"{provider}, {function}: on a GPU only", file=sys.stderr)
+                continue
+            yield from measure_provider(arguments, device, machine, function, provider, load)
 
 
 def short(provider):
@@ -102,12 +108,15 @@ def short(provider):
     return provider.split()[0]
 
 
-def takes_part(function, provider, arguments, device):
+def takes_part(function, provider, arguments):
     if arguments.providers and short(provider) not in arguments.providers:
         return False
-    if arguments.functions and function not in arguments.functions:
-        return False
-    return provider != "ours" or device != "cpu"  # on a CPU it is the reference
+    return not arguments.functions or function in arguments.functions
+
+
+def has_triton(device):
+    """False on a CPU without Triton's interpreter: there, our functions are the reference."""
+    return runs_triton(torch.empty(0, device=device))
 
 
 def measure_provider(arguments, device, machine, function, provider, load):
@@ -181,7 +190,8 @@ def environment(device):
     """One line about the machine and the versions."""
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     if device != "cuda":
-        return (f"CPU, {torch.get_num_threads()} threads, {versions}. No Triton kernel runs here. "
+        what = "Triton's interpreter" if has_triton(device) else "No Triton kernel"
+        return (f"CPU, {torch.get_num_threads()} threads, {versions}. {what} runs here. "
                 "Compare memory; compare times only with each other.")
 
     driver = "unknown"
@@ -237,6 +247,9 @@ def bench_parser(device):
                         help="measure only these, such as linear_repo_loss")
     parser.add_argument("--providers", type=names, metavar="A,B",
                         help="measure only these, such as ours,reference")
+    parser.add_argument("--split", type=names, metavar="A,B", default=["whole"],
+                        help="how ours computes products if V is no multiple of 8: whole, or even, "
+                             "with V mod 8 tokens apart; or both (default: whole)")
     parser.add_argument("--compiled", action="store_true",
                         help="compile the kernels instead, and print registers, spills, shared "
                              "memory and load widths; needs no GPU")
@@ -258,6 +271,7 @@ def checked_arguments(device):
     for flag, known in (
         ("functions", list(loaders)),
         ("providers", sorted({short(name) for of_one in loaders.values() for name in of_one})),
+        ("split", ["whole", "even"]),
         ("targets", list(TARGETS)),
     ):
         unknown = [name for name in getattr(arguments, flag) or () if name not in known]
@@ -290,7 +304,7 @@ def main():
                 json.dump({"environment": where, "rows": rows}, file, indent=1)
             os.replace(f"{arguments.json}.new", arguments.json)
     if not rows:
-        bench_parser(device).error("--providers: none of them is installed and has such a function")
+        bench_parser(device).error("--providers: none of them runs here and has such a function")
 
 
 if __name__ == "__main__":

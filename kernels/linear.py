@@ -13,9 +13,14 @@ linear_log_probs does not know its upstream gradients in the forward. It compute
 in the backward, which makes four products. linear_loss.py knows the loss and needs three.
 
 PyTorch computes the products. dW is summed in fp32 over the chunks, because bf16 would round the
-sum once per chunk. Each row of a chunk is padded to a multiple of 128 bytes, so an odd V slows
-neither the products nor the row program. Under autocast, inputs are cast as a linear layer's are.
-Gradients have the type of their tensor.
+sum once per chunk. Rows of a chunk are padded to a multiple of 128 bytes, so each row begins where
+wide loads may begin. Under autocast, inputs are cast as a linear layer's are. Gradients have the
+type of their tensor.
+
+cuBLAS promises its best speed only if the widths of the matrices are multiples of 16 bytes too. In
+each of the three products one of them is V. parts() can cut V mod 8 tokens off, which adds a small
+product to each large one. Neither way has been measured, so SPLIT is a switch; kernels.bench can
+time both.
 """
 import torch
 import triton
@@ -24,6 +29,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels.log_prob import backward_rows, empty_results, forward_rows
 from kernels.reference import rows_per_chunk
+
+SPLIT = "whole"  # or "even": see parts
 
 
 def compute_dtype(hidden, weight):
@@ -41,6 +48,18 @@ def chunk_length(hidden, weight_learns):
     return triton.cdiv(count, max(number, 1))
 
 
+def parts(vocab):
+    """Slices of the vocabulary. Each product is computed once per slice.
+
+    If SPLIT is "even", the last V mod 8 tokens are a slice of their own. It comes first, so that dX
+    is rounded to bf16 while it is small, and once more at its end.
+    """
+    even = vocab - vocab % 8
+    if SPLIT == "whole" or even in (0, vocab):
+        return [slice(0, vocab)]
+    return [slice(even, vocab), slice(0, even)]
+
+
 def chunks(hidden, weight, weight_learns):
     """Yields (slice of the tokens, their logits [n, V]). All chunks share one buffer."""
     count, vocab = len(hidden), len(weight)
@@ -50,15 +69,29 @@ def chunks(hidden, weight, weight_learns):
     for start in range(0, count, max(length, 1)):
         rows = slice(start, min(start + length, count))
         logits = buffer[:rows.stop - start, :vocab]
-        torch.mm(hidden[rows], weight.t(), out=logits)
+        for part in parts(vocab):
+            torch.mm(hidden[rows], weight[part].t(), out=logits[:, part])
         yield rows, logits
 
 
+def add_gradients(gradient, x, w, rows, hidden_gradient, weight_gradient):
+    """One chunk's products: dX = G W and dW += G^T X. A gradient that is not needed is empty."""
+    vocab = len(w)
+    for part in parts(vocab):
+        g = gradient[:, part]
+        if len(hidden_gradient):
+            add_product(hidden_gradient[rows], g, w[part], is_first=part.stop == vocab)
+        if len(weight_gradient):
+            add_product(weight_gradient[part], g.t(), x[rows], is_first=rows.start == 0)
+
+
 def add_product(total, a, b, is_first):
-    """total += a @ b, in fp32, in one pass over total. The first product overwrites total."""
+    """total += a @ b, in total's type and one pass over it. The first product overwrites total."""
     beta = 0.0 if is_first else 1.0
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
     else:  # on the CPU a product's sum has the type of its factors
         total.addmm_(a.float(), b.float(), beta=beta)
 
@@ -95,9 +128,7 @@ def linear_backward_op(
     weight_needs: bool, log_probs: Tensor, maxima: Tensor, log2_sums: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dX in the compute type and dW in fp32. A gradient that is not needed is empty."""
-    hidden_gradient, weight_gradient = gradients = empty_gradients(
-        hidden, weight, dtype, hidden_needs, weight_needs,
-    )
+    gradients = empty_gradients(hidden, weight, dtype, hidden_needs, weight_needs)
     x, w, target_ids = hidden.to(dtype), weight.to(dtype), target_ids.contiguous()
     upstream = upstream.contiguous()
     for rows, logits in chunks(x, w, weight_learns):
@@ -106,10 +137,7 @@ def linear_backward_op(
             log_probs[rows], maxima[rows], log2_sums[rows], upstream[rows],
             gradient=logits[None],
         )
-        if hidden_needs:
-            torch.mm(logits, w, out=hidden_gradient[rows])
-        if weight_needs:
-            add_product(weight_gradient, logits.t(), x[rows], is_first=rows.start == 0)
+        add_gradients(logits, x, w, rows, *gradients)
     return gradients
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.linear import add_product, chunks, compute_dtype, empty_gradients
+from kernels.linear import add_gradients, chunks, compute_dtype, empty_gradients
 from kernels.objective import clipped_objective, launch_loss, named
 from kernels.rows import LANES, NUM_WARPS, log_prob_of, read_row, target_logit, write_gradient
 
@@ -113,9 +113,7 @@ def loss_op(
     hidden_learns: bool, weight_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, log-probs, statistics, SCALE dX, SCALE dW). A gradient that is not needed is empty."""
-    hidden_gradient, weight_gradient = empty_gradients(
-        hidden, weight, dtype, hidden_learns, weight_learns,
-    )
+    gradients = empty_gradients(hidden, weight, dtype, hidden_learns, weight_learns)
     per_token = [
         tensor.float().contiguous() for tensor in
         (old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight)
@@ -129,13 +127,10 @@ def loss_op(
             [tensor[rows] for tensor in per_token],
             clip_range, temperature, soft_cap,
         )
-        if hidden_learns:
-            torch.mm(logits, w, out=hidden_gradient[rows])
-        if weight_learns:
-            add_product(weight_gradient, logits.t(), x[rows], is_first=rows.start == 0)
+        add_gradients(logits, x, w, rows, *gradients)
 
     loss, stats, _ = launch_loss([log_probs, *per_token], clip_range)
-    return loss, log_probs, stats, hidden_gradient, weight_gradient
+    return loss, log_probs, stats, *gradients
 
 
 @loss_op.register_fake

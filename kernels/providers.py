@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels import reference
+from kernels import linear, reference
 
 TEMPERATURE = 1.0  # libraries without a temperature compute with 1
 # These write the gradient over their logits, so each call needs new logits.
 OVERWRITES = {("gather_log_probs", "Liger (mean log-prob)")}
 
 
-def ours(function, **settings):
+def ours(function, split="whole", **settings):
     """One of our four functions, reduced to its loss or the mean of its log-probs."""
     def call(*tensors):
+        linear.SPLIT = split  # the backward follows before another provider is called
         result = function(*tensors, **settings)
         return result[0] if isinstance(result, tuple) else result.mean()
 
@@ -75,11 +76,18 @@ def liger_grpo(rows):
     return call
 
 
-def providers(rows):
-    """{function: {provider: load}}. load() imports its library and returns the callable."""
+def providers(rows, splits=("whole",)):
+    """{function: {provider: load}}. load() imports its library and returns the callable.
+
+    The functions with an LM head are providers once per split (linear.py).
+    """
     liger, cut = "liger_kernel.transformers.functional", "cut_cross_entropy"
     gather, linear_gather = kernels.gather_log_probs, kernels.linear_log_probs
     loss, linear_loss = kernels.repo_loss, kernels.linear_repo_loss
+
+    def with_splits(function):
+        return {f"ours ({split})": partial(ours, function, split) for split in splits}
+
     return {
         "gather_log_probs": {
             "ours": partial(ours, gather),
@@ -89,7 +97,7 @@ def providers(rows):
             "quack (mean log-prob)": partial(imported, "quack.cross_entropy", "cross_entropy"),
         },
         "linear_log_probs": {
-            "ours": partial(ours, linear_gather),
+            **with_splits(linear_gather),
             "reference": partial(ours, linear_gather, backend="reference"),
             "eager": lambda: plain_mean,
             "torch.compile": partial(torch.compile, plain_mean),
@@ -105,7 +113,7 @@ def providers(rows):
             "torch.compile": partial(torch.compile, reference_loss),
         },
         "linear_repo_loss": {
-            "ours": partial(ours, linear_loss),
+            **with_splits(linear_loss),
             "reference": partial(ours, linear_loss, backend="reference"),
             "eager": lambda: plain_loss,
             "torch.compile": partial(torch.compile, plain_loss),

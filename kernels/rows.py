@@ -54,7 +54,9 @@ import triton.language as tl
 # Many threads on few rows, so that the second reading of a row finds it in the L2 cache. 16 warps
 # are 512 threads, and 4 programs fill an SM. 132 x 4 rows of V = 32001 in bf16 are 34 MB; an H100's
 # L2 has 50. A thread serves 2 lanes and has two 16-byte loads in flight, which is 64 KiB per SM; 16
-# to 24 keep the memory busy.
+# to 24 keep the memory busy. At V = 128256 the cache holds only a quarter of 132 x 4 rows. Programs
+# that walk over rows, so that fewer rows are in flight, need 40 registers on sm_90, which leaves
+# room for 3 per SM; with 32 warps and 2,048 lanes they spill.
 LANES, NUM_WARPS = 1024, 16
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -214,7 +216,8 @@ def write_gradient(
     store_softmax(
         row, gradient_row, end_columns, is_end, maximum, log2_s, scale, -factor, soft_cap, CAPPED,
     )
-    for tile in range(tl.cdiv(groups, LANES)):
+    # from the last tile to the first, because the caches hold what read_row has read last
+    for tile in range(tl.cdiv(groups, LANES) - 1, -1, -1):
         is_group = (tile * LANES + lane < groups)[:, None]
         offset = tile * LANES * GROUP + in_tile
         store_softmax(

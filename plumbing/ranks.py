@@ -4,6 +4,7 @@ and every rank knows the whole rollout.
 FSDP2 keeps a share of every model on each rank, gathers the weights of a layer when they are
 needed, and sums the gradients. All ranks call a sharded model equally often.
 """
+import atexit
 import os
 import socket
 import stat
@@ -43,6 +44,8 @@ def join_ranks() -> None:
             f"rank {RANK} cannot reach the others ({reason}); if /etc/hosts gives a machine's own "
             "name a loopback address, set GLOO_SOCKET_IFNAME to its network interface",
         ) from None
+    # An open group's threads may abort a process that ends.
+    atexit.register(distributed.destroy_process_group)
     end_silent_connections()
 
 

@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, exhaustive
 
 import kernels.bench as module
+from kernels import linear
 from kernels.bench import bench_parser, main, measure_one, peak_memory
-from kernels.providers import floor
+from kernels.providers import floor, inputs, providers
 
 
 @pytest.fixture(params=["here", exhaustive("module")])
@@ -42,7 +43,7 @@ def test_it_measures_each_function_both_ways_and_leaves_out_what_is_not_installe
 ):
     done = bench(
         "--rows", 16, "--vocab", 65, "--hidden", 8, "--dtype", "fp32",
-        "--providers", "ours,reference,eager,cut-cross-entropy",
+        "--providers", "ours,reference,eager,cut-cross-entropy", "--split", "whole,even",
         "--json", tmp_path / "rows.json",
     )
     assert done.returncode == 0, done.stderr
@@ -61,6 +62,8 @@ def test_it_measures_each_function_both_ways_and_leaves_out_what_is_not_installe
 
     if not torch.cuda.is_available():
         assert "No Triton kernel runs here" in done.stdout
+        for provider in ("ours (whole)", "ours (even)"):
+            assert f"{provider}, linear_repo_loss: on a GPU only" in done.stderr
     assert "not installed (cut_cross_entropy)" in done.stderr or "cut-cross-entropy" in done.stdout
 
 
@@ -68,7 +71,8 @@ def test_it_measures_each_function_both_ways_and_leaves_out_what_is_not_installe
     (("--rows", 0), "must be at least 1"),
     (("--dtype", "fp8"), "invalid choice"),
     (("--providers", "none"), "none is unknown; choose from F.linear_cross_entropy, Liger, "),
-    (("--providers", "quack"), "none of them is installed"),
+    (("--providers", "quack"), "none of them runs here"),
+    (("--split", "odd"), "odd is unknown; choose from whole, even"),
     (("--compiled", "--targets", "sm_1"), "sm_1 is unknown; choose from sm_80, sm_90"),
     (("--functions", "sum"), "sum is unknown; choose from gather_log_probs, linear_log_probs"),
     (("--json", "no/such/folder/x"), "No such file"),
@@ -92,6 +96,15 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         main()
     assert [row["ms"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == [1, 2]
+
+
+@pytest.mark.parametrize("function", ["linear_log_probs", "linear_repo_loss"])
+def test_a_provider_per_split_switches_to_it(monkeypatch, function):
+    monkeypatch.setattr(linear, "SPLIT", "whole")
+    tensors, _ = inputs(function, 2, 9, 4, torch.float32, "cpu", peaked=False)
+    for split in ("even", "whole"):
+        providers(2, ["whole", "even"])[function][f"ours ({split})"]()(*tensors)
+        assert linear.SPLIT == split
 
 
 @pytest.mark.parametrize("has_grad", [True, False])

@@ -79,6 +79,24 @@ def unfused(hidden, weight, target_ids, *per_token, temperature):
 ))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_the_composition(device, backend, n, v, dtype):
+    check_the_composition(device, backend, n, v, dtype)
+
+
+@pytest.mark.parametrize("v, dtype", grid(
+    [1, 8, 1007, 32001],
+    [torch.float32, torch.bfloat16, torch.float16],
+    telling=[(1007, torch.float32), (1007, torch.bfloat16)],
+))
+def test_it_is_the_composition_if_the_last_v_mod_8_have_products_of_their_own(
+    device, monkeypatch, v, dtype,
+):
+    """At a small V the second rounding of dX would show, at 7 of 1007 tokens it does not."""
+    monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: CHUNK)
+    monkeypatch.setattr(linear, "SPLIT", "even")
+    check_the_composition(device, "triton", CHUNK + 1, v, dtype)
+
+
+def check_the_composition(device, backend, n, v, dtype):
     hidden, weight, targets = head(n, v, dtype=dtype, device=device)
     x, w = hidden.double(), weight.double()
     per_token = token_data_around(kernels.gather_log_probs(x @ w.T, targets, 1.3))
@@ -98,8 +116,15 @@ def test_it_is_the_composition(device, backend, n, v, dtype):
         assert error <= 1e-6 * scale + 1.1 * plain_error, (name, error / scale, plain_error / scale)
 
 
-@pytest.mark.parametrize("n", [0, 1, CHUNK, 3 * CHUNK + 1])
-def test_log_probs_and_entropies_are_those_of_all_logits(device, backend, n):
+@pytest.mark.parametrize("n, split", [
+    (0, "whole"),
+    (1, "whole"),
+    (CHUNK, "whole"),
+    (3 * CHUNK + 1, "whole"),
+    (3 * CHUNK + 1, "even"),
+])
+def test_log_probs_and_entropies_are_those_of_all_logits(device, backend, monkeypatch, n, split):
+    monkeypatch.setattr(linear, "SPLIT", split)
     hidden, weight, targets = head(n, 65, device=device)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -291,21 +316,23 @@ def log_probs_sum(*arguments, **settings):
     return [kernels.linear_log_probs(*arguments, **settings).sum()]
 
 
-def test_three_products_per_chunk_where_the_loss_is_known(device, monkeypatch):
+@pytest.mark.parametrize("split, v, slices", [("whole", 65, 1), ("even", 65, 2), ("even", 64, 1)])
+def test_three_products_per_chunk_where_the_loss_is_known(device, monkeypatch, split, v, slices):
     monkeypatch.setattr(linear, "rows_per_chunk", lambda *_: CHUNK)
-    hidden, weight, targets = head(3 * CHUNK + 1, 65, device=device)  # 4 chunks
+    monkeypatch.setattr(linear, "SPLIT", split)
+    hidden, weight, targets = head(3 * CHUNK + 1, v, device=device)  # 4 chunks
     rest = targets, *token_data(3 * CHUNK + 1, device)
     watch = watched(kernels.linear_repo_loss, hidden, weight, *rest, backend="triton")
-    assert watch.products == 3 * 4
+    assert watch.products == 3 * 4 * slices
 
     with Watch() as watch:  # a frozen head costs no third product
         loss = kernels.linear_repo_loss(hidden, weight.detach(), *rest, backend="triton")[0]
         loss.backward()
-    assert watch.products == 2 * 4
+    assert watch.products == 2 * 4 * slices
 
     with torch.no_grad(), Watch() as watch:
         kernels.linear_repo_loss(hidden, weight, *rest, backend="triton")
-    assert watch.products == 4
+    assert watch.products == 4 * slices
 
 
 @pytest.mark.parametrize("chunks", [1, exhaustive(2), 4])

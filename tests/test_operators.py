@@ -27,7 +27,7 @@ CHEAP = "test_schema", "test_autograd_registration", "test_faketensor"
 
 
 @pytest.mark.parametrize("checks", [CHEAP, exhaustive((*CHEAP, "test_aot_dispatch_dynamic"))])
-def test_operators_keep_their_word(device, checks):
+def test_operators_keep_their_word(device, monkeypatch, checks):
     hidden, weight, targets = head(N, V, H, device=device)
     logits = (hidden @ weight.T).detach()
     per_token = token_data(N, device)
@@ -41,7 +41,8 @@ def test_operators_keep_their_word(device, checks):
     check(log_prob.gather_op, (logits[:, 1:-1], targets.clamp(max=9), 0.7, False))
     check(objective.loss_op, (log_probs, *per_token, 0.2))
     check(linear.linear_op, (hidden, weight, targets, *settings, True, True))
-    for weight_learns in (True, False):
+    for weight_learns, split in ((True, "whole"), (False, "whole"), (True, "even")):
+        monkeypatch.setattr(linear, "SPLIT", split)
         everything = hidden, weight, targets, *per_token, 0.2, *settings, True, weight_learns
         check(linear_loss.loss_op, everything)
 
