@@ -268,8 +268,6 @@ BUGS = [
         "(dy @ weight).addmm_(dlow, a)", "(dy @ weight)"),
     Bug("plumbing/training.py", "run lora", "reference: the policy itself",
         "reference = second_model(policy, config).requires_grad_(False)", "reference = policy"),
-    Bug("plumbing/models.py", "models", "dropout: it stays in the policy",
-        "    policy.eval()", "    policy.train()"),
     Bug("plumbing/models.py", "models", "positions: padding counts",
         "position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)",
         "position_ids = torch.ones_like(input_ids).cumsum(1) - 1"),
