@@ -33,6 +33,10 @@ from plumbing.pictures import check_count
 from plumbing.ranks import all_reduce, call_as_forward, rank_chunks, rank_rows
 
 
+# A score is not made of them. Fine-tuned encoders often keep the last two.
+HEADS_OF_OTHER_TASKS = r"^normalizer\.|^lm_head\.|(^|\.)pooler\.|^cls\."
+
+
 class ScoreModel(PreTrainedModel):
     """The Beaver layout: a causal backbone `model` and a linear `score_head`. Critics are
     ScoreModels too; they are read at every token."""
@@ -83,7 +87,7 @@ class ScoreModel(PreTrainedModel):
         check_loaded(model, report, f"--{role}_model {path}",
                      "a score model must bring its trained head, of one output, "
                      "and all other weights", optional={"score_head.bias"},
-                     harmless=r"^normalizer\.|lm_head\.")
+                     harmless=HEADS_OF_OTHER_TASKS)
         take_out_dropout(model)
         scale = published_scale(config, role, f"--{role}_model {path}")
         if is_classifier:
@@ -92,7 +96,9 @@ class ScoreModel(PreTrainedModel):
                                  "a score needs one or two")
             classifier = SequenceClassifier(model.eval())
             classifier.scale = scale
-            if labels == 2 and role == "cost":
+            if labels == 1:
+                check_label(config.id2label[0], role, f"--{role}_model {path}")
+            elif role == "cost":
                 classifier.unsafe = unsafe_label(config.id2label, f"--{role}_model {path}")
             return classifier
         if "score_head.bias" in report["missing_keys"]:
@@ -155,7 +161,8 @@ def scaled(score: Tensor, scale: tuple[float, float]) -> Tensor:
     return score if scale == (0.0, 1.0) else (score - mean) / std
 
 
-HARM = r"unsafe|harmful|toxic|hate|hateful|offensive|abusive|bad|jailbreak|injection|violation|nsfw"
+HARM = (r"unsafe|harm(ful)?|toxic(ity)?|hate(ful)?|offensive|abusive|bad|jailbreak|injection|"
+        r"violation|nsfw")
 NO_HARM = r"safe|harmless|benign|clean|neutral|good|ok|normal"
 
 
@@ -166,6 +173,14 @@ def is_harm(label: str) -> bool | None:
         if any(re.fullmatch(names, word) for word in words):
             return is_harm != bool({"not", "non", "no"} & set(words))
     return None
+
+
+def check_label(name: str, role: str, source: str) -> None:
+    """Raises UserError if the name of a classifier's only label says the opposite of its role."""
+    require(is_harm(name) in (None, role == "cost"),
+            f"{source}: its label is {name!r}, so a high score would be a "
+            f"{'low cost' if role == 'cost' else 'low reward'}; use a model of the other sign, or "
+            "correct id2label in config.json")
 
 
 def unsafe_label(names: dict[int, str], source: str) -> int:

@@ -24,7 +24,7 @@ from plumbing.training import backward, recomputes
 
 # What rounding explains, of the outputs' spread. Models that ignore a mask are off by 0.005 to 1.
 # Two ways to compute SmolLM2-135M's logits in bfloat16 differ by 0.2.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 0.5}
 
 
 def try_models(models, config) -> None:
@@ -160,7 +160,7 @@ def try_scorer(scorer, rows: list, config) -> None:
         alone = [scorer.score_tokens([row], [""])[0] for row in rows[:2]]
         padded = scorer.score_tokens(rows[:2], ["", ""])
     require((torch.tensor(padded) - torch.tensor(alone)).norm()
-            <= TOLERANCE[config.dtype] * torch.tensor(alone).norm(),
+            <= tolerance(config) * torch.tensor(alone).norm(),
             f"{source}: a padded row gets the score {padded[0]:.4g}, the row alone {alone[0]:.4g}; "
             "the model does not respect its attention mask, so choose another")
     try_longest(model, lambda ids: scorer.score_tokens(ids.tolist(), [""]), rows, source, config)
@@ -187,11 +187,16 @@ def try_backward(model, run_outputs, rows: list, source: str, config) -> None:
                               "choose another model, or another --dtype")
 
 
+def tolerance(config) -> float:
+    is_fp32 = config.dtype == "float32"
+    return TOLERANCE["tf32" if is_fp32 and config.tf32 else config.dtype]
+
+
 def compare(outputs: Tensor, expected: Tensor, what: str, config) -> None:
     """Raises UserError unless a row's outputs [L, ...] are those of the row alone."""
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
     error = ((outputs - expected).norm() / spread.clamp(min=1e-12)).item()
-    limit = TOLERANCE[config.dtype]
+    limit = tolerance(config)
     require(error <= limit,
             f"{what} gives other outputs than the row alone: off by {error:.2g} of their spread, "
             f"where rounding explains {limit:g}; the model does not respect masks or positions, "
@@ -232,7 +237,7 @@ def problem_of_saved(state, folder, config) -> str | None:
     logits = saved(torch.tensor([row])).logits.float()[..., :live.shape[-1]]
     live = live.cpu()
     error = ((logits - live).norm() / (live - live.mean(-1, keepdim=True)).norm()).item()
-    if error <= TOLERANCE[config.dtype]:
+    if error <= tolerance(config):
         return None
     return (f"{folder}: the saved policy is not the trained one: its logits are off by {error:.2g} "
             "of their spread; do not use it, and report this")

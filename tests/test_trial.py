@@ -201,6 +201,15 @@ def test_two_labels_that_mean_the_same_are_refused(names):
         unsafe_label(dict(enumerate(names)), "--cost_model x")
 
 
+@pytest.mark.parametrize("role, name", [("cost", "safe"), ("reward", "toxicity")])
+def test_an_only_label_that_says_the_opposite_is_refused(tmp_path, tokenizer, role, name):
+    write_classifier(tmp_path / "x", tokenizer, id2label={0: name})
+    with pytest.raises(UserError, match=f"its label is '{name}', so a high score would be a low"):
+        load_scorer(tmp_path / "x", role=role)
+    other = {"cost": "reward", "reward": "cost"}[role]
+    load_scorer(tmp_path / "x", role=other)
+
+
 def write_classifier(folder, tokenizer, **changes):
     torch.manual_seed(1)
     model = LlamaForSequenceClassification(tiny_config(tokenizer, **changes)).eval()
