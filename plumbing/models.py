@@ -263,7 +263,7 @@ HARMLESS = r"rotary|inv_freq|masked_bias$|(attn|attention)\.bias$|position_ids$"
 
 
 def check_loaded(model, report: dict, source: str, needed: str, optional=frozenset(),
-                 harmless: str = "") -> None:
+                 harmless: str = "^$") -> None:
     """Raises UserError for weights that the checkpoint lacks or has in another shape, because the
     library then makes them up, and for weights that the library left out. `harmless` is a pattern
     of names that may be left out."""
@@ -275,7 +275,7 @@ def check_loaded(model, report: dict, source: str, needed: str, optional=frozens
     require(not other, f"{source}: has {', '.join(other[:3])}; {needed}")
 
     left_out = sorted(name for name in report["unexpected_keys"]
-                      if not re.search(f"{HARMLESS}|{harmless}" if harmless else HARMLESS, name))
+                      if not re.search(f"{HARMLESS}|{harmless}", name))
     known, remedy = model.state_dict(), "correct config.json, or take them out of the file"
     if any(re.sub(r"\.\d+\.", ".0.", name, count=1) in known for name in left_out):
         remedy = "correct num_hidden_layers there"
