@@ -60,6 +60,7 @@ class Run:
         self.bad_steps = 0        # in a row
         self.is_training = False  # and can save a checkpoint
         self.stopped = False      # by Ctrl-C, after a whole step
+        self.has_kept = False     # a step, in this session
         self.warned = set()       # what it has warned of
         self.judge = self.curves = None
         self.resources = ExitStack()
@@ -160,9 +161,10 @@ class Run:
         state, config = self.state, self.config
         self.bad_steps = 0
         sign = metrics.collapse(rollout.responses, row["entropy"])
-        if self.bar.n == self.bar.initial:
+        if not self.has_kept:
             self.warn_once("ratio", metrics.not_the_sampled_policy(
                 state.first_ratio_max, config.dtype))
+        self.has_kept = True
         self.warn_once("collapse", sign and f"{sign}; the policy may have collapsed")
         self.warn_once("destruction", metrics.destruction(row))
         self.log("metrics.jsonl", [row])

@@ -704,8 +704,6 @@ BUGS = [
     # ---- plumbing/trial.py: what a user's checkpoint holds
     Bug("plumbing/trial.py", "trial families", "trial: whatever comes is rounding",
         'TOLERANCE = {"float32": 1e-3', 'TOLERANCE = {"float32": 1e3'),
-    Bug("plumbing/trial.py", "families", "trial: rows are not padded",
-        'for what, chosen in (("padded", [0, 1])', 'for what, chosen in (("padded", [1, 1])'),
     Bug("plumbing/trial.py", "families", "trial: nothing is sampled",
         "for scores, logits in zip(sampled, expected):", "for scores, logits in ():"),
     Bug("plumbing/trial.py", "trial", "trial: a short row for the longest",

@@ -172,7 +172,7 @@ def test_an_adapter_is_not_ignored(run, tmp_path, tokenizer, role):
     else:
         folder = write_beaver(tmp_path / "x", tokenizer, random_beaver(tokenizer)[1])
     (folder / "adapter_config.json").write_text("{}")
-    code, out, printed = run(f"--{role}", folder)
+    code, out, printed = run(*FEW, f"--{role}", folder)
     assert code == 2 and not out.exists()
     assert f"error: --{role} {folder}: holds a LoRA adapter (adapter_config.json); merge" in printed
 
