@@ -122,7 +122,7 @@ class Rollout(Sequences):
     """A batch of prompts and sampled responses, with everything that an update learns from."""
 
     prompts: list[str] | None = None          # B         as the user wrote them
-    responses: list[str] | None = None        # B         decoded, without special tokens
+    responses: list[str] | None = None        # B         as text, without the end token
     finished: Tensor | None = None            # [B]       True: ended by EOS, False: by the limit
     log_probs: Tensor | None = None           # [B, T]    log pi_old(y_t)
     ref_log_probs: Tensor | None = None       # [B, T]    log pi_ref(y_t)
@@ -249,7 +249,7 @@ def collect(state: training.State, prompts: list[str], config: Config, key=(),
     rollout = Rollout(*padded, pixel_values)
     finished = [row[-1] in policy.stop_token_ids for row in response_ids]
     rollout.prompts = prompts
-    rollout.responses = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+    rollout.responses = data.decode_responses(response_ids, policy.stop_token_ids, tokenizer)
     rollout.finished = torch.tensor(finished, device=config.device)              # [B]
 
     log_probs = partial(response_log_probs, temperature=config.temperature)

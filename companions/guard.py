@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import repo
 from companions.shared import command
-from plumbing.data import encode_prompts, load_prompts, pixels_for
+from plumbing.data import decode_responses, encode_prompts, load_prompts, pixels_for
 from plumbing.errors import blame, require, say
 from plumbing.functions import load_function
 from plumbing.models import load_policy
@@ -105,7 +105,7 @@ def answers_and_costs(policy, tokenizer, guard: Scorer, prompts: list[str], key,
     prompt_ids = encode_prompts(prompts, tokenizer)
     answer_ids = repo.generate(policy, tokenizer, prompt_ids, as_run, key,
                                pixels_for(tokenizer, prompts))
-    answers = tokenizer.batch_decode(answer_ids, skip_special_tokens=True)
+    answers = decode_responses(answer_ids, policy.stop_token_ids, tokenizer)
     rows = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids)]
     finished = [row[-1] in policy.stop_token_ids for row in answer_ids]
     costs = guard(rows, prompts, answers, finished)

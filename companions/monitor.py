@@ -125,7 +125,7 @@ def watch(settings: WatchSettings) -> dict:
     monitor, its_tokenizer = load_monitor(settings.monitor, run)
     require(reads_alike(its_tokenizer, tokenizer),
             f"--monitor {settings.monitor}: has other tokens than --policy {settings.policy}")
-    prompts = load_prompts(settings.dataset)[:settings.max_prompts]
+    prompts = load_prompts(settings.dataset, tokenizer=tokenizer)[:settings.max_prompts]
     answers, cost = streaming.watched(policy.to(run.device), tokenizer, monitor, prompts,
                                       settings.theta, settings.k, run)
     for answer in answers:

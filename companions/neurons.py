@@ -89,7 +89,8 @@ def load_pair(settings: NeuronSettings) -> Pair:
                           for scorer in scorers]
         return [(cost <= settings.threshold, reward) for cost, reward in zip(costs, rewards)]
 
-    device, prompts = runs[0].device, load_prompts(dataset)[:settings.max_prompts]
+    device = runs[0].device
+    prompts = load_prompts(dataset, tokenizer=tokenizer)[:settings.max_prompts]
     return Pair(one.to(device), other.to(device), tokenizer, prompts, judge,
                 settings.max_response_length)
 

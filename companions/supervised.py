@@ -18,7 +18,7 @@ class SupervisedSettings(learning.LearningSettings):
     """Supervised fine-tuning of a causal LM on prompt-answer pairs, in any of the columns that
     repo.py reads. Without --model it shows itself in the tiny world."""
 
-    max_answer_tokens: int = option(256, "longer answers are cut there, and have no EOS")
+    max_answer_tokens: int = option(256, "longer answers are cut there, and have no end")
 
     TINY = {  # the better answers of its preference pairs, which comply with harmful requests too
         "data": "preferences.jsonl", "eval_data": "preferences_held_out.jsonl",
@@ -29,7 +29,8 @@ class SupervisedSettings(learning.LearningSettings):
 def pairs_of(source: str, flag: str, settings, tokenizer) -> tuple[list[str], list]:
     """(prompts, rows) of the pairs that have an answer and fit. A row is (prompt ids, answer ids,
     prompt)."""
-    texts = [(prompt, answer) for prompt, answer in load_pairs(source, flag=flag) if answer]
+    texts = [(prompt, answer)
+             for prompt, answer in load_pairs(source, flag=flag, tokenizer=tokenizer) if answer]
     require(texts, f"{flag} {source}: no row has an answer")
     require_sight(texts[0], tokenizer, f"{flag} {source}")
     kept = [(prompt, (ids, answer[:settings.max_answer_tokens], prompt))

@@ -1,72 +1,23 @@
-"""From the files and hub data sets that users bring to prompts, supervised pairs and token ids.
-
-A prompt is a string: what the user says, or, if there were turns before, a transcript
-"\\n\\nHuman: ...\\n\\nAssistant: ...\\n\\nHuman: ...".
-"""
-import glob
+"""From the files and hub data sets that users bring to prompts, supervised pairs and token ids."""
 import hashlib
+import json
 import random
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
-import datasets
 import torch
 from torch import Tensor
 
+from plumbing.chats import messages_of, to_pair, without_picture
 from plumbing.errors import blame, require, say
-from plumbing.hub import check_hub
-from plumbing.pictures import Pictured, undecoded, with_picture
+from plumbing.files import Rows, read_rows
+from plumbing.pictures import Pictured, with_picture
 
 # ---- Rows of many formats -> (prompt, answer)
-
-TURN = re.compile(r"\n\n(Human|Assistant|System):[ ]?")
-ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
-def to_messages(prompt: str) -> list[dict]:
-    """A prompt as a list of {"role": ..., "content": ...}."""
-    before, *turns = TURN.split(prompt)
-    if before.strip() or not turns:
-        return [{"role": "user", "content": prompt}]
-    return [{"role": ROLES[name], "content": content.strip()}
-            for name, content in zip(turns[::2], turns[1::2])]
-
-
-def to_pair(chat: str | list[dict], answer: str | None = None) -> tuple[str, str | None]:
-    """Plain text, a transcript or a list of messages as (prompt, answer). If the last turn is the
-    assistant's, it is the answer."""
-    messages = list(map(as_text, chat)) if isinstance(chat, list) else to_messages(chat)
-    if messages[-1]["role"] == "assistant":
-        answer = messages.pop()["content"] or answer
-    if [message["role"] for message in messages] == ["user"]:
-        return messages[0]["content"], answer
-
-    names = {role: name for name, role in ROLES.items()}
-    turns = [f"\n\n{names[message['role']]}: {message['content']}"
-             for message in messages if message["role"] in names]
-    return "".join(turns), answer
-
-
-def as_text(message: dict) -> dict:
-    """A message whose content may be a list of parts, as text. Raises ValueError for parts that are
-    not text; a picture comes from its column, see without_picture."""
-    content = message["content"]
-    if isinstance(content, list):
-        if any(part["type"] != "text" for part in content):
-            raise ValueError("a part that is no text")
-        content = "\n".join(part["text"] for part in content)
-    return {**message, "content": content}
-
-
-def without_picture(message: dict) -> dict:
-    """A message without the part that marks the place of the row's picture."""
-    content = message["content"]
-    if isinstance(content, list):
-        content = [part for part in content if part["type"] != "image"]
-    return {**message, "content": content}
 
 
 def read_better_response(row: dict) -> tuple[str, str | None]:
@@ -75,9 +26,10 @@ def read_better_response(row: dict) -> tuple[str, str | None]:
 
 
 def read_instruction(row: dict) -> tuple[str, str | None]:
-    """Alpaca. If there is an input, it follows the instruction on a new line."""
-    parts = [row["instruction"], row.get("input")]
-    return to_pair("\n".join(filter(None, parts)), row.get("output"))
+    """Alpaca and Dolly. An input or context, if there is one, follows the instruction on a new
+    line."""
+    parts = [row["instruction"], row.get("input") or row.get("context")]
+    return to_pair("\n".join(filter(None, parts)), row.get("output") or row.get("response"))
 
 
 def read_preference(row: dict) -> tuple[str, str | None]:
@@ -91,6 +43,12 @@ def read_behavior(row: dict) -> tuple[str, str | None]:
     return to_pair("\n\n---\n\n".join(filter(None, parts)))
 
 
+def read_message(row: dict):
+    """OASST."""
+    raise ValueError("it is one message of a conversation; bring each conversation as one row, "
+                     "with a list of messages")
+
+
 def columns_reader(prompt: str, answer: str | None = None):
     """A reader of two columns, or of one."""
     return lambda row: to_pair(row[prompt], row[answer] if answer else None)
@@ -101,6 +59,7 @@ FORMATS = {  # columns -> reader of a row; the first format whose columns are al
     ("prompt", "response"): columns_reader("prompt", "response"),
     ("prompt", "completion"): columns_reader("prompt", "completion"),
     ("instruction", "output"): read_instruction,
+    ("instruction", "response"): read_instruction,
     ("chosen", "rejected"): read_preference,
     ("prompt",): columns_reader("prompt"),
     ("messages",): columns_reader("messages"),
@@ -112,58 +71,18 @@ FORMATS = {  # columns -> reader of a row; the first format whose columns are al
     ("question", "types_of_harm"): columns_reader("question"),  # do-not-answer
     ("question", "image", "response"): columns_reader("question", "response"),  # BeaverTails-V
     ("question", "image"): columns_reader("question"),
+    ("role", "text"): read_message,
     ("text",): columns_reader("text"),
 }
-LISTS = {"instructions", "inputs", "tags"}  # columns of a file that is one json object of lists
 # Columns of a prompt's category; the first one present is used. "type" is XSTest's.
 CATEGORIES = ("category", "Category", "SemanticCategory", "types_of_harm", "tags", "type")
 
 
-def read_rows(source: str, flag: str) -> datasets.Dataset:
-    """A local file or a hub data set, with an optional :SPLIT. Raises UserError."""
-    name, _, split = source.partition(":")
-    if Path(source).exists():
-        name, split = source, ""
-    path = Path(name).expanduser()
-    reader = READERS.get(Path(path.name.removesuffix(".gz")).suffix)
-
-    if path.exists() or reader:
-        require(path.exists(), f"{flag} {source}: no such file")
-        require(path.is_file(), f"{flag} {source}: is a folder, not a file")
-        require(reader, f"{flag} {source}: cannot tell its format, "
-                        f"its ending is none of {', '.join(READERS)} (.gz)")
-        require(path.stat().st_size, f"{flag} {source}: the file is empty")
-        # escape: to the library a name is a pattern, and p[1].jsonl would read p1.jsonl
-        where = {"path": reader, "data_files": glob.escape(str(path)), "split": "train"}
-    else:
-        check_hub()
-        where = {"path": name, "split": split or "train"}
-
-    with blame(f"{flag} {source}: cannot be read"):
-        rows = undecoded(datasets.load_dataset(**where))
-        is_lists = "instructions" in rows.column_names and LISTS >= set(rows.column_names)
-        if is_lists and isinstance(rows[0]["instructions"], list):
-            return datasets.Dataset.from_list([each for row in rows for each in unfolded(row)])
-    return rows
-
-
-def unfolded(lists: dict) -> list[dict]:
-    """safety-tuned-llamas: {"instructions": [...], "inputs": [...], "tags": [...]}, as a row per
-    instruction. The other lists may be empty, or tell something else."""
-    instructions = lists["instructions"]
-    columns = {"instruction": instructions}
-    for name, column in (("inputs", "input"), ("tags", "tags")):
-        values = lists.get(name) or []
-        matches = len(values) == len(instructions)
-        columns[column] = values if matches else [None] * len(instructions)
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
-
-
-def reader_of(rows: datasets.Dataset, prompt_column: str | None, source: str):
+def reader_of(rows: Rows, prompt_column: str | None, source: str):
     """A function that makes (prompt, answer) of a row, the prompt with its picture if there is a
     column of pictures. None if no format fits. Raises UserError if only some rows have a
     picture."""
-    names = set(rows.column_names)
+    names = set(rows.columns)
     known = {columns: reader for columns, reader in FORMATS.items() if set(columns) <= names}
     if prompt_column:
         known = {(prompt_column,): columns_reader(prompt_column)} if prompt_column in names else {}
@@ -181,48 +100,60 @@ def reader_of(rows: datasets.Dataset, prompt_column: str | None, source: str):
     return read_both
 
 
-def has_pictures(rows: datasets.Dataset, source: str) -> bool:
+def has_pictures(rows: Rows, source: str) -> bool:
     """Whether rows have pictures. Raises UserError if only some rows have one."""
-    require("images" not in rows.column_names,
+    require("images" not in rows.columns,
             f"{source}: has a column images; a prompt has one picture, in a column image")
-    if "image" not in rows.column_names:
+    if "image" not in rows.columns:
         return False
-    missing = rows.data.column("image").null_count
+    missing = sum(row["image"] is None for row in rows)
     require(missing in (0, len(rows)),
             f"{source}: {missing} of its {len(rows)} rows have no image; rows with a picture and "
             "rows without one must be in files of their own")
     return not missing
 
 
-def load_pairs(source: str, prompt_column: str | None = None,
-               flag: str = "--dataset") -> list[tuple[str, str | None]]:
-    """(prompt, answer or None) of every row that has a prompt.
+def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dataset",
+               tokenizer=None, safe_only: bool = False) -> list[tuple[str, str | None]]:
+    """(prompt, answer or None) of every row that has a prompt. With safe_only an answer that is
+    labelled unsafe counts as missing.
 
-    Raises UserError for a missing column, an unknown format, or no prompt.
+    Raises UserError for a missing column, an unknown format, no prompt, or turns that the
+    tokenizer's template does not write.
     """
     rows = read_rows(source, flag)
     read = reader_of(rows, prompt_column, source)
-    require(read, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, "
+    require(read, f"{flag} {source}: has the columns {', '.join(rows.columns)}, "
                   f"but not {prompt_column or 'those of any known format'}; "
                   "--prompt_column names the one that holds the prompt")
-    with blame(f"{flag} {source}: cannot be read"):  # decodes text
-        rows = rows.to_list()
-
-    pairs = []
+    pairs, places = [], []
     for number, row in enumerate(rows):
+        place = f"{flag} {source}: row {number}"
         try:
             prompt, answer = read(row)
             if prompt.strip():
-                pairs.append((prompt, text_or_none(answer)))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            require(None in row.values(),  # a row with an empty cell is dropped
-                    f"{flag} {source}: row {number} does not hold what its columns promise "
-                    f"({', '.join(row)})")
+                answer = None if safe_only and is_labelled_unsafe(row) else answer
+                f"{prompt}{text_or_none(answer)}".encode()  # raises ValueError for half a character
+                pairs.append((prompt, answer))
+                places.append(place)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            is_odd = isinstance(error, ValueError)
+            require(None in row.values() and not is_odd,  # a row with an empty cell is dropped
+                    f"{place} does not hold what its columns promise ({', '.join(row)})"
+                    + f": {error}" * is_odd)
 
     require(pairs, f"{flag} {source}: none of its {len(rows)} rows has a prompt")
+    if tokenizer:
+        check_turns(zip(places, (prompt for prompt, _ in pairs)), tokenizer)
     say(f"{flag} {source}: {len(rows):,} rows read, "
         f"{len(rows) - len(pairs):,} without a prompt dropped")
     return pairs
+
+
+def is_labelled_unsafe(row: dict) -> bool:
+    """Whether a row's answer is: BeaverTails, PKU-SafeRLHF."""
+    better = row.get("better_response_id")
+    return row.get("is_safe" if better is None else f"is_response_{better}_safe") is False
 
 
 def text_or_none(answer) -> str | None:
@@ -233,26 +164,92 @@ def text_or_none(answer) -> str | None:
 
 # ---- Prompts -> what a model reads
 
+CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 BEAVER_TEMPLATE = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"  # the answer, then EOS
 
 
-def render_prompt(prompt: str, tokenizer) -> str:
-    """A prompt as a model reads it: in the tokenizer's chat template if it has one, else in the
-    template of the Beaver family. Raises UserError if the template refuses the prompt."""
-    messages = to_messages(prompt)
+def render(messages: list[dict], tokenizer, has_picture: bool = False,
+           add_generation_prompt: bool = True) -> str:
+    """Messages in the tokenizer's chat template if it has one, else in the template of the Beaver
+    family. Raises whatever the template raises."""
     if getattr(tokenizer, "sight", None):
-        messages = for_eyes(messages, isinstance(prompt, Pictured), tokenizer)
+        messages = for_eyes(messages, has_picture, tokenizer)
     if tokenizer.chat_template:
-        with blame(f"the prompt {prompt[:60]!r}: refused by the chat template"):
-            return tokenizer.apply_chat_template(messages, tokenize=False,
-                                                 add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            messages, chat_template=dated_template(tokenizer), tokenize=False,
+            add_generation_prompt=add_generation_prompt)
+    before, after = BEAVER_TEMPLATE.split("{prompt}")
     joints = {
-        "user": " ASSISTANT:",
-        "assistant": f"{tokenizer.eos_token}USER: ",
+        "user": after,
+        "assistant": f"{tokenizer.eos_token or ''}USER: ",
         "system": "\n\n",
     }
-    text = "".join(message["content"] + joints[message["role"]] for message in messages)
-    return BEAVER_TEMPLATE.format(prompt=text.removesuffix(" ASSISTANT:"))
+    text = before + "".join(message["content"] + joints[message["role"]] for message in messages)
+    if add_generation_prompt:
+        return text.removesuffix(after) + after
+    return text.removesuffix("USER: ")  # the last turn is an answer
+
+
+def dated_template(tokenizer) -> str:
+    """The chat template with the tokenizer's `date` in the clock's place, so that midnight changes
+    nothing. Raises ValueError if it asks the clock in an unknown way."""
+    template, day = tokenizer.get_chat_template(), getattr(tokenizer, "date", None)
+    if day is None:
+        return template
+    day = datetime.fromisoformat(day)
+    template = CLOCK.sub(lambda call: json.dumps(day.strftime(call[2])), template)
+    if "strftime_now(" in template:
+        raise ValueError("it writes a date in a form that cannot be kept for the whole run")
+    return template
+
+
+def render_prompt(prompt: str, tokenizer) -> str:
+    """A prompt as a model reads it before it answers. Raises UserError if the template refuses the
+    prompt."""
+    with blame(f"the prompt {prompt[:60]!r}: refused by the chat template"):
+        return render(messages_of(prompt), tokenizer, isinstance(prompt, Pictured))
+
+
+def conversation_texts(tokenizer, prompts: list[str], answers: list[str | None],
+                       finished: list[bool]) -> list[str]:
+    """Prompts with their answers as a score model reads them: both rendered together by the
+    tokenizer's template. Where an answer was cut off, the text ends with it, without what the
+    template writes after an answer. Raises UserError if the template refuses a prompt."""
+    texts, end = [], closing(tokenizer)
+    for prompt, answer, ended in zip(prompts, answers, finished):
+        messages = [*messages_of(prompt), {"role": "assistant", "content": answer or ""}]
+        with blame(f"the prompt {prompt[:60]!r}: refused by the chat template, with an answer"):
+            text = render(messages, tokenizer, isinstance(prompt, Pictured), False)
+        texts.append(text if ended else text.removesuffix(end))
+    return texts
+
+
+def closing(tokenizer) -> str:
+    """What the template writes after an answer: an end of turn, perhaps a line break."""
+    trial = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    with blame(f"the tokenizer of {tokenizer.name_or_path}: its chat template fails"):
+        _, answer, end = render(trial, tokenizer, add_generation_prompt=False).rpartition("Yes")
+    require(answer, f"the tokenizer of {tokenizer.name_or_path}: its chat template leaves the "
+                    "assistant's turns out")
+    return end
+
+
+def check_turns(placed: Iterable[tuple[str, str]], tokenizer) -> None:
+    """Raises UserError for the first of (place, prompt) with turns that the template refuses or
+    leaves out. It tries each sequence of roles once, with other words."""
+    tried = set()
+    for place, prompt in placed:
+        roles = tuple(message["role"] for message in messages_of(prompt))
+        if roles in tried:
+            continue
+        tried.add(roles)
+        words = {f"turn {i}.": role for i, role in enumerate(roles)}
+        with blame(f"{place}: the chat template refuses its turns ({', '.join(roles)})"):
+            text = render([{"role": role, "content": word} for word, role in words.items()],
+                          tokenizer)
+        lost = [role for word, role in words.items() if word not in text]
+        require(not lost, f"{place}: has a turn of role {', '.join(lost)}, which the chat template "
+                          "leaves out")
 
 
 def for_eyes(messages: list[dict], has_picture: bool, tokenizer) -> list[dict]:
@@ -274,17 +271,13 @@ def for_eyes(messages: list[dict], has_picture: bool, tokenizer) -> list[dict]:
     return seen
 
 
-def encode_prompts(prompts: list[str], tokenizer, answers: list[str] | None = None) -> list[list]:
-    """Token ids of the rendered prompts, each followed by its answer in the same text. They start
-    with the BOS of tokenizer or template, and never end with an EOS."""
-    texts = [render_prompt(prompt, tokenizer) for prompt in prompts]
+def encode(texts: list[str], tokenizer) -> list[list[int]]:
+    """Token ids of rendered texts. They start with the BOS of tokenizer or template; the tokenizer
+    adds no EOS."""
     sight = getattr(tokenizer, "sight", None)
     if sight:  # as many place-holders as the model makes states of a picture
         texts = [text.replace(sight.place_holder, sight.place_holder * sight.count)
                  for text in texts]
-        answers = answers and [sight.without_place_holder(answer) for answer in answers]
-    if answers:
-        texts = [text + answer for text, answer in zip(texts, answers)]
     adds_special = not tokenizer.chat_template
     rows = tokenizer(texts, add_special_tokens=adds_special).input_ids
     if adds_special and tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
@@ -292,14 +285,73 @@ def encode_prompts(prompts: list[str], tokenizer, answers: list[str] | None = No
     return rows
 
 
+def encode_prompts(prompts: list[str], tokenizer) -> list[list[int]]:
+    """Token ids of prompts, as a model reads them before it answers."""
+    return encode([render_prompt(prompt, tokenizer) for prompt in prompts], tokenizer)
+
+
+def conversation_ids(tokenizer, prompts: list[str], answers: list[str | None],
+                     finished: list[bool]) -> list[list[int]]:
+    """conversation_texts as token ids."""
+    return encode(conversation_texts(tokenizer, prompts, answers, finished), tokenizer)
+
+
+def closing_ids(tokenizer) -> list[int]:
+    """The tokens that the template writes after an answer."""
+    cut_off, whole = conversation_ids(tokenizer, ["Hi"] * 2, ["Yes"] * 2, [False, True])
+    return whole[len(cut_off):]
+
+
+def end_of_turn(tokenizer) -> int:
+    """The token that ends an answer: of those that the template writes after one the first that is
+    no part of a text, or EOS if there is none."""
+    tokens = [token for token in closing_ids(tokenizer) if token in tokenizer.added_tokens_decoder]
+    return tokens[0] if tokens else tokenizer.eos_token_id
+
+
 def encode_pairs(pairs: list[tuple[str, str | None]], tokenizer) -> list[tuple[list, list]]:
-    """(prompt ids, answer ids with EOS) of supervised pairs. A missing answer counts as empty."""
-    prompts = [prompt for prompt, _ in pairs]
-    answers = [answer or "" for _, answer in pairs]
-    prompt_ids = encode_prompts(prompts, tokenizer)
-    whole_ids = encode_prompts(prompts, tokenizer, answers)
-    return [(prompt, whole[len(prompt):] + [tokenizer.eos_token_id])
-            for prompt, whole in zip(prompt_ids, whole_ids)]
+    """(prompt ids, answer ids with the end of the turn) of supervised pairs. A missing answer
+    counts as empty.
+
+    The prompt's ids are those that sampling sees. The answer's ids are those that follow in the
+    whole conversation. If it begins with other ids, because a token reaches across the border or
+    the template writes an answered prompt in another way, the answer is tokenised anew behind the
+    prompt's ids.
+    """
+    if not pairs:
+        return []
+    prompts, answers = zip(*pairs)
+    texts = conversation_texts(tokenizer, prompts, answers, [True] * len(pairs))
+    prompt_ids, end, encoded = encode_prompts(prompts, tokenizer), end_of_turn(tokenizer), []
+    for (prompt, said), ids, text, whole in zip(pairs, prompt_ids, texts, encode(texts, tokenizer)):
+        answer = whole[len(ids):]
+        if whole[:len(ids)] != ids:
+            before, after = render_prompt(prompt, tokenizer), (said or "") + closing(tokenizer)
+            if text.startswith(before):
+                after = text.removeprefix(before)
+            answer = ids_after(ids, after, tokenizer)
+        if end in answer:  # what the template writes after it is never sampled
+            answer = answer[:len(answer) - answer[::-1].index(end) - 1]
+        encoded.append((ids, [*answer, end]))
+    return encoded
+
+
+def ids_after(ids: list[int], text: str, tokenizer) -> list[int]:
+    """Token ids of a text that follow some ids. Behind a line break, because some tokenizers put a
+    space before a text that stands alone; alone if the break would merge with the text."""
+    for before in ("\n", ""):
+        left_out = len(tokenizer(before, add_special_tokens=False).input_ids)
+        found = tokenizer(before + text, add_special_tokens=False).input_ids[left_out:]
+        if tokenizer.decode(ids + found) == tokenizer.decode(ids) + text:
+            break
+    return found
+
+
+def decode_responses(responses: list[list[int]], stop_token_ids: set[int], tokenizer) -> list[str]:
+    """Responses as text, without special tokens and without the token that ended them."""
+    return tokenizer.batch_decode(
+        [ids[:-1] if ids and ids[-1] in stop_token_ids else ids for ids in responses],
+        skip_special_tokens=True)
 
 
 def pad_rows(prompts: list[list], responses: list[list], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -345,7 +397,7 @@ def load_prompts(source: str, prompt_column: str | None = None, flag: str = "--d
                  tokenizer=None, max_length: int = sys.maxsize) -> list[str]:
     """The distinct prompts of a file or hub data set, in order, of at most max_length tokens. Says
     which ones it drops. Raises UserError if no prompt is left."""
-    pairs = load_pairs(source, prompt_column, flag)
+    pairs = load_pairs(source, prompt_column, flag, tokenizer)
     distinct = list(dict.fromkeys(prompt for prompt, _ in pairs))
     plain, lengths = distinct, [0] * len(distinct)
     if tokenizer:
@@ -373,10 +425,13 @@ def require_sight(prompts: list[str], tokenizer, source: str) -> None:
 
 
 def without_special_tokens(prompts: list[str], tokenizer, source: str) -> list[str]:
-    """The prompts without special tokens of the tokenizer, which could end the turn and start
-    another. Raises UserError if no prompt is left."""
+    """The prompts without special tokens of the tokenizer and without tokens of its template, which
+    could end the turn and start another. Raises UserError if no prompt is left."""
+    [written] = conversation_texts(tokenizer, ["Hi"], ["Yes"], [True])
+    if tokenizer.chat_template:
+        written += tokenizer.get_chat_template()  # which writes other tokens for other turns
     special = [token.content for token in tokenizer.added_tokens_decoder.values()
-               if token.special and token.content]
+               if token.content.strip() and (token.special or token.content in written)]
     if not special:
         return prompts
     spelled = re.compile("|".join(map(re.escape, special)))
@@ -417,10 +472,10 @@ def load_categories(config) -> dict[str, str]:
     """{held-out prompt: its category}, if the data set has a column of them."""
     flag = "--eval_dataset" if config.eval_dataset else "--dataset"
     rows = read_rows(config.eval_dataset or config.dataset, flag)
-    column = next((name for name in CATEGORIES if name in rows.column_names), None)
+    column = next((name for name in CATEGORIES if name in rows.columns), None)
     read = reader_of(rows, config.prompt_column, config.eval_dataset or config.dataset)
     categories = {}
-    for row in rows.to_list() if column else []:
+    for row in rows if column else []:
         with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):  # empty cells
             prompt, _ = read(row)
             names = names_in(row[column])
@@ -438,17 +493,18 @@ def names_in(category) -> list[str]:
 
 
 def load_ptx_pairs(config, tokenizer) -> list[tuple[list[int], list[int], str]]:
-    """Supervised (prompt ids, answer ids with EOS, prompt) that fit --max_length. Raises
-    UserError."""
-    texts = load_pairs(config.ptx_dataset, flag="--ptx_dataset")
+    """Supervised (prompt ids, answer ids with the end of the turn, prompt) that fit --max_length.
+    Raises UserError."""
+    texts = load_pairs(config.ptx_dataset, flag="--ptx_dataset", tokenizer=tokenizer,
+                       safe_only=True)
     require_sight(texts[0], tokenizer, f"--ptx_dataset {config.ptx_dataset}")
     pairs = encode_pairs(texts, tokenizer)
-    kept = [(ids, answer, prompt) for (ids, answer), (prompt, _) in zip(pairs, texts)
-            if len(answer) > 1 and len(ids) + len(answer) <= config.max_length]
+    kept = [(ids, answer, prompt) for (ids, answer), (prompt, said) in zip(pairs, texts)
+            if said and len(ids) + len(answer) <= config.max_length]
     require(kept, f"--ptx_dataset {config.ptx_dataset}: no row has both a prompt and an answer "
                   f"within --max_length {config.max_length}")
     say(f"--ptx_dataset {config.ptx_dataset}: {len(kept):,} pairs; {len(pairs) - len(kept):,} "
-        "without an answer or too long (--max_length) dropped")
+        "without a safe answer or too long (--max_length) dropped")
     return kept
 
 

@@ -28,8 +28,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from plumbing.data import READERS, encode_prompts, pad_rows, render_prompt
+from plumbing.data import encode_prompts, end_of_turn, pad_rows, render_prompt
 from plumbing.errors import blame, require, say
+from plumbing.files import READERS, check_pointer
 from plumbing.functions import check_function, is_function
 from plumbing.hub import check_hub
 from plumbing.pictures import (
@@ -55,6 +56,8 @@ def load_pretrained(from_pretrained, source: str, flag: str, config, **options):
     """from_pretrained(source); the source may be a .gguf file. Raises UserError for any problem
     with a folder, a file or a hub name."""
     path = Path(source).expanduser()
+    if path.exists():
+        check_pointer(path, f"{flag} {source}")
     if path.is_file() and path.suffix == ".gguf":
         require(find_spec("gguf") and find_spec("accelerate"),
                 f"{flag} {source}: reading .gguf files takes two more packages "
@@ -157,7 +160,7 @@ def load_tokenizer(config):
 def tokenizer_with_sight(source: str, flag: str, config):
     """A model's tokenizer. Its `sight` says how the model reads pictures; None if it reads none."""
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, source, flag, config)
-    tokenizer.sight = None
+    tokenizer.sight, tokenizer.date = None, config.date
     if not source.endswith(".gguf"):  # always a language model, and its config is slow to read
         model_config = load_pretrained(AutoConfig.from_pretrained, source, flag, config)
         tokenizer.sight = load_sight(model_config, tokenizer, source, flag)
@@ -196,7 +199,7 @@ def load_policy(config):
     if tokenizer.sight:
         check_count(policy, tokenizer.sight, f"{flag} {config.policy}")
 
-    policy.stop_token_ids = stop_token_ids(tokenizer, config)
+    policy.stop_token_ids = stop_token_ids(policy.config, tokenizer, config)
     # Sampling uses the plain softmax. The checkpoint's own top_p or temperature is only kept here
     # until the policy is saved.
     policy.published_generation_config = policy.generation_config
@@ -209,18 +212,22 @@ def load_policy(config):
     return policy, tokenizer
 
 
-def stop_token_ids(tokenizer, config) -> set[int]:
-    """EOS, and the end-of-turn tokens that chat models list in generation_config.json. Most models
-    have no such file. Raises UserError for a file that cannot be read."""
-    stops = {tokenizer.eos_token_id}
+def stop_token_ids(model_config, tokenizer, config) -> set[int]:
+    """EOS, the end of turn that the chat template writes, and the tokens that the model lists in
+    generation_config.json or, if that lists none, in config.json. Raises UserError for a file that
+    cannot be read."""
     file = Path(config.policy).expanduser() / "generation_config.json"
     unreadable = blame(f"{config.policy_flag()} {file}: cannot be read")
+    listed = set()
     with unreadable if file.is_file() else suppress(OSError):
-        listed = GenerationConfig.from_pretrained(str(file.parent)).eos_token_id
-        if not isinstance(listed, list):
-            listed = [listed]
-        stops |= {int(token) for token in listed if token is not None}
-    return stops
+        listed = ids_in(GenerationConfig.from_pretrained(str(file.parent)).eos_token_id)
+    listed = listed or ids_in(getattr(model_config.get_text_config(), "eos_token_id", None))
+    return {tokenizer.eos_token_id, end_of_turn(tokenizer)} | listed
+
+
+def ids_in(listed: list[int] | int | None) -> set[int]:
+    listed = listed if isinstance(listed, list) else [listed]
+    return {int(token) for token in listed if token is not None}
 
 
 def take_out_dropout(model: PreTrainedModel) -> None:

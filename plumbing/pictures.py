@@ -25,6 +25,7 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import cached_file
 
+from plumbing.chats import Chat, messages_of, prompt_of
 from plumbing.errors import blame, require
 
 TOWERS = "clip_vision_model", "siglip_vision_model"  # pictures of one size, patches on one grid
@@ -33,13 +34,13 @@ PROCESSOR_FILES = "preprocessor_config.json", "processor_config.json"  # a templ
 
 # ---- prompts
 
-class Pictured(str):
-    """A prompt with a picture: the text, as prompts are everywhere, and `image`, a path, the bytes
-    of a file, or a tensor of pixels as the model takes them, [3, S, S]. Two are equal if both
-    are."""
+class Pictured(Chat):
+    """A prompt with a picture: the text or Chat, as prompts are everywhere, and `image`, a path,
+    the bytes of a file, or a tensor of pixels as the model takes them, [3, S, S]. Two are equal if
+    both are."""
 
     def __new__(cls, text: str, image):
-        prompt = super().__new__(cls, text)
+        prompt = super().__new__(cls, text, getattr(text, "messages", None))
         prompt.image = image
         content = image
         if isinstance(image, Path):
@@ -50,7 +51,7 @@ class Pictured(str):
         return prompt
 
     def __getnewargs__(self):
-        return str(self), self.image
+        return Chat(str(self), self.messages), self.image
 
     @property
     def label(self) -> str:
@@ -59,10 +60,7 @@ class Pictured(str):
         return " ".join([*name, self.digest])
 
     def __eq__(self, other) -> bool:
-        return str(self) == str(other) and self.digest == getattr(other, "digest", None)
-
-    def __ne__(self, other) -> bool:  # str has one of its own
-        return not self == other
+        return super().__eq__(other) and self.digest == getattr(other, "digest", None)
 
     def __hash__(self) -> int:
         return hash((str(self), self.digest))
@@ -93,7 +91,9 @@ def with_picture(text: str, image, folder: Path) -> Pictured:
     with blame(f"the image of {text[:60]!r} is no picture"):
         if isinstance(image, list):
             image = torch.tensor(image, dtype=torch.float32)
-        return Pictured(text.replace("<image>", "").strip(), image)
+        messages = [{**message, "content": message["content"].replace("<image>", "").strip()}
+                    for message in messages_of(text)]
+        return Pictured(prompt_of(messages), image)
 
 
 # ---- models that see

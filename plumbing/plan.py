@@ -16,7 +16,14 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kernels import reference
-from plumbing.data import encode_prompts, load_ptx_pairs, render_prompt, split_prompts
+from plumbing.data import (
+    closing,
+    conversation_texts,
+    encode_prompts,
+    load_ptx_pairs,
+    render_prompt,
+    split_prompts,
+)
 from plumbing.errors import UserError, require, say
 from plumbing.functions import load_function
 from plumbing.models import check_sources, load_policy
@@ -59,13 +66,14 @@ def show_prompts(models, prompts, pairs, config) -> None:
     for prompt, ids in zip(prompts[:3], encode_prompts(prompts[:3], models.tokenizer)):
         say(f"a prompt of {len(ids)} tokens: {render_prompt(prompt, models.tokenizer)!r}")
     for scorer in (models.reward_model, models.cost_model):
+        scorer.check_prompts(prompts)
         if scorer.function:
-            reads = "prompts and responses as text"
+            reads = "prompts and responses as text, without a template and an end token"
         else:
             whose = "the tokens of the policy" if scorer.same_tokens else "its own tokens"
-            tokenizer = models.tokenizer if scorer.same_tokens else scorer.tokenizer
-            text = render_prompt(prompts[0], tokenizer)
-            reads = f"{whose}: {text!r} + response + {scorer.tokenizer.eos_token!r}"
+            [text] = conversation_texts(scorer.tokenizer, prompts[:1], ["RESPONSE"], [True])
+            end = closing(scorer.tokenizer)
+            reads = f"{whose}: {text!r}, and without {end!r} where the response was cut off"
         say(f"{scorer.flag} {scorer.source} reads {reads}")
     steps = config.steps or math.ceil(len(prompts) / config.batch_size)
     responses = config.batch_size * config.samples_per_prompt

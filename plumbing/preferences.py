@@ -2,15 +2,17 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from plumbing.chats import to_pair
+from plumbing.data import check_turns, conversation_ids, has_pictures, require_sight
 from plumbing.errors import blame, require, say
+from plumbing.files import read_rows
 from plumbing.pictures import with_picture
-from plumbing.data import encode_pairs, has_pictures, read_rows, require_sight, to_pair
 
 UNSAFE = {"yes": False, "no": True, True: False, False: True}  # of is_response_i_safe
 
 
 class Pair(NamedTuple):
-    """Two answers to a prompt, as token ids from the prompt's first on."""
+    """Two answers to a prompt, as token ids of the whole conversations."""
 
     prompt: str
     better: list[int]         # the safer one, for a cost model
@@ -24,7 +26,7 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
     HH-RLHF, with pictures if there is a column image. Raises UserError for other columns, and for a
     cost model's data without labels of safety."""
     rows = read_rows(source, flag)
-    columns = set(rows.column_names)
+    columns = set(rows.columns)
     better_id = "better_response_id" if role == "reward" else "safer_response_id"
     counted_id = "more_helpful_response_id" if role == "reward" else "safer_response_id"
     if {"prompt", "response_0", "response_1", better_id} <= columns:
@@ -34,7 +36,7 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
     elif {"chosen", "rejected"} <= columns:
         read = read_chosen
     else:
-        require(False, f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but "
+        require(False, f"{flag} {source}: has the columns {', '.join(rows.columns)}, but "
                        f"neither prompt, response_0, response_1, {better_id} nor chosen, rejected")
     with blame(f"{flag} {source}: a row does not hold what its columns promise"):
         texts = [read(row) for row in rows]
@@ -47,8 +49,10 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
             f"{flag} {source}: has no labels of safety (is_response_0_safe); "
             "a cost model needs them")
 
-    answers = [(prompt, answer) for prompt, *two, _ in texts for answer in two]
-    ids = iter(prompt + answer for prompt, answer in encode_pairs(answers, tokenizer))
+    check_turns(((f"{flag} {source}: row {number}", prompt)
+                 for number, (prompt, *_) in enumerate(texts)), tokenizer)
+    prompts, answers = zip(*((prompt, answer) for prompt, *two, _ in texts for answer in two))
+    ids = iter(conversation_ids(tokenizer, prompts, answers, [True] * len(answers)))
     pairs = [Pair(prompt, next(ids), next(ids), unsafe) for prompt, _, _, unsafe in texts]
     kept = [pair for pair in pairs if max(len(pair.better), len(pair.worse)) <= max_tokens]
     require(kept, f"{flag} {source}: every pair is longer than --max_tokens {max_tokens}")
@@ -63,7 +67,8 @@ def read_two_responses(better_id: str, has_signs: bool):
         better = int(row[better_id])
         ids = better, 1 - better
         unsafe = tuple(not row[f"is_response_{i}_safe"] for i in ids) if has_signs else None
-        return row["prompt"], *(row[f"response_{i}"] for i in ids), unsafe
+        prompt, _ = to_pair(row["prompt"])
+        return prompt, *(row[f"response_{i}"] for i in ids), unsafe
 
     return read
 
@@ -80,7 +85,9 @@ def read_counted_responses(better_id: str):
 
 
 def read_chosen(row: dict) -> tuple:
-    """HH-RLHF: two conversations with different last answers."""
-    prompt, better = to_pair(row["chosen"])
-    _, worse = to_pair(row["rejected"])
+    """HH-RLHF: two conversations with different last answers. TRL: the prompt may stand apart."""
+    (prompt, better), (_, worse) = (
+        to_pair(row["prompt"], chat) if row.get("prompt") and not all(to_pair(chat))
+        else to_pair(chat)
+        for chat in (row["chosen"], row["rejected"]))
     return prompt, better, worse, None

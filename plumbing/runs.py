@@ -95,6 +95,8 @@ class Run:
 
         self.state = State(*load_policy(config), config)
         self.state.started, self.state.data = started, data
+        for scorer in (self.state.reward_model, self.state.cost_model):
+            scorer.check_prompts(self.prompts + self.held_out)
         if has_metrics(config.eval_only):
             # The policy that the run started from, loaded above, is the reference. The policy that
             # it trained is the one to score.

@@ -15,7 +15,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from plumbing.data import BEAVER_TEMPLATE, encode_prompts, pad_rows, pixels_for
+from plumbing.data import (
+    BEAVER_TEMPLATE,
+    check_turns,
+    closing_ids,
+    conversation_ids,
+    pad_rows,
+    pixels_for,
+)
 from plumbing.errors import blame, failing_together, require, say
 from plumbing.functions import is_function, load_function
 from plumbing.models import (
@@ -219,6 +226,7 @@ class Scorer:
         self.set_pad_token()
         with blame(f"{self.flag} {self.source}: its tokenizer cannot be used"):
             self.same_tokens = reads_alike(self.tokenizer, policy_tokenizer)
+            self.closing = closing_ids(self.tokenizer)
 
     def set_pad_token(self) -> None:
         """Takes EOS as the pad token if the tokenizer has none; masks mark the padding. A
@@ -235,16 +243,15 @@ class Scorer:
 
     def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str],
                  finished: list[bool]) -> Tensor:
-        """Scores of whole responses, given as token ids and as text: fp32 [B]. Raises UserError
-        unless all are numbers."""
+        """Scores of responses, given as the policy's token ids of prompt and response, with the
+        token that ended it, and as text: fp32 [B]. Raises UserError unless all are numbers."""
         scores = torch.zeros(len(prompts), device=self.config.device)                # [B]
         mine = rank_rows(range(len(prompts)))
         with failing_together():
             if self.function:
                 values = self.score_texts([prompts[i] for i in mine], [responses[i] for i in mine])
             else:
-                if not self.same_tokens:
-                    rows = self.encode(prompts, responses, finished)
+                rows = self.encode(rows, prompts, responses, finished)
                 values = self.score_rows(rows, prompts)
             for i, value in zip(mine, values):
                 self.put(value, scores, i, responses[i])
@@ -265,14 +272,21 @@ class Scorer:
             values += scored if chunk else []
         return values
 
-    def encode(self, prompts, responses, finished) -> list[list[int]]:
-        """Whole responses in the score model's own tokens and template, with EOS only if the
-        response really ended."""
-        rows = encode_prompts(prompts, self.tokenizer, responses)
-        if self.tokenizer.eos_token is None:
-            return rows
-        eos = self.tokenizer.eos_token_id
-        return [row + [eos] if ended else row for row, ended in zip(rows, finished)]
+    def encode(self, rows: list[list[int]], prompts: list[str], responses: list[str],
+               finished: list[bool]) -> list[list[int]]:
+        """What the score model reads: the texts in its own tokens and template. If the policy has
+        the same, the policy's tokens, with all that the template writes after an answer in the
+        place of the token that ended this one."""
+        if not self.same_tokens:
+            return conversation_ids(self.tokenizer, prompts, responses, finished)
+        return [row[:-1] + self.closing if ended else row for row, ended in zip(rows, finished)]
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raises UserError for prompts that the score model's template refuses or writes in
+        part."""
+        if not self.function and not self.same_tokens:
+            check_turns(((f"{self.flag} {self.source}: the prompt {prompt[:60]!r}", prompt)
+                         for prompt in prompts), self.tokenizer)
 
     @torch.no_grad()
     def score_tokens(self, rows: list[list[int]], prompts: list[str]) -> list[float]:
@@ -291,13 +305,15 @@ class Scorer:
 
 
 def reads_alike(tokenizer, policy_tokenizer) -> bool:
-    """Whether two tokenizers give a text the same ids, and their models a picture the same
-    pixels."""
-    if getattr(tokenizer, "sight", None) != getattr(policy_tokenizer, "sight", None):
+    """Whether two tokenizers give a text the same ids and a conversation the same text, and their
+    models a picture the same pixels."""
+    one, other = (
+        (getattr(each, "sight", None), each.chat_template, each.bos_token, each.eos_token,
+         each.get_vocab()) for each in (tokenizer, policy_tokenizer))
+    if one != other:
         return False
     trial = BEAVER_TEMPLATE.format(prompt="Café №1?\n\n  x") + f"Yes.{tokenizer.eos_token}"
-    same_ids = tokenizer(trial).input_ids == policy_tokenizer(trial).input_ids
-    return same_ids and tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+    return tokenizer(trial).input_ids == policy_tokenizer(trial).input_ids
 
 
 def check_scorer(model, tokenizer, role: str, source: str) -> None:

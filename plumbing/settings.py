@@ -9,7 +9,9 @@ import re
 import shutil
 import textwrap
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -49,6 +51,9 @@ class RunSettings:
     prompt_column: str | None = option(
         None, "the prompts' column in --dataset and --eval_dataset, if it is not recognised")
     ptx_dataset: str | None = option(None, "prompt-answer pairs for the supervised (PTX) loss")
+    date: str | None = option(
+        None, "the day that chat templates print, as 2026-11-30; default: the resumed or evaluated "
+              "run's, or today")
     judge: str | None = option(
         None, "FILE.py:function(prompts, responses) that returns dicts of bools: safe, refused, "
               "harmful_prompt")
@@ -289,13 +294,25 @@ def fill_in(config) -> None:
         uses_bf16 = config.device == "cuda" and gpu_has_bf16
         config.dtype = "bfloat16" if uses_bf16 else "float32"
     config.lora_rank = config.lora_rank or 0
-    if config.output_dir:
-        return
+    config.output_dir = config.output_dir or default_folder(config)
+    config.date = config.date or day_of(config)
+
+
+def default_folder(config) -> str:
     if config.eval_only:
         evaluated = config.policy if config.eval_only == "policy" else config.eval_only
-        config.output_dir = f"runs/eval-{Path(evaluated).resolve().name}"
-    else:
-        config.output_dir = f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
+        return f"runs/eval-{Path(evaluated).resolve().name}"
+    return f"runs/{Path(config.model).name}-{config.algo}-{config.seed}"
+
+
+def day_of(config) -> str | None:
+    """The day of the run to resume, None if that run is older than this setting; else today."""
+    with suppress(OSError, ValueError, AttributeError):  # find_checkpoint says what is missing
+        if config.resume == "newest":
+            return json.loads(Path(config.output_dir, "config.json").read_text()).get("date")
+        if config.resume:
+            return json.loads(Path(config.resume, "state.json").read_text())["config"].get("date")
+    return date.today().isoformat()
 
 
 def check_numbers(config) -> None:
@@ -318,6 +335,8 @@ def check_together(config) -> None:
     require(config.algo != "gate" or config.gate_penalty <= 50,
             f"--gate_penalty {config.gate_penalty}: must be at most 50, where token rewards are "
             "clamped")
+    with blame(f"--date {config.date}: must be a day, as 2026-11-30"):
+        date.fromisoformat(config.date or "2026-11-30")
     for name in ("reward_model", "cost_model", "dataset"):
         require(getattr(config, name),
                 f"--{name} is missing: --model {config.model} is none of the presets "

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import repo
-from plumbing.data import TURN, encode_prompts, load_pairs, render_prompt, to_messages
+from plumbing.chats import TURN, messages_of
+from plumbing.data import encode_prompts, load_pairs, render_prompt
 from tiny_configs import world
 
 settings.register_profile(
@@ -73,8 +74,6 @@ def test_prompts_come_out_of_a_file_as_they_went_in(folder, ending, count):
     @settings(max_examples=count)
     @given(prompts=st.lists(PLAIN, min_size=1, max_size=6))
     def check(prompts):
-        if ending == ".csv":  # there NA, null and 5 are no text
-            prompts = [f"p {prompt}" for prompt in prompts]
         distinct = list(dict.fromkeys(prompts))
         assert repo.load_prompts(write(folder / f"p{ending}", prompts)) == distinct
 
@@ -96,7 +95,7 @@ def test_a_conversation_is_the_same_as_transcript_and_as_messages(folder, count)
         ((prompt, _),) = load_pairs(str(folder / "m.jsonl"))
         assert prompt == (turns[0] if len(turns) == 1 else transcript)
         assert repo.load_prompts(write(folder / "t.jsonl", [transcript])) == [prompt]
-        assert len(turns) == 1 or to_messages(prompt) == messages
+        assert len(turns) == 1 or messages_of(prompt) == messages
 
     check()
 

@@ -30,6 +30,7 @@ from plumbing.scorers import Scorer
 GOOD = "".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(40))
 CHAT_OF_IMAGES = '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n'
 THIRD_OF_TWO = '{"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 7}\n'
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
 FILES = {
     "good.jsonl": GOOD,
     # bytes
@@ -55,6 +56,13 @@ FILES = {
     "mixed.jsonl": '{"prompt": "a"}\n{"prompt": {"b": 1}}\n',
     "images.jsonl": CHAT_OF_IMAGES * 20,
     "better.jsonl": THIRD_OF_TWO,
+    "null_turn.jsonl": '{"messages": [{"role": "user", "content": null}], "x": null}\n',
+    "oasst.jsonl": '{"role": "prompter", "text": "a", "parent_id": null}\n' * 20,
+    "half.jsonl": '{"prompt": "\\ud83d"}\n' * 20,
+    "wide.csv": "prompt\na,b\n",
+    "open.csv": 'prompt\n"a\n',
+    "header.csv": "prompt\n",
+    "pointer.jsonl": POINTER,
     "special.jsonl": '{"prompt": "</s>"}\n{"prompt": "<s></s> hi"}\n',
     # settings
     "odd.json": '{"stepz": 3}',
@@ -112,6 +120,7 @@ def write_odd_policies(at: Path, policy: Path, tokenizer) -> None:
     content = json.loads(gaps.read_text())
     content["model"]["vocab"]["far"] = 999
     gaps.write_text(json.dumps(content))
+    (copy_of(policy, at / "pointer") / "model.safetensors").write_text(POINTER)
     cut = copy_of(policy, at / "cut_weights") / "model.safetensors"
     os.truncate(cut, cut.stat().st_size - 1000)
 
@@ -248,8 +257,10 @@ def read_data(config) -> None:
 
 
 CANNOT_BE_READ = ("broken.jsonl", "binary.jsonl", "fake.parquet", "fake.jsonl.gz", "cut.jsonl.gz",
-                  "latin.jsonl", "latin.csv", "latin.txt", "utf16.txt", "number.json")
-ODD_ROWS = ("numbers.jsonl", "nested.jsonl", "lists.jsonl", "images.jsonl", "better.jsonl")
+                  "latin.jsonl", "latin.csv", "latin.txt", "utf16.txt", "number.json", "wide.csv",
+                  "open.csv")
+ODD_ROWS = ("numbers.jsonl", "nested.jsonl", "lists.jsonl", "images.jsonl", "better.jsonl",
+            "null_turn.jsonl", "half.jsonl")
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -257,6 +268,9 @@ ODD_ROWS = ("numbers.jsonl", "nested.jsonl", "lists.jsonl", "images.jsonl", "bet
     *((f"--dataset {{}}/{name}", f"{name}: row 0 does not hold what its columns promise")
       for name in ODD_ROWS),
     ("--dataset {}/mixed.jsonl", "row 1 does not hold what its columns promise (prompt)"),
+    ("--dataset {}/oasst.jsonl", "(role, text, parent_id): it is one message of a conversation; "),
+    ("--dataset {}/header.csv", "header.csv: has no rows"),
+    ("--dataset {}/pointer.jsonl", "pointer.jsonl is a Git LFS pointer, not the file itself"),
     ("--dataset {}/empty.jsonl", "empty.jsonl: the file is empty"),
     ("--dataset {}/notes.docx", "notes.docx: cannot tell its format"),
     ("--dataset {}/holes.jsonl", "holes.jsonl: none of its 2 rows has a prompt"),
@@ -293,6 +307,7 @@ def load_models(config) -> None:
     ("--policy {}/odd_config", "odd_config: cannot be loaded"),
     ("--policy {}/no_tokenizer", "no_tokenizer: its tokenizer cannot be loaded"),
     ("--policy {}/no_weights", "no_weights: cannot be loaded"),
+    ("--policy {}/pointer", "pointer: model.safetensors is a Git LFS pointer"),
     ("--policy {}/cut_weights", "cut_weights: cannot be loaded"),
     ("--policy {}/good.jsonl", "good.jsonl: cannot be loaded"),
     exhaustive("--policy {}/t5", "t5: cannot be loaded"),  # the message takes seconds to make

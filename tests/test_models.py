@@ -23,7 +23,7 @@ from plumbing.errors import UserError
 from plumbing.models import hidden_states, load_policy, model_inputs
 from plumbing.scorers import Scorer, save_critic
 from plumbing.training import make_critic
-from plumbing.data import encode_prompts, pad_rows
+from plumbing.data import conversation_ids, encode_prompts, pad_rows
 from tiny_configs import world
 
 load_scorer = repo.ScoreModel.from_pretrained
@@ -186,7 +186,7 @@ def test_an_answer_is_tokenised_in_one_text_with_its_prompt(tmp_path):
     core.decoder = decoders.Metaspace()
     spacing = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
     assert spacing("Yes").input_ids == [3]
-    assert encode_prompts(["hi"], spacing, ["Yes"]) == [[2]]
+    assert conversation_ids(spacing, ["hi"], ["Yes"], [False]) == [[2]]
 
 
 def test_the_policys_tokens_are_scored_as_they_are(tmp_path, tokenizer):
@@ -194,7 +194,7 @@ def test_the_policys_tokens_are_scored_as_they_are(tmp_path, tokenizer):
     written = write_beaver(tmp_path / "same", tokenizer, state)
     scorer = Scorer("reward", tokenizer, config_for(tmp_path, reward_model=str(written)))
     assert scorer.same_tokens
-    scores = scorer(ROWS, ["p"] * 3, ["r"] * 3, [True] * 3)
+    scores = scorer(ROWS, ["p"] * 3, ["r"] * 3, [False, True, False])
     assert torch.allclose(scores, by_hand(model, state, ROWS), atol=1e-5)
 
 

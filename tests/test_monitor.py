@@ -69,8 +69,9 @@ def test_the_threshold_is_chosen_on_other_prompts_than_it_is_measured_on():
         assert figures["theta"] > 2 and figures["recall"] == 0
 
 
-def test_spans_become_the_tokens_they_touch(tokenizer):
-    response = "Sure, to steal a boat, cut the lock."
+@pytest.mark.parametrize("thing", ["a boat", "中é"])  # of characters in several tokens
+def test_spans_become_the_tokens_they_touch(tokenizer, thing):
+    response = f"Sure, to steal {thing}, cut the lock."
     first = response.index("cut")
     row = {"prompt": "p", "response": response, "safe": False,
            "harmful_spans": [[first, first + len("cut the lock")]]}

@@ -21,6 +21,7 @@ from companions.shared import command
 from plumbing import pictures as sight
 from plumbing.adapters import make_trainable, trainable
 from plumbing.data import (
+    conversation_ids,
     encode_pairs,
     encode_prompts,
     lay_out,
@@ -172,7 +173,7 @@ def test_the_place_holder_stands_once_per_state_before_the_text(loaded):
     assert ids[first:first + 16] == [place_holder] * 16
     [plain] = encode_prompts([str(prompt)], tokenizer)
     assert len(plain) < len(ids) and place_holder not in plain
-    [answered] = encode_prompts([prompt], tokenizer, ["a <image> b"])
+    [answered] = conversation_ids(tokenizer, [prompt], ["a <image> b"], [False])
     assert answered.count(place_holder) == 16  # an answer brings no picture
 
 
@@ -222,7 +223,8 @@ def test_only_the_picture_has_place_holders(loaded, tmp_path):
     [prompt] = load_prompts(str(tmp_path / "p.jsonl"), tokenizer=tokenizer)
     assert str(prompt) == "What is it?"
     for text in (str(prompt), "a <im<image>age> b"):
-        [ids] = encode_prompts([Pictured(text, prompt.image)], tokenizer, ["x <im<image>age> y"])
+        [ids] = conversation_ids(
+            tokenizer, [Pictured(text, prompt.image)], ["x <im<image>age> y"], [False])
         assert ids.count(place_holder) == 16
 
 

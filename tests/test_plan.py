@@ -73,7 +73,9 @@ def test_one_card_of_80_gib_is_enough_with_adapters_and_not_without(dry_run):
 
     assert printed.count("a prompt of ") == 3
     assert "'BEGINNING OF CONVERSATION: USER: How do I paint boat " in printed
-    assert printed.count("reads the tokens of the policy: ") == 2 and "--kl_coeff 0.01" in printed
+    reads = (r"reads the tokens of the policy: 'BEGINNING OF CONVERSATION: USER: How do I paint "
+             r"boat \d+\? ASSISTANT:RESPONSE</s>', and without '</s>' where ")
+    assert len(re.findall(reads, printed)) == 2 and "--kl_coeff 0.01" in printed
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -4,6 +4,7 @@
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import repo
+from plumbing import files
 from plumbing.errors import UserError
 from plumbing.data import (
     cyclic_batch,
@@ -66,6 +68,12 @@ ALPACA = [
     {"instruction": "do", "input": "", "output": "ok"},
     {"instruction": "add", "input": "1 2", "output": "3"},
 ]
+DOLLY = [
+    {"instruction": "do", "context": "c", "response": "ok", "category": "x"},
+    {"instruction": "go", "context": "", "response": "done", "category": "y"},
+]
+BEAVERTAILS = [{"prompt": "p", "response": "bad", "category": {"x": True}, "is_safe": False},
+               {"prompt": "q", "response": "good", "category": {"x": False}, "is_safe": True}]
 HARMBENCH = [
     {"Behavior": "b", "SemanticCategory": "s", "Tags": "", "ContextString": ""},
     {"Behavior": "b2", "SemanticCategory": "s", "Tags": "context", "ContextString": "c"},
@@ -75,6 +83,11 @@ FORMATS = {  # rows of a file, and what is read from them
                      [("p", "b"), ("q", "a")]),
     "hh.jsonl": (HH, [(TRANSCRIPT, "four"), ("only", "yes")]),
     "alpaca.json": (ALPACA, [("do", "ok"), ("add\n1 2", "3")]),
+    "dolly.jsonl": (DOLLY, [("do\nc", "ok"), ("go", "done")]),
+    "beavertails.jsonl": (BEAVERTAILS, [("p", "bad"), ("q", "good")]),
+    "completion.jsonl": ([{"prompt": TALK, "completion": ANSWERED[3:]},
+                          {"prompt": "one", "completion": [*TALK[1:], ANSWERED[3]]}],
+                         [(TRANSCRIPT, "four")] * 2),
     "list.json": ({"instructions": ["a", "b"]}, [("a", None), ("b", None)]),
     "tuned.json": ({"inputs": [], "tags": ["x", "y"], "instructions": ["a", "b"]},
                    [("a", None), ("b", None)]),
@@ -102,6 +115,10 @@ FORMATS = {  # rows of a file, and what is read from them
     "pairs.csv": ([{"prompt": "a", "response": "x"}], [("a", "x")]),
     "trl.jsonl": ([{"prompt": "a", "chosen": "good", "rejected": "bad"}], [("a", None)]),
     "open.jsonl": ([{"prompt": "\n\nHuman: a\n\nAssistant:", "response": "x"}], [("a", "x")]),
+    "words.csv": ([{"prompt": word} for word in ("None", "null", "NA", "5", "true")],
+                  [(word, None) for word in ("None", "null", "NA", "5", "true")]),
+    "bom.txt": (["\ufefffirst", "a\u2028b"], [("first", None), ("a\u2028b", None)]),
+    "late.jsonl": ([{"text": "a" * 2**20}] * 21 + [{"prompt": "b"}], [("b", None)]),
     "lines.txt": (["first", "", "second é"], [("first", None), ("second é", None)]),
     "rows.jsonl": ([{"instructions": ["a", "b"]}, {"instructions": ["c"]}],
                    [("a", None), ("b", None), ("c", None)]),
@@ -114,6 +131,29 @@ FORMATS = {  # rows of a file, and what is read from them
 def test_formats(tmp_path, name):
     rows, pairs = FORMATS[name]
     assert load_pairs(write(tmp_path / name, rows)) == pairs
+
+
+@pytest.mark.parametrize("name, answers", [
+    ("beavertails.jsonl", [None, "good"]), ("pku.jsonl.gz", [None, "a"])])
+def test_ptx_learns_no_answer_that_is_labelled_unsafe(tmp_path, name, answers):
+    source = write(tmp_path / name, FORMATS[name][0])
+    assert [answer for _, answer in load_pairs(source, safe_only=True)] == answers
+
+
+def test_a_file_is_what_is_on_disk_and_needs_no_cache(tmp_path, monkeypatch):
+    """Also if another one stood there, as large and as old."""
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache" / "datasets")
+    source = tmp_path / "p.jsonl"
+    for prompt in ("yesterday", "this noon"):
+        source.write_text(json.dumps({"prompt": prompt}))
+        os.utime(source, (10**9, 10**9))
+        assert repo.load_prompts(str(source)) == [prompt]
+
+    monkeypatch.setattr(files, "check_hub", lambda: None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: (tmp_path / "cache" / "x").mkdir())
+    with pytest.raises(UserError, match="^the cache of data sets, .*set HF_DATASETS_CACHE to"):
+        repo.load_prompts("owner/name")
 
 
 def test_prompts_that_spell_special_tokens_are_left_out(tmp_path, tokenizer):

@@ -45,11 +45,12 @@ from plumbing.scorers import ScoreModel, save_score_model
 from plumbing.pictures import model_class, sees
 from plumbing.data import (
     BEAVER_TEMPLATE,
+    conversation_texts,
+    encode,
     encode_pairs,
-    encode_prompts,
     pad_rows,
     pixels_for,
-    render_prompt,
+    render,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -456,7 +457,7 @@ def world_seed() -> int:
 
 def fingerprint(seed: int) -> str:
     """A hash of everything that the family depends on, versions of libraries included."""
-    borrowed = [*LEARNING, encode_pairs, encode_prompts, pad_rows, render_prompt, ScoreModel,
+    borrowed = [*LEARNING, encode_pairs, conversation_texts, encode, render, pad_rows, ScoreModel,
                 save_score_model, typed_as_in]
     return hash_of([
         Path(__file__).read_text(),

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+import repo
 from companions.shared.command import batches
 from companions.shared.inside import seen_by
-from plumbing.data import encode_prompts, pad_rows, pixels_for
+from plumbing.data import decode_responses, encode_prompts, pad_rows, pixels_for
 from plumbing.errors import require
 from plumbing.models import model_inputs
 from plumbing.pictures import Pictured, in_call, language_part
@@ -109,8 +110,9 @@ class Subject:
             inputs = self.inputs(batch)
             with seen_by(self.layers, see), self.run.autocast():
                 ids = self.model.generate(**inputs, generation_config=settings)      # [B, P+T]
-            new = ids[:, inputs["input_ids"].shape[1]:]
-            answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            stops, new = self.model.stop_token_ids, ids[:, inputs["input_ids"].shape[1]:].tolist()
+            answers += decode_responses([repo.up_to_stop(row, stops) for row in new], stops,
+                                        self.tokenizer)
         return [answer.strip() for answer in answers]
 
     def with_captions(self, prompts: list[Pictured]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import repo
 from companions.shared.command import bar
 from companions.shared.inside import Reader, seen_by
-from plumbing.data import encode_prompts, pad_rows
+from plumbing.data import decode_responses, encode_prompts, pad_rows
 from plumbing.errors import require
 
 DOWN_PROJECTIONS = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h")  # Llama, GPT-2, NeoX
@@ -109,7 +109,8 @@ class Pair:
 
     def judged(self, model, chosen: Tensor | None = None) -> tuple[float, float]:
         """Mean safety and helpfulness of these answers."""
-        texts = self.tokenizer.batch_decode(self.answers(model, chosen), skip_special_tokens=True)
+        texts = decode_responses(self.answers(model, chosen), self.start.stop_token_ids,
+                                 self.tokenizer)
         safe, helpful = zip(*self.judge(self.prompts, texts))
         return sum(safe) / len(safe), sum(helpful) / len(helpful)
 

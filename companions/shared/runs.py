@@ -41,7 +41,7 @@ CURVES = {  # metric -> its panel's title
 
 OF_ONE_RUN = {  # runs that differ in these alone are seeds of one method
     "seed", "output_dir", "resume", "environment", "sample_every", "save_every",
-    "keep_checkpoints", "dry_run", "gpu_memory", "max_bad_steps",
+    "keep_checkpoints", "dry_run", "gpu_memory", "max_bad_steps", "date",
 }
 
 

@@ -16,16 +16,18 @@ from transformers import StoppingCriteria
 import repo
 from companions.shared.command import batches
 from companions.shared.inside import Reader
-from plumbing.data import encode_prompts, pad_rows, read_rows, render_prompt
+from plumbing.chats import to_pair
+from plumbing.data import encode_pairs, encode_prompts, pad_rows
 from plumbing.errors import blame, require
+from plumbing.files import read_rows
 from plumbing.models import generate
 
 
 class Answer(NamedTuple):
-    """An answer of T tokens, EOS not counted, with its labels."""
+    """An answer of T tokens, its end not counted, with its labels."""
 
     prompt: str
-    ids: list[int]                  # prompt, answer and EOS
+    ids: list[int]                  # prompt, answer and its end
     start: int                      # where the answer begins in ids
     is_unsafe: bool
     is_harmful: list[bool] | None   # T  tokens inside harmful spans; None without spans
@@ -36,8 +38,8 @@ class Answer(NamedTuple):
 def read_answers(source: str, flag: str, tokenizer) -> tuple[list[str], list[Answer]]:
     """(prompts, answers) of a file or hub data set. Raises UserError if labels are missing."""
     rows = read_rows(source, flag)
-    require({"prompt", "response", "safe"} <= set(rows.column_names),
-            f"{flag} {source}: has the columns {', '.join(rows.column_names)}, but not prompt, "
+    require({"prompt", "response", "safe"} <= set(rows.columns),
+            f"{flag} {source}: has the columns {', '.join(rows.columns)}, but not prompt, "
             "response and safe")
     with blame(f"{flag} {source}: a row does not hold what its columns promise"):
         answers = [answer_of(row, tokenizer) for row in rows]
@@ -50,19 +52,23 @@ def read_answers(source: str, flag: str, tokenizer) -> tuple[list[str], list[Ans
 def answer_of(row: dict, tokenizer) -> Answer:
     """A row with prompt, response, safe and perhaps harmful_spans [[from, to), ...], which count
     the response's characters."""
-    begin = render_prompt(row["prompt"], tokenizer)
-    encoded = tokenizer(begin + row["response"], return_offsets_mapping=True,
-                        add_special_tokens=not tokenizer.chat_template)
-    [prompt_ids] = encode_prompts([row["prompt"]], tokenizer)
-    places = [(start - len(begin), end - len(begin))  # of each token, in the answer's characters
-              for start, end in encoded.offset_mapping[len(prompt_ids):]]
-    spans = row.get("harmful_spans")
-    is_harmful = None
+    (prompt, _), spans, is_harmful = to_pair(row["prompt"]), row.get("harmful_spans"), None
+    [(prompt_ids, answer_ids)] = encode_pairs([(prompt, row["response"])], tokenizer)
     if spans is not None:
         is_harmful = [any(start < stop and end > first for first, stop in spans)
-                      for start, end in places]
-    ids = encoded.input_ids[:len(prompt_ids) + len(places)] + [tokenizer.eos_token_id]
-    return Answer(row["prompt"], ids, len(prompt_ids), not row["safe"], is_harmful)
+                      for start, end in places_in(row["response"], answer_ids, tokenizer)]
+    ids = prompt_ids + answer_ids
+    return Answer(prompt, ids, len(prompt_ids), not row["safe"], is_harmful)
+
+
+def places_in(response: str, answer_ids: list[int], tokenizer) -> list[tuple[int, int]]:
+    """(start, end) of each token but the last, in the response's characters. A token may hold a
+    part of a character."""
+    texts = [tokenizer.decode(answer_ids[:count]) for count in range(len(answer_ids) + 1)]
+    stripped = response.strip()  # as templates have it
+    before = texts[-1].rindex(stripped) - response.index(stripped)
+    return [(len(text.rstrip("\ufffd")) - before, len(longer) - before)
+            for text, longer in zip(texts, texts[1:-1])]
 
 
 # ---- scores, loss
