@@ -248,8 +248,7 @@ def scorer_verdict(path: Path, shop: Workshop, own_score) -> str:
     scorer = Scorer("reward", shop.tokenizer,
                     shop.config(policy=str(shop.folder / "policy"), reward_model=str(path)))
     rows = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES)] + [[0, 3]]
-    scores = scorer(rows, ["p"] * 3, ["r"] * 3, [True] * 3) if scorer.same_tokens else (
-        torch.tensor(scorer.score_tokens(rows, ["p"] * 3)))
+    scores = torch.tensor(scorer.score_rows(rows, ["p"] * 3))
     expected = torch.stack([own_score(torch.tensor([row])) for row in rows])
     assert (scores - expected).norm() <= 1e-3 * expected.norm()
     return "the same numbers"

@@ -248,7 +248,7 @@ def test_a_classifier_without_a_pad_id_gets_its_tokenizers(tmp_path, tokenizer, 
     own = write_classifier(tmp_path / "x", tokenizer, num_labels=1)
     change_config(tmp_path / "x", pad_token_id=pad_id)
     scorer = Scorer("reward", tokenizer, config_for(tmp_path, reward_model=str(tmp_path / "x")))
-    scores = scorer(ROWS, ["p"] * 3, ["r"] * 3, [True] * 3)
+    scores = torch.tensor(scorer.score_rows(ROWS, ["p"] * 3))
     alone = torch.cat([own(torch.tensor([row])).logits[:, 0] for row in ROWS])
     assert torch.allclose(scores, alone, atol=1e-6)
 
