@@ -197,7 +197,7 @@ def response_log_probs(policy, batch: Sequences, temperature: float, return_entr
         return gather_log_probs(logits, ids, temperature, return_entropy=return_entropy)
     hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
                                   batch.pixel_values)[row, state_column]         # [N, H]
-    head_weight = policy.get_output_embeddings().weight                          # [V, H]
+    head_weight = models.head_weight(policy)                                     # [V, H]
     # The logits are head.scale (hidden @ head_weight.T), soft-capped if the model does so. Dividing
     # the temperature by the scale multiplies the logits by it.
     return linear_log_probs(
@@ -436,7 +436,7 @@ def fused_policy_loss(policy, batch: Rollout, token_weight: Tensor,
     hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
                                   batch.pixel_values)[row, state_column]         # [N, H]
     loss, _, statistics = linear_repo_loss(
-        hidden, policy.get_output_embeddings().weight, ids, batch.log_probs[mask],
+        hidden, models.head_weight(policy), ids, batch.log_probs[mask],
         batch.reward_advantages[mask], batch.cost_advantages[mask], batch.lambdas[row],
         token_weight[mask], config.clip_range, config.temperature / head.scale,
         soft_cap=head.soft_cap)

@@ -184,7 +184,9 @@ def render(messages: list[dict], tokenizer, has_picture: bool = False,
         "system": "\n\n",
     }
     text = before + "".join(message["content"] + joints[message["role"]] for message in messages)
-    return text.removesuffix(after) + after if add_generation_prompt else text[:-len("USER: ")]
+    if add_generation_prompt:
+        return text.removesuffix(after) + after
+    return text.removesuffix("USER: ")  # the last turn is an answer
 
 
 def dated_template(tokenizer) -> str:

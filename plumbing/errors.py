@@ -5,6 +5,7 @@ import sys
 import traceback
 from contextlib import contextmanager, suppress
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ def blame(what: str, file: str = ""):
     names the line if the error came from `file`. An error about a lost rank passes unchanged."""
     try:
         yield
-    except (UserError, KeyboardInterrupt):
+    except (UserError, KeyboardInterrupt, torch.OutOfMemoryError):
         raise
     except BaseException as error:  # a user's sys.exit() and a panic in Rust too
         first = first_failure(error)

@@ -26,6 +26,7 @@ CARDS = (  # files that say what is in a data set
     datasets.config.REPOYAML_FILENAME,
     datasets.config.DATASETDICT_INFOS_FILENAME,
 )
+POINTER = b"version https://git-lfs"
 SPACE = re.compile(r"\s*")
 BOOLS = {"True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False}
 
@@ -162,10 +163,11 @@ def chosen_part(words: list[str], folder: Path, place, label: str) -> Part:
 def check_pointer(path: Path, source: str) -> None:
     """Raises UserError for a Git LFS pointer, which stands where a file was not fetched; in a
     folder for the first."""
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        is_pointer = file.is_file() and file.open("rb").read(20) == b"version https://git-"
-        require(not is_pointer, f"{source}: {file.name} is a Git LFS pointer, not the file itself; "
-                                "fetch the file (git lfs pull)")
+    for file in filter(Path.is_file, sorted(path.iterdir()) if path.is_dir() else [path]):
+        with file.open("rb") as opened:
+            require(opened.read(len(POINTER)) != POINTER,
+                    f"{source}: {file.name} is a Git LFS pointer, not the file itself; "
+                    "fetch the file (git lfs pull)")
 
 
 def unfolded(lists: dict) -> list[dict]:

@@ -29,6 +29,8 @@ ENTROPY_FLOOR = 0.01
 # gave .67 and 64 in the first step, and a policy of nonsense. Seven runs with 2e-5 stayed below .22
 # and .08.
 DESTRUCTIVE = {"clip_fraction": 0.5, "approx_kl": 1.0}
+# The largest ratio of a run's first update is 1; this much is rounding, by --dtype.
+FIRST_RATIO = {"float32": 1.01, "bfloat16": 1.5}
 
 
 class BadNumbers(Exception):
@@ -74,7 +76,7 @@ class Meter:
         self.tokens = config.update_iters * rollout.response_mask.sum()
         self.sums = defaultdict(float)   # of this rank's share
         self.norms = defaultdict(float)  # of all ranks
-        self.ratio_max = 0.0
+        self.ratio_max = self.first_ratio_max = 0.0  # the second: of the first update
         self.update = 1
 
     def add(self, name: str, loss: float, statistics: dict | None = None, tokens=0) -> None:
@@ -85,6 +87,8 @@ class Meter:
             self.sums["clip_fraction"] += statistics["clip_fraction"].item() * share
             self.sums["approx_kl"] += statistics["approx_kl"].item() * share
             self.ratio_max = max(self.ratio_max, statistics["ratio_max"].item())
+            if self.update == 1:
+                self.first_ratio_max = self.ratio_max
 
     def add_norm(self, name: str, norm: float) -> None:
         self.norms[name] += norm / self.updates
@@ -99,8 +103,10 @@ class Meter:
         self.update += 1
 
     def results(self) -> dict:
-        largest = {"ratio_max": self.ratio_max}
-        return self.means | reduced_over_ranks(largest, self.device, ReduceOp.MAX)
+        largest = {"ratio_max": self.ratio_max, "first": self.first_ratio_max}
+        largest = reduced_over_ranks(largest, self.device, ReduceOp.MAX)
+        self.first_ratio_max = largest.pop("first")
+        return self.means | largest
 
 
 def of_ratio(log_ratio: Tensor, clip_range: float) -> dict:
@@ -121,11 +127,13 @@ def of_step(state, rollout, meter: Meter, lam: float, actor_lr: float, config) -
     seconds = sum(clock.seconds.values())
     state.seconds += seconds
     state.tokens += tokens
+    results = meter.results()
+    state.first_ratio_max = meter.first_ratio_max
     return {
         "step": state.step,
         "lambda": lam,
         **of_rollout(rollout, config),
-        **meter.results(),
+        **results,
         "actor_lr": actor_lr,
         "critic_lr": config.critic_lr,
         **{f"seconds_{phase}": value for phase, value in clock.seconds.items()},
@@ -213,6 +221,14 @@ def collapse(responses: list[str], entropy: float) -> str | None:
     if entropy < ENTROPY_FLOOR:
         return f"its entropy is {entropy:.2g} nats per token"
     return None
+
+
+def not_the_sampled_policy(first_ratio_max: float, dtype: str) -> str | None:
+    """A sign that a first update did not find the log-probs of its rollout again, or None."""
+    if first_ratio_max <= FIRST_RATIO[dtype]:
+        return None
+    return (f"the largest ratio of the first update is {first_ratio_max:.3g}, not 1: the model "
+            "gives other log-probs in an update than while it samples, so do not trust this run")
 
 
 def destruction(metrics: dict) -> str | None:

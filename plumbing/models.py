@@ -3,6 +3,7 @@
 Weights are data: a checkpoint brings safetensors or a pickle that may hold tensors only. Python
 code of its own runs only with --trust_remote_code.
 """
+import copy
 import re
 from functools import partial
 from importlib.util import find_spec
@@ -11,12 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
@@ -59,6 +62,9 @@ def load_pretrained(from_pretrained, source: str, flag: str, config, **options):
         path, options["gguf_file"] = path.parent, path.name
     elif from_pretrained == AutoTokenizer.from_pretrained:
         problem = "its tokenizer cannot be loaded"
+    require(not (path / "adapter_config.json").is_file(),
+            f"{flag} {source}: holds a LoRA adapter (adapter_config.json); merge it into its base "
+            "model first (peft: merge_and_unload), and give the merged model")
     with hub.explained(f"{flag} {source}", problem, path):
         return from_pretrained(str(path), trust_remote_code=config.trust_remote_code, **options)
 
@@ -186,6 +192,7 @@ def load_policy(config):
         if config.policy.endswith(".gguf"):  # its weights are plain now, and saved as such
             policy.hf_quantizer.remove_quantization_config(policy)
     policy.eval()
+    take_out_dropout(policy)
     check_policy(policy, tokenizer, f"{flag} {config.policy}")
     if tokenizer.sight:
         check_count(policy, tokenizer.sight, f"{flag} {config.policy}")
@@ -195,6 +202,7 @@ def load_policy(config):
     # until the policy is saved.
     policy.published_generation_config = policy.generation_config
     policy.generation_config = GenerationConfig()
+    policy.tokenless = ids_without_token(policy, tokenizer)
     policy.fused_head = Head() if config.dry_run else find_head(policy)
     if not policy.fused_head:
         say(f"{flag} {config.policy}: its logits are more than hidden states times a matrix with a "
@@ -220,11 +228,50 @@ def ids_in(listed: list[int] | int | None) -> set[int]:
     return {int(token) for token in listed if token is not None}
 
 
+def take_out_dropout(model: PreTrainedModel) -> None:
+    """Sets all of a loaded model's dropout probabilities to 0. Layers that checkpoint are in
+    training mode during an update, and would obey them. The body keeps the published config, which
+    is saved with the trained weights."""
+    published = copy.deepcopy(model.config)
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        set_dropout_to_0(module)
+    model.base_model.published_config = published
+
+
+def set_dropout_to_0(owner: nn.Module | PreTrainedConfig) -> None:
+    """Of a module and its config, or of a config and those in it."""
+    for name, value in vars(owner).items():
+        if isinstance(value, float) and "drop" in name:
+            setattr(owner, name, 0.0)
+        elif isinstance(value, PreTrainedConfig):
+            set_dropout_to_0(value)
+
+
+def published_config(body) -> PreTrainedConfig:
+    """A copy of the config that a body was loaded with, or made from."""
+    return copy.deepcopy(getattr(body, "published_config", body.config))
+
+
+def ids_without_token(policy, tokenizer) -> list[int]:
+    """The ids that the policy could sample but its tokenizer has no token for. Many checkpoints pad
+    their matrices with such rows."""
+    rows = len(policy.get_output_embeddings().weight)
+    return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
+
+
 # ---- Checks
 
-def check_loaded(model, report: dict, source: str, needed: str, optional=frozenset()) -> None:
+# Buffers that models make themselves: rotary frequencies, causal masks, positions.
+HARMLESS = r"rotary|inv_freq|masked_bias$|(attn|attention)\.bias$|position_ids$"
+
+
+def check_loaded(model, report: dict, source: str, needed: str, optional=frozenset(),
+                 harmless: str = "^$") -> None:
     """Raises UserError for weights that the checkpoint lacks or has in another shape, because the
-    library then makes them up, and for layers that the library left out."""
+    library then makes them up, and for weights that the library left out. `harmless` is a pattern
+    of names that may be left out."""
     missing = sorted(set(report["missing_keys"]) - optional)
     require(not missing, f"{source}: has no {', '.join(missing[:3])}; {needed}")
 
@@ -232,11 +279,13 @@ def check_loaded(model, report: dict, source: str, needed: str, optional=frozens
                    for name, there, here in report["mismatched_keys"])
     require(not other, f"{source}: has {', '.join(other[:3])}; {needed}")
 
-    known = model.state_dict()
     left_out = sorted(name for name in report["unexpected_keys"]
-                      if re.sub(r"\.\d+\.", ".0.", name, count=1) in known)
+                      if not re.search(f"{HARMLESS}|{harmless}", name))
+    known, remedy = model.state_dict(), "correct config.json, or take them out of the file"
+    if any(re.sub(r"\.\d+\.", ".0.", name, count=1) in known for name in left_out):
+        remedy = "correct num_hidden_layers there"
     require(not left_out, f"{source}: has {', '.join(left_out[:3])}, of which its config.json "
-                          "knows nothing; correct num_hidden_layers there")
+                          f"knows nothing; {remedy}")
 
 
 def check_weights(model, tokenizer, embeddings, source: str) -> None:
@@ -253,9 +302,12 @@ def check_weights(model, tokenizer, embeddings, source: str) -> None:
 def check_policy(policy, tokenizer, source: str) -> None:
     """Raises UserError unless a policy is a causal language model with finite weights."""
     check_weights(policy, tokenizer, policy.get_input_embeddings(), source)
-    require(policy.device.type == "meta" or is_causal(policy),
-            f"{source}: its tokens see the tokens after them, as in an encoder; "
-            "a policy must be a causal language model")
+    if policy.device.type == "meta":
+        return
+    with blame(f"{source}: cannot read tokens"):
+        causal = is_causal(policy)
+    require(causal, f"{source}: its tokens see the tokens after them, as in an encoder; "
+                    "a policy must be a causal language model")
 
 
 @torch.no_grad()
@@ -297,6 +349,8 @@ def find_head(policy) -> Head | None:
     head = Head(scale / divisor, soft_cap)
     if getattr(output, "bias", None) is not None or (head.soft_cap and head.scale != 1):
         return None
+    if policy.tokenless and policy.tokenless[0] < len(output.weight) - len(policy.tokenless):
+        return None  # ids without a token lie between the others
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 2, output.weight.shape[1], generator=generator)
     hidden = (torch.tensor([1.0, 1e4])[:, None] * hidden).to(output.weight)    # [1, 2, H]
@@ -316,6 +370,13 @@ def find_head(policy) -> Head | None:
 
 
 # ---- Forward
+
+def head_weight(policy) -> Tensor:
+    """The LM head's rows without those at its end that have no token: [V, H]. The kernels take them
+    with policy.fused_head."""
+    weight = policy.get_output_embeddings().weight
+    return weight[:-len(policy.tokenless)] if policy.tokenless else weight
+
 
 def model_inputs(input_ids: Tensor, attention_mask: Tensor,
                  pixel_values: Tensor | None = None) -> dict:
@@ -363,7 +424,11 @@ def response_logits(policy, batch) -> Tensor:
     inputs = model_inputs(batch.input_ids, batch.attention_mask, batch.pixel_values)
     logits = policy(**inputs, logits_to_keep=kept).logits                            # [b, T+1, V]
     first_kept = batch.input_ids.shape[1] - kept                                     # P-1
-    return logits[row, column - first_kept]                                          # [N, V]
+    logits = logits[row, column - first_kept]                                        # [N, V]
+    if policy.tokenless:  # never sampled; a finite number, because entropies multiply by it
+        tokenless = torch.tensor(policy.tokenless, device=logits.device)
+        logits = logits.index_fill(-1, tokenless, -1e30)
+    return logits
 
 
 def shared_beginning(body, rows: tuple[Tensor]):
@@ -393,7 +458,7 @@ def count_shared(rows: tuple[Tensor]) -> int:
 
 
 def generate(policy, tokenizer, prompts: list[list[int]], draw, max_tokens: int, config,
-             pixel_values: Tensor | None = None, stops=()) -> list[list[int]]:
+             pixel_values: Tensor | None = None, stops=(), may_compile=True) -> list[list[int]]:
     """The library's generate for b prompts, perhaps with pictures [b, 3, S, S]. `draw` chooses each
     token, and `stops` are the library's stopping criteria. Returns token ids, also those after an
     end."""
@@ -403,12 +468,13 @@ def generate(policy, tokenizer, prompts: list[list[int]], draw, max_tokens: int,
         max_new_tokens=max_tokens,
         eos_token_id=sorted(policy.stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
-        cache_implementation="static" if can_compile(policy, config) else None,
+        cache_implementation="static" if may_compile and can_compile(policy, config) else None,
     )
-    processors, sight = [draw], getattr(tokenizer, "sight", None)
-    if sight:  # no answer shows a picture
-        place_holder = tokenizer.convert_tokens_to_ids(sight.place_holder)
-        processors.insert(0, SuppressTokensLogitsProcessor([place_holder], config.device))
+    processors, never = [draw], list(policy.tokenless)
+    if getattr(tokenizer, "sight", None):  # no answer shows a picture
+        never.append(tokenizer.convert_tokens_to_ids(tokenizer.sight.place_holder))
+    if never:
+        processors.insert(0, SuppressTokensLogitsProcessor(never, config.device))
     # Without this the library's product copies the head once for each row of a slice.
     whole = policy.get_output_embeddings().register_forward_pre_hook(
         lambda head, inputs: inputs[0].contiguous())
@@ -436,11 +502,21 @@ def can_compile(policy, config) -> bool:
 
 def save_policy(folder: Path, policy, weights: dict[str, Tensor], config) -> None:
     """Writes a plain model in the compute dtype. The library's Auto classes can load it."""
-    with torch.device("meta"):
-        plain = model_class(sees(policy.config)).from_config(
-            policy.config, dtype=getattr(torch, config.dtype),
-            trust_remote_code=config.trust_remote_code)
+    saved_config = published_config(policy.base_model)
+
+    def new_model():
+        with torch.device("meta"):
+            return model_class(sees(policy.config)).from_config(
+                saved_config, dtype=getattr(torch, config.dtype),
+                trust_remote_code=config.trust_remote_code)
+
+    plain = new_model()
+    live = dict(policy.named_parameters(remove_duplicate=False))
     tied = plain.all_tied_weights_keys  # saved once, under the other name
+    if any(live[name] is not live[other] for name, other in tied.items()):
+        saved_config.tie_word_embeddings = False  # its file had both, whatever its config says
+        plain = new_model()
+        tied = plain.all_tied_weights_keys
     weights = {name: weight for name, weight in weights.items() if name not in tied}
     plain.generation_config = policy.published_generation_config
     plain.save_pretrained(folder, state_dict=typed_as_in(plain, weights))

@@ -25,7 +25,7 @@ from plumbing.data import (
     load_ptx_pairs,
     split_prompts,
 )
-from plumbing.errors import UserError, ctrl_c_waits, printable, say
+from plumbing.errors import UserError, ctrl_c_waits, printable, require, say
 from plumbing.folder import (
     append,
     claim_output_dir,
@@ -48,6 +48,7 @@ from plumbing.reports import (
     what_it_says,
 )
 from plumbing.training import State
+from plumbing.trial import problem_of_saved, try_models
 
 
 class Run:
@@ -59,6 +60,7 @@ class Run:
         self.bad_steps = 0        # in a row
         self.is_training = False  # and can save a checkpoint
         self.stopped = False      # by Ctrl-C, after a whole step
+        self.has_kept = False     # a step, in this session
         self.warned = set()       # what it has warned of
         self.judge = self.curves = None
         self.resources = ExitStack()
@@ -100,6 +102,7 @@ class Run:
             # it trained is the one to score.
             trained = replace(config, policy=str(Path(config.eval_only, "final", "actor")))
             self.state.policy = sharded(load_policy(trained)[0], config)
+        try_models(self.state, config)
         introduce(self.state, config)
 
     def start(self, evaluate) -> None:
@@ -160,6 +163,10 @@ class Run:
         state, config = self.state, self.config
         self.bad_steps = 0
         sign = metrics.collapse(rollout.responses, row["entropy"])
+        if not self.has_kept:
+            self.warn_once("ratio", metrics.not_the_sampled_policy(
+                state.first_ratio_max, config.dtype))
+        self.has_kept = True
         self.warn_once("collapse", sign and f"{sign}; the policy may have collapsed")
         self.warn_once("destruction", metrics.destruction(row))
         self.log("metrics.jsonl", [row])
@@ -229,17 +236,19 @@ class Run:
 
     def finish(self, evaluate) -> None:
         """Saves final/, scores the trained policy, writes eval.jsonl and summary.json."""
-        state, config = self.state, self.config
+        state, config, problem = self.state, self.config, None
         if self.is_training:
             if RANKS > 1:  # one rank alone may fail from here on, and then none can save
                 save_checkpoint(state, self.out, config)
             save_final(state, self.out, config)
+            problem = problem_of_saved(state, self.out / "final" / "actor", config)
         rows = self.scored(evaluate)
         self.is_training = False
         if config.eval_only:
             self.out = claim_output_dir(config)
         if RANK == 0:
             self.report(rows)
+        require(not problem, problem)
 
     def scored(self, evaluate) -> list[dict]:
         """The rows of eval.jsonl, one per held-out prompt. Raises UserError for bad numbers."""

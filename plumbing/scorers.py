@@ -1,7 +1,7 @@
 """Where rewards and costs come from: score models, classifiers, Python functions. Critics are score
 models too.
 """
-import copy
+import re
 from pathlib import Path
 from typing import Literal, SupportsFloat
 
@@ -23,19 +23,25 @@ from plumbing.data import (
     pad_rows,
     pixels_for,
 )
-from plumbing.errors import blame, failing_together, require
+from plumbing.errors import blame, failing_together, require, say
 from plumbing.functions import is_function, load_function
 from plumbing.models import (
     check_loaded,
     check_weights,
     hidden_states,
     load_pretrained,
+    published_config,
     shape_of,
+    take_out_dropout,
     tokenizer_with_sight,
     typed_as_in,
 )
 from plumbing.pictures import check_count
 from plumbing.ranks import all_reduce, call_as_forward, rank_chunks, rank_rows
+
+
+# A score is not made of them. Fine-tuned encoders often keep the last two.
+HEADS_OF_OTHER_TASKS = r"^normalizer\.|^lm_head\.|(^|\.)pooler\.|^cls\."
 
 
 class ScoreModel(PreTrainedModel):
@@ -44,18 +50,25 @@ class ScoreModel(PreTrainedModel):
 
     config_class = PreTrainedConfig
     base_model_prefix = "model"
-    # The backbone itself checks which kinds of attention it has.
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _keep_in_fp32_modules_strict = ["score_head", "normalizer"]
     role = "reward"
+    scale = 0.0, 1.0  # mean and standard deviation of scores, see published_scale
 
     def __init__(self, config, backbone: nn.Module | None = None):
         super().__init__(config)
         self.model = AutoModel.from_config(config) if backbone is None else backbone
-        self.score_head = nn.Linear(config.get_text_config().hidden_size, 1)
+        # Not the config's hidden_size: OPT-350m projects its states back to the embeddings' size.
+        self.score_head = nn.Linear(self.model.get_input_embeddings().weight.shape[1], 1)
         if getattr(config, "do_normalize", False):
             self.normalizer = nn.ParameterDict({"mean": torch.zeros(1), "var": torch.ones(1)})
         self.post_init()
+
+    # Which kinds of attention and experts there are, the backbone itself checks.
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
+        return requested_attention
+
+    def get_correct_experts_implementation(self, requested_experts):
+        return requested_experts
 
     @classmethod
     def from_pretrained(cls, path, role: Literal["reward", "cost"] = "reward",
@@ -80,15 +93,24 @@ class ScoreModel(PreTrainedModel):
                              ignore_mismatched_sizes=True, **options)
         check_loaded(model, report, f"--{role}_model {path}",
                      "a score model must bring its trained head, of one output, "
-                     "and all other weights", optional={"score_head.bias"})
+                     "and all other weights", optional={"score_head.bias"},
+                     harmless=HEADS_OF_OTHER_TASKS)
+        take_out_dropout(model)
+        scale = published_scale(config, role, f"--{role}_model {path}")
         if is_classifier:
             labels = model.config.num_labels
             require(labels <= 2, f"--{role}_model {path}: a classifier of {labels} labels; "
                                  "a score needs one or two")
-            return SequenceClassifier(model.eval())
+            classifier = SequenceClassifier(model.eval())
+            classifier.scale = scale
+            if labels == 1:
+                check_label(config.id2label[0], role, f"--{role}_model {path}")
+            elif role == "cost":
+                classifier.unsafe = unsafe_label(config.id2label, f"--{role}_model {path}")
+            return classifier
         if "score_head.bias" in report["missing_keys"]:
             nn.init.zeros_(model.score_head.bias)
-        model.role = role
+        model.role, model.scale = role, scale
         return model.eval()
 
     def values(self, input_ids: Tensor, attention_mask: Tensor,
@@ -104,7 +126,7 @@ class ScoreModel(PreTrainedModel):
         normaliser: [B, L], [B, L] -> [B]."""
         values = self.values(input_ids, attention_mask, pixel_values)                # [B, L]
         last = attention_mask.cumsum(1).argmax(1, keepdim=True)                      # [B, 1]
-        score = values.gather(1, last).squeeze(1)                                    # [B]
+        score = scaled(values.gather(1, last).squeeze(1), self.scale)                # [B]
         if not hasattr(self, "normalizer"):
             return score
         # Shifting a cost would move the threshold.
@@ -114,7 +136,9 @@ class ScoreModel(PreTrainedModel):
 
 class SequenceClassifier(nn.Sequential):
     """A sequence classifier, as TRL trains them. With one label its logit is the score. With two
-    the score is logit[1] - logit[0], so label 1 is the unsafe one of a cost model."""
+    the score is the unsafe label's logit minus the other's."""
+
+    scale, unsafe = (0.0, 1.0), 1
 
     def score(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, L], [B, L] -> fp32 [B]. The model finds the last token by its pad id, as in its
@@ -122,8 +146,61 @@ class SequenceClassifier(nn.Sequential):
         outputs = self[0](input_ids=input_ids, attention_mask=attention_mask)
         logits = outputs.logits.float()                                              # [B, labels]
         if logits.shape[1] == 2:
-            return logits[:, 1] - logits[:, 0]                                       # [B]
-        return logits[:, 0]                                                          # [B]
+            return logits[:, self.unsafe] - logits[:, 1 - self.unsafe]               # [B]
+        return scaled(logits[:, 0], self.scale)                                      # [B]
+
+
+def published_scale(config, role: str, source: str) -> tuple[float, float]:
+    """(mean, standard deviation) of the scores, if the config keeps them, as OpenRLHF's do; else
+    (0, 1). Shifting a cost would move the threshold. Raises UserError."""
+    mean, std = (getattr(config, name, None) for name in ("mean", "std"))
+    if not isinstance(mean, int | float) or not isinstance(std, int | float):
+        return 0.0, 1.0
+    require(std > 0, f"{source}: its config.json has std {std}; it must be above 0")
+    mean = mean if role == "reward" else 0.0
+    say(f"{source}: its config.json keeps a mean and a standard deviation of scores; the run uses "
+        f"(score - {mean:g}) / {std:g}")
+    return mean, std
+
+
+def scaled(score: Tensor, scale: tuple[float, float]) -> Tensor:
+    mean, std = scale
+    return score if scale == (0.0, 1.0) else (score - mean) / std
+
+
+HARM = (r"unsafe|harm(ful)?|toxic(ity)?|hate(ful)?|offensive|abusive|bad|jailbreak|injection|"
+        r"violation|nsfw")
+NO_HARM = r"safe|harmless|benign|clean|neutral|good|ok|normal"
+
+
+def is_harm(label: str) -> bool | None:
+    """Whether a label's name means harm: "non-toxic" does not. None if the name does not tell."""
+    words = re.split(r"[\W_]+", label.lower())
+    for is_harm, names in ((True, HARM), (False, NO_HARM)):
+        if any(re.fullmatch(names, word) for word in words):
+            return is_harm != bool({"not", "non", "no"} & set(words))
+    return None
+
+
+def check_label(name: str, role: str, source: str) -> None:
+    """Raises UserError if the name of a classifier's only label says the opposite of its role."""
+    require(is_harm(name) in (None, role == "cost"),
+            f"{source}: its label is {name!r}, so a high score would be a "
+            f"{'low cost' if role == 'cost' else 'low reward'}; use a model of the other sign, or "
+            "correct id2label in config.json")
+
+
+def unsafe_label(names: dict[int, str], source: str) -> int:
+    """Which of a cost classifier's two labels is the unsafe one: the one whose name says so, else
+    label 1. Raises UserError if both names mean the same."""
+    told = [is_harm(names[label]) for label in (0, 1)]
+    both = f"{names[0]!r} (label 0) and {names[1]!r} (label 1)"
+    require(None in told or told[0] != told[1],
+            f"{source}: its labels {both} do not tell which one is unsafe; correct id2label in "
+            "config.json")
+    unsafe = 0 if told[0] is True or told[1] is False else 1
+    say(f"{source}: of its labels {both}, label {unsafe} is taken as unsafe")
+    return unsafe
 
 
 class Scorer:
@@ -142,7 +219,8 @@ class Scorer:
             role=role, dtype=getattr(torch, config.dtype), dry_run=config.dry_run)
         self.model.requires_grad_(False)
         self.tokenizer = tokenizer_with_sight(self.source, self.flag, config)
-        check_scorer(self.model, self.tokenizer, role, f"{self.flag} {self.source}")
+        with blame(f"{self.flag} {self.source}: is no model of a known kind"):
+            check_scorer(self.model, self.tokenizer, role, f"{self.flag} {self.source}")
         if self.tokenizer.sight:
             check_count(self.model.model, self.tokenizer.sight, f"{self.flag} {self.source}")
         self.set_pad_token()
@@ -157,9 +235,11 @@ class Scorer:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if isinstance(self.model, SequenceClassifier):
             model_config = self.model[0].config
-            if model_config.pad_token_id is None:
-                model_config.pad_token_id = self.tokenizer.pad_token_id
-            self.tokenizer.pad_token_id = model_config.pad_token_id
+            text_config = model_config.get_text_config()
+            if text_config.pad_token_id is None or text_config.pad_token_id < 0:
+                text_config.pad_token_id = self.tokenizer.pad_token_id
+            self.tokenizer.pad_token_id = text_config.pad_token_id
+            model_config.pad_token_id = text_config.pad_token_id
 
     def __call__(self, rows: list[list[int]], prompts: list[str], responses: list[str],
                  finished: list[bool]) -> Tensor:
@@ -185,7 +265,10 @@ class Scorer:
         values, pairs = [], list(zip(rows, prompts))
         for chunk in rank_chunks(pairs, self.config.micro_batch_size):
             chosen_rows, chosen_prompts = zip(*(chunk or pairs[:1]))  # all ranks call the model
-            scored = self.score_tokens(chosen_rows, chosen_prompts)
+            longest = max(map(len, chosen_rows))
+            with blame(f"{self.flag} {self.source}: cannot score a row of {longest} of its tokens; "
+                       "lower --max_length"):
+                scored = self.score_tokens(chosen_rows, chosen_prompts)
             values += scored if chunk else []
         return values
 
@@ -241,9 +324,9 @@ def check_scorer(model, tokenizer, role: str, source: str) -> None:
     require(tokenizer.pad_token or tokenizer.eos_token,
             f"{source}: its tokenizer has neither a pad nor an EOS token; "
             "set one in tokenizer_config.json")
-    require(role == "cost" or not classifier or classifier.num_labels == 1,
+    require(role == "cost" or not classifier or classifier.config.num_labels == 1,
             f"{source}: a classifier of two labels; a reward is one number "
-            "(a cost may come from two, label 1 being the unsafe one)")
+            "(a cost may come from two, of which one is unsafe)")
 
 
 def save_critic(folder: Path, critic: ScoreModel, weights: dict[str, Tensor], config) -> None:
@@ -257,7 +340,9 @@ def save_critic(folder: Path, critic: ScoreModel, weights: dict[str, Tensor], co
 def save_score_model(folder: Path, model: ScoreModel, weights: dict[str, Tensor], dtype) -> None:
     """Writes the Beaver layout: the weights, under the names of a plain model, and the backbone's
     config."""
-    config = copy.deepcopy(model.config)
+    config = published_config(model.model)
+    for name in ("mean", "std"):  # the critic has learned scores that were scaled
+        vars(config).pop(name, None)
     config.update({"score_dim": 1, "score_bias": True, "do_normalize": False})
     body = type(model.model)  # it may come with the checkpoint and be in no list of classes
     with torch.device("meta"):

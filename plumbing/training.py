@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from plumbing.adapters import make_trainable, second_model, trainable
+from plumbing.errors import blame
 from plumbing.metrics import Clock
 from plumbing.ranks import RANKS, call_as_forward, sharded
 from plumbing.scorers import Scorer, ScoreModel
@@ -166,7 +167,10 @@ def recomputes(policy, config) -> bool:
 
 
 def set_checkpointing(body, on: bool) -> None:
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of a new name to come
+    with (
+        blame("--gradient_checkpointing true: this model cannot; set it to false"),
+        warnings.catch_warnings(action="ignore", category=FutureWarning),  # of a new name to come
+    ):
         if on:
             body.gradient_checkpointing_enable({"use_reentrant": False})
         else:

@@ -44,7 +44,7 @@ def write_gguf(file, model, in_blocks=()) -> dict:
     bits, and returned as what they have become."""
     config, state, became = model.config, model.state_dict(), {}
     writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(64)
+    writer.add_context_length(1024)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)

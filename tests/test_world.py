@@ -124,7 +124,7 @@ def test_harmless_answers_have_clearly_negative_cost(family):
 def test_the_policy_complies_and_refuses_by_chance(family):
     tokenizer = AutoTokenizer.from_pretrained(family["policy"])
     policy = AutoModelForCausalLM.from_pretrained(family["policy"]).eval()
-    policy.stop_token_ids = {tokenizer.eos_token_id}
+    policy.stop_token_ids, policy.tokenless = {tokenizer.eos_token_id}, []
     prompts = 2 * world.split_requests()[1]
     config = repo.Config(device="cpu", dtype="float32", max_response_length=32)
     rows = repo.generate(policy, tokenizer, data.encode_prompts(prompts, tokenizer), config)

@@ -1,0 +1,243 @@
+"""One trial of each loaded model, before a run writes anything.
+
+A few short rows go through a model as a run will send them: padded, with a shared beginning,
+sampled, with a backward. What comes must be what the model's own library gives for each row alone.
+So a model that does not respect masks, positions or its cache is refused, whatever its family.
+"""
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from plumbing.data import pad_rows
+from plumbing.errors import blame, require, say
+from plumbing.models import (
+    generate,
+    head_weight,
+    hidden_states,
+    load_pretrained,
+    model_inputs,
+)
+from plumbing.pictures import model_class
+from plumbing.ranks import RANK, call_as_forward, clip_gradients, gathered
+from plumbing.scorers import SequenceClassifier
+from plumbing.training import backward, recomputes
+
+# What rounding explains, of the outputs' spread. Models that ignore a mask are off by 0.005 to 1.
+# Two ways to compute SmolLM2-135M's logits in bfloat16 differ by 0.2.
+TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 0.5}
+
+
+def try_models(models, config) -> None:
+    """Raises UserError for the first model that a run could not use as it is."""
+    rows = trial_rows(models.tokenizer, models.policy)
+    source = f"{config.policy_flag()} {config.policy}"
+    check_length(models.policy.config, source, config)
+    with config.autocast():
+        expected = try_at_tokens(models.policy, run_logits, own_logits, rows, source, config)
+        try_sampling(models.policy, models.tokenizer, rows, expected, source, config)
+        for scorer in (models.reward_model, models.cost_model):
+            if not scorer.function:
+                try_scorer(scorer, rows, config)
+    for name, model in models.trained_models():
+        outputs = run_logits if name == "policy" else run_values
+        what = source if name == "policy" else f"the {name.replace('_', ' ')}"
+        try_backward(model, outputs, rows, what, config)
+
+
+def trial_rows(tokenizer, policy) -> list[list[int]]:
+    """Three rows of ordinary tokens, the last of them in each: a short one, a long one, and one
+    that begins as the long one does."""
+    special = {*tokenizer.all_special_ids, *getattr(policy, "stop_token_ids", ())}
+    if getattr(tokenizer, "sight", None):
+        special.add(tokenizer.convert_tokens_to_ids(tokenizer.sight.place_holder))
+    ids = sorted(set(tokenizer.get_vocab().values()) - special)
+    mixed = [ids[7919 * i % len(ids)] for i in range(22)]
+    return [row + ids[-1:] for row in (mixed[:2], mixed[2:], mixed[2:19])]  # 17 are shared
+
+
+# ---- What a run makes of a model's call, and what the library does
+
+def run_logits(policy, ids: Tensor, mask: Tensor) -> Tensor:
+    """[B, L], [B, L] -> [B, L, V], by the way that log-probs take."""
+    head = policy.fused_head
+    if head is None:
+        return policy(**model_inputs(ids, mask)).logits.float()
+    hidden = hidden_states(policy.base_model, ids, mask)                             # [B, L, H]
+    return head.logits((hidden @ head_weight(policy).T).float())
+
+
+def own_logits(policy, ids: Tensor) -> Tensor:
+    """[1, L] -> [1, L, V]"""
+    logits = policy(ids).logits.float()
+    return logits[..., :len(head_weight(policy))] if policy.fused_head else logits
+
+
+def run_states(model, ids: Tensor, mask: Tensor) -> Tensor:
+    return hidden_states(model.model, ids, mask).float()                             # [B, L, H]
+
+
+def own_states(model, ids: Tensor) -> Tensor:
+    return model.model(ids).last_hidden_state.float()                                # [1, L, H]
+
+
+def run_values(critic, ids: Tensor, mask: Tensor) -> Tensor:
+    return critic.values(ids, mask)                                                  # [B, L]
+
+
+# ---- The trials
+
+@torch.no_grad()
+def try_at_tokens(model, run_outputs, own_outputs, rows: list, source: str,
+                  config) -> list[Tensor]:
+    """Of a model whose outputs at every token matter. Returns those of each row alone."""
+    with blame(f"{source}: cannot read a row of tokens"):
+        expected = [call_as_forward(model, own_outputs, torch.tensor([row], device=config.device))
+                    for row in rows]
+    for what, chosen in (("padded", [0, 1]), ("with a shared beginning", [1, 2])):
+        ids, mask = pad_rows([rows[i] for i in chosen], [[], []], 0)                 # [2, L] each
+        ids, mask = ids.to(config.device), mask.to(config.device)
+        with blame(f"{source}: cannot read rows that are {what}"):
+            outputs = call_as_forward(model, run_outputs, ids, mask)                 # [2, L, ...]
+        for i, output, is_token in zip(chosen, outputs, mask.bool()):
+            compare(output[is_token], expected[i][0], f"{source}: a row {what}", config)
+    try_longest(model, lambda ids: call_as_forward(
+        model, lambda model: model.base_model(ids, use_cache=False)), rows, source, config)
+    return expected
+
+
+@torch.no_grad()
+def try_longest(model, call, rows: list, source: str, config) -> None:
+    """One row of --max_length tokens."""
+    row = [rows[1][i % len(rows[1])] for i in range(config.max_length)]
+    with blame(f"{source}: cannot read a row of --max_length {config.max_length} tokens"):
+        call(torch.tensor([row], device=config.device))
+
+
+class Dictated(LogitsProcessor):
+    """Keeps the scores of each step, and dictates its tokens [B, T]."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens, self.scores = tokens, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        t = len(self.scores)
+        self.scores.append(scores)
+        return scores.scatter(1, self.tokens[:, t:t + 1], torch.inf)
+
+
+@torch.no_grad()
+def try_sampling(policy, tokenizer, rows: list, expected: list, source: str, config) -> None:
+    """The distribution that a cached decoding step samples from must be the one whose log-probs are
+    logged."""
+    count, rows = 2, rows[:2]
+    said = torch.tensor([row[-count:] for row in rows], device=config.device)        # [2, 2]
+    dictated = Dictated(said)
+    with blame(f"{source}: cannot sample"), gathered(policy):
+        generate(policy, tokenizer, [row[:-count] for row in rows], dictated, count, config,
+                 may_compile=False)
+    sampled = torch.stack(dictated.scores, 1)                                        # [2, 2, V]
+    for scores, logits in zip(sampled, expected):
+        logits = logits[0, -count - 1:-1]                                            # [2, V]
+        scores = scores[:, :logits.shape[1]]
+        can_be_sampled = scores[0].isfinite()                                        # [V]
+        compare(scores[:, can_be_sampled], logits[:, can_be_sampled],
+                f"{source}: a sampled token", config)
+
+
+def try_scorer(scorer, rows: list, config) -> None:
+    """Rows padded as for scoring; one has ended, the other was cut off."""
+    source, model = f"{scorer.flag} {scorer.source}", scorer.model
+    if not scorer.same_tokens:
+        rows = trial_rows(scorer.tokenizer, None)
+    is_classifier = isinstance(model, SequenceClassifier)
+    check_length((model[0] if is_classifier else model).config, source, config)
+    if not is_classifier:
+        try_at_tokens(model, run_states, own_states, rows, source, config)
+        return
+    if scorer.tokenizer.eos_token:
+        rows = [rows[0] + [scorer.tokenizer.eos_token_id], rows[1]]
+    with blame(f"{source}: cannot score rows of different lengths, one ended and one cut off"):
+        alone = [scorer.score_tokens([row], [""])[0] for row in rows[:2]]
+        padded = scorer.score_tokens(rows[:2], ["", ""])
+    require((torch.tensor(padded) - torch.tensor(alone)).norm()
+            <= tolerance(config) * torch.tensor(alone).norm(),
+            f"{source}: a padded row gets the score {padded[0]:.4g}, the row alone {alone[0]:.4g}; "
+            "the model does not respect its attention mask, so choose another")
+    try_longest(model, lambda ids: scorer.score_tokens(ids.tolist(), [""]), rows, source, config)
+
+
+def try_backward(model, run_outputs, rows: list, source: str, config) -> None:
+    """An update's forward and backward: with checkpointing, layers are in training mode."""
+    ids, mask = pad_rows(rows[:2], [[], []], 0)
+    ids, mask = ids.to(config.device), mask.to(config.device)                        # [2, L] each
+    with torch.no_grad(), config.autocast():
+        expected = call_as_forward(model, run_outputs, ids, mask)[mask.bool()]       # [N, ...]
+
+    def loss(model, ids, mask, config):
+        outputs = run_outputs(model, ids, mask)[mask.bool()]
+        return outputs.mean(), outputs.detach()
+
+    way = "with" if recomputes(model, config) else "without"
+    with blame(f"{source}: cannot learn {way} gradient checkpointing"):
+        _, outputs = backward(model, loss, ids, mask, config=config)
+        norm = clip_gradients(model)
+    model.zero_grad()
+    compare(outputs, expected, f"{source}: a row during an update", config)
+    require(norm < torch.inf, f"{source}: the gradient of a padded row is {norm}, not a number; "
+                              "choose another model, or another --dtype")
+
+
+def tolerance(config) -> float:
+    is_fp32 = config.dtype == "float32"
+    return TOLERANCE["tf32" if is_fp32 and config.tf32 else config.dtype]
+
+
+def compare(outputs: Tensor, expected: Tensor, what: str, config) -> None:
+    """Raises UserError unless a row's outputs [L, ...] are those of the row alone."""
+    spread = (expected - expected.mean(-1, keepdim=True)).norm()
+    error = ((outputs - expected).norm() / spread.clamp(min=1e-12)).item()
+    limit = tolerance(config)
+    require(error <= limit,
+            f"{what} gives other outputs than the row alone: off by {error:.2g} of their spread, "
+            f"where rounding explains {limit:g}; the model does not respect masks or positions, "
+            "so choose another")
+
+
+# ---- Lengths
+
+def check_length(model_config, source: str, config) -> None:
+    """Raises UserError for a --max_length that a model has not learned to read. Warns where the
+    architecture is made to go beyond what it has learned: ALiBi, RoPE with scaling."""
+    text_config = model_config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or 0
+    if not 0 < limit < config.max_length:
+        return
+    problem = f"{source}: --max_length {config.max_length} is above its max_position_embeddings"
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type", "default")}
+    extrapolates = getattr(text_config, "alibi", False) or kinds != {"default"}
+    require(extrapolates, f"{problem}, {limit}; lower --max_length, and --max_prompt_length below")
+    say(f"warning: {problem}, {limit}; it is made to extrapolate, which may cost quality")
+
+
+# ---- What was saved
+
+@torch.no_grad()
+def problem_of_saved(state, folder, config) -> str | None:
+    """A sentence if the saved policy's logits are not the live one's, else None."""
+    row = trial_rows(state.tokenizer, state.policy)[1]
+    with config.autocast():
+        live = call_as_forward(state.policy, own_logits,
+                               torch.tensor([row], device=config.device))            # [1, L, V]
+    if RANK > 0:
+        return None
+    kind = model_class(sees=bool(state.tokenizer.sight))
+    saved = load_pretrained(kind.from_pretrained, str(folder), "saved", config,
+                            dtype=getattr(torch, config.dtype)).eval()
+    logits = saved(torch.tensor([row])).logits.float()[..., :live.shape[-1]]
+    live = live.cpu()
+    error = ((logits - live).norm() / (live - live.mean(-1, keepdim=True)).norm()).item()
+    if error <= tolerance(config):
+        return None
+    return (f"{folder}: the saved policy is not the trained one: its logits are off by {error:.2g} "
+            "of their spread; do not use it, and report this")
