@@ -759,7 +759,7 @@ BUGS = [
     Bug("plumbing/models.py", "trial", "load: weights without a place are dropped",
         "require(not left_out,", "require(True,"),
     Bug("plumbing/models.py", "trial", "load: an adapter is ignored",
-        'require(not in_checkpoint(source_or_path, "adapter_config.json"),', "require(True,"),
+        'require(not (path / "adapter_config.json").is_file(),', "require(True,"),
     Bug("plumbing/models.py", "trial", "sampling: ids without a token",
         "never = [draw], list(policy.tokenless)", "never = [draw], []"),
     Bug("plumbing/models.py", "trial", "log-probs: ids without a token have a share",
