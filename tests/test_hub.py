@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -563,6 +564,7 @@ def test_a_hub_that_never_answers_is_asked_once(run, online, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         point_to(f"http://127.0.0.1:{silent.getsockname()[1]}", monkeypatch)
         monkeypatch.setattr(hub, "SECONDS", 0.5)
+        threading.Timer(5, silent.close).start()  # a run that waits for it fails, and soon
         begin = time.monotonic()
         code, out, printed = run("--model", "alpaca-7b", "--device", "cpu")
     assert code == 2 and f"error: --policy {POLICY}, --reward_model PKU-" in printed
