@@ -16,7 +16,6 @@ from threading import Thread
 from typing import NamedTuple
 
 import transformers
-from httpx2 import TransportError
 from huggingface_hub import (
     constants,
     get_cached_repo_tree,
@@ -28,6 +27,7 @@ from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -216,9 +216,10 @@ def hub_problem(error: Exception) -> str | None:
     """A sentence for an error of the hub or of the way to it."""
     cause = error.__cause__
     if isinstance(error, LocalEntryNotFoundError) and not isinstance(cause, HfHubHTTPError):
-        return (f"the hub does not answer ({check_hub() or type(cause).__name__}), and the cache "
-                "has not all of it; run again later, or fetch it where there is a network (hf "
-                "download NAME; with --repo-type dataset for data) and give the folder")
+        return ("no such folder here, the hub does not answer "
+                f"({check_hub() or type(cause).__name__}), and the cache has not all of it; run "
+                "again later, or fetch it where there is a network (hf download NAME; with "
+                "--repo-type dataset for data) and give the folder")
     error = cause if isinstance(error, LocalEntryNotFoundError) else error
     if isinstance(error, GatedRepoError):
         return GATED[bool(get_token())]
@@ -226,7 +227,7 @@ def hub_problem(error: Exception) -> str | None:
         status = error.response.status_code
         again = f"the hub answers {status}; run again later, what is complete stays"
         return MISSING.get(type(error)) or (again if is_trouble(status) else REFUSED.get(status))
-    if isinstance(error, TransportError) or "Consistency check failed" in str(error):
+    if isinstance(error, HTTPError) or "Consistency check failed" in str(error):
         return f"the download broke off ({type(error).__name__}); run again, what is complete stays"
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return (f"the cache of the hub, {constants.HF_HUB_CACHE}, cannot be written "

@@ -487,8 +487,8 @@ def own_code(hub: SmallHub) -> None:
      f"--policy {POLICY}: the hub answers 429; run again later"),
     ("", lambda hub: hub.faults.append(("", 503)),
      f"--policy {POLICY}, --reward_model PKU-Alignment/beaver-7b-v1.0-reward, --cost_model {COST}, "
-     f"--dataset {PKU}, --eval_dataset {PKU}, --ptx_dataset tatsu-lab/alpaca: the hub does not "
-     "answer (it answers 503), and the cache has not all of it; run again later, or fetch it"),
+     f"--dataset {PKU}, --eval_dataset {PKU}, --ptx_dataset tatsu-lab/alpaca: no such folder here, "
+     "the hub does not answer (it answers 503), and the cache has not all of it; run again later"),
     ("", own_code, f"--policy {POLICY}: cannot be loaded without its custom code; read that code"),
     ("", lambda hub: change(hub, POLICY, config__json='{"model_type": "new"}'),
      f"--policy {POLICY}: cannot be loaded: transformers {transformers.__version__} does not know"),
