@@ -18,10 +18,13 @@ from transformers import (
 from plumbing.data import (
     BEAVER_TEMPLATE,
     check_turns,
+    closing,
     closing_ids,
-    conversation_ids,
+    conversation_texts,
+    encode,
     pad_rows,
     pixels_for,
+    render_prompt,
 )
 from plumbing.errors import blame, failing_together, require, say
 from plumbing.functions import is_function, load_function
@@ -274,12 +277,19 @@ class Scorer:
 
     def encode(self, rows: list[list[int]], prompts: list[str], responses: list[str],
                finished: list[bool]) -> list[list[int]]:
-        """What the score model reads: the texts in its own tokens and template. If the policy has
-        the same, the policy's tokens, with all that the template writes after an answer in the
-        place of the token that ended this one."""
+        """What the score model reads: the conversations in its own template and tokens. Where it
+        has the policy's tokens and the template leaves prompt and answer as they are, these are the
+        policy's tokens, with all that the template writes after an answer in the place of the token
+        that ended this one."""
+        texts = conversation_texts(self.tokenizer, prompts, responses, finished)
+        read, end = encode(texts, self.tokenizer), closing(self.tokenizer)
         if not self.same_tokens:
-            return conversation_ids(self.tokenizer, prompts, responses, finished)
-        return [row[:-1] + self.closing if ended else row for row, ended in zip(rows, finished)]
+            return read
+        for i, (row, ended) in enumerate(zip(rows, finished)):
+            said = render_prompt(prompts[i], self.tokenizer) + responses[i]
+            if texts[i] == said + end * ended:
+                read[i] = row[:-1] + self.closing if ended else row
+        return read
 
     def check_prompts(self, prompts: list[str]) -> None:
         """Raises UserError for prompts that the score model's template refuses or writes in

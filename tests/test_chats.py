@@ -151,8 +151,7 @@ def test_a_token_across_the_border_takes_nothing_from_an_answer(is_sentence_piec
     assert tokenizer.convert_ids_to_tokens(answer) == [*"(yes)", "</s>"]
 
 
-@pytest.mark.parametrize("opens", [False, True])
-def test_a_template_that_thinks_first(opens):
+def thinking_tokenizer(opens: bool):
     """The prompt of DeepSeek's opens a thought, which its conversations leave out. Qwen's
     conversations have an empty one, which its prompt leaves out."""
     thought, empty = ("<think>\n", "") if opens else ("", "<think></think>")
@@ -160,6 +159,12 @@ def test_a_template_that_thinks_first(opens):
     tokenizer.chat_template = TEMPLATES["chatml"][0].replace(
         "assistant\n'", f"assistant\n{thought}'").replace(
         "m.content", f"('{empty}' if m.role == 'assistant' else '') + m.content")
+    return tokenizer, thought, empty
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_template_that_thinks_first(opens):
+    tokenizer, thought, empty = thinking_tokenizer(opens)
     [(prompt, answer)] = encode_pairs([("Hi", "(fine)")], tokenizer)
     assert tokenizer.decode(prompt) == READ["chatml"][0] + thought
     assert tokenizer.decode(answer) == f"{empty}(fine)<|im_end|>"
@@ -185,6 +190,21 @@ def test_the_same_tokens_in_the_same_template_are_read_with_the_templates_end(tm
         [read] = scorer.encode([row], ["Hi"], ["fi"], [True])
         assert read == prompt + said + [turn] + tokenizer("\n", add_special_tokens=False).input_ids
     assert scorer.encode([row[:-1]], ["Hi"], ["fi"], [False]) == [row[:-1]]
+
+
+@pytest.mark.parametrize("kind, answer", [
+    ("opens", "fi"), ("closes", "fi"), ("gemma", " fi\n"), ("llama2", "fi")])
+def test_the_same_tokens_are_read_anew_where_the_template_writes_an_answer_in_another_way(
+    tmp_path, kind, answer
+):
+    tokenizer = tokenizer_of(kind) if kind in TEMPLATES else thinking_tokenizer(kind == "opens")[0]
+    scorer = scorer_for(tmp_path, tokenizer, tokenizer)
+    [prompt] = encode_prompts(["Hi"], tokenizer)
+    row = prompt + tokenizer(answer, add_special_tokens=False).input_ids + [end_of_turn(tokenizer)]
+    [read, cut_off] = scorer.encode([row, row[:-1]], ["Hi"] * 2, [answer] * 2, [True, False])
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    assert scorer.same_tokens and read == as_library(tokenizer, chat)
+    assert [cut_off] == conversation_ids(tokenizer, ["Hi"], [answer], [False])
 
 
 @pytest.mark.parametrize("changed", ["chat_template", "eos_token"])
