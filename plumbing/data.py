@@ -21,7 +21,9 @@ from plumbing.pictures import Pictured, with_picture
 
 def read_better_response(row: dict) -> tuple[str, str | None]:
     """PKU-SafeRLHF. The more helpful response is the answer."""
-    return to_pair(row["prompt"], row[f"response_{int(row['better_response_id'])}"])
+    if row["better_response_id"] is None:
+        return to_pair(filled(row["prompt"]))
+    return to_pair(filled(row["prompt"]), row[f"response_{float(row['better_response_id']):g}"])
 
 
 def read_instruction(row: dict) -> tuple[str, str | None]:
@@ -33,7 +35,7 @@ def read_instruction(row: dict) -> tuple[str, str | None]:
 
 def read_preference(row: dict) -> tuple[str, str | None]:
     """HH-RLHF."""
-    return to_pair(row.get("prompt") or row["chosen"])
+    return to_pair(row.get("prompt") or filled(row["chosen"]))
 
 
 def read_behavior(row: dict) -> tuple[str, str | None]:
@@ -50,7 +52,18 @@ def read_message(row: dict):
 
 def columns_reader(prompt: str, answer: str | None = None):
     """A reader of two columns, or of one."""
-    return lambda row: to_pair(row[prompt], row[answer] if answer else None)
+    return lambda row: to_pair(filled(row[prompt]), row[answer] if answer else None)
+
+
+def read_conversation(row: dict) -> tuple[str, str | None]:
+    """A column of messages; in csv files a cell is JSON."""
+    messages = filled(row["messages"])
+    return to_pair(json.loads(messages) if isinstance(messages, str) and messages else messages)
+
+
+def filled(cell):
+    """An empty cell is an empty prompt."""
+    return "" if cell is None else cell
 
 
 FORMATS = {  # columns -> reader of a row; the first format whose columns are all present is used
@@ -61,7 +74,7 @@ FORMATS = {  # columns -> reader of a row; the first format whose columns are al
     ("instruction", "response"): read_instruction,
     ("chosen", "rejected"): read_preference,
     ("prompt",): columns_reader("prompt"),
-    ("messages",): columns_reader("messages"),
+    ("messages",): read_conversation,
     ("instruction",): read_instruction,  # safety-tuned-llamas, whose lists become rows
     ("goal", "target"): columns_reader("goal"),  # AdvBench
     ("Goal",): columns_reader("Goal"),  # JailbreakBench, whose Behavior is a title
@@ -73,8 +86,12 @@ FORMATS = {  # columns -> reader of a row; the first format whose columns are al
     ("role", "text"): read_message,
     ("text",): columns_reader("text"),
 }
+UNREAD = ("system", "system_prompt", "tools")
 # Columns of a prompt's category; the first one present is used. "type" is XSTest's.
 CATEGORIES = ("category", "Category", "SemanticCategory", "types_of_harm", "tags", "type")
+# Labels of safety, as files of many formats write them.
+TRUTHS = {"true": True, "yes": True, "1": True, "1.0": True,
+          "false": False, "no": False, "0": False, "0.0": False}
 
 
 def reader_of(rows: Rows, prompt_column: str | None, source: str):
@@ -85,6 +102,8 @@ def reader_of(rows: Rows, prompt_column: str | None, source: str):
     known = {columns: reader for columns, reader in FORMATS.items() if set(columns) <= names}
     if prompt_column:
         known = {(prompt_column,): columns_reader(prompt_column)} if prompt_column in names else {}
+    else:
+        check_columns(rows, source)
     if not known or not has_pictures(rows, source):
         return next(iter(known.values()), None)
 
@@ -97,6 +116,14 @@ def reader_of(rows: Rows, prompt_column: str | None, source: str):
         return with_picture(prompt, row["image"], folder), answer
 
     return read_both
+
+
+def check_columns(rows: Rows, source: str) -> None:
+    """Raises UserError for columns that belong to a prompt and are in no format."""
+    unread = [name for name in UNREAD if any(row.get(name) for row in rows)]
+    require(not unread,
+            f"{source}: has a column {', '.join(unread)}, which is not read; put it into a list of "
+            "messages, take it out, or name the column of prompts with --prompt_column")
 
 
 def has_pictures(rows: Rows, source: str) -> bool:
@@ -136,10 +163,8 @@ def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dat
                 pairs.append((prompt, answer))
                 places.append(place)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            is_odd = isinstance(error, ValueError)
-            require(None in row.values() and not is_odd,  # a row with an empty cell is dropped
-                    f"{place} does not hold what its columns promise ({', '.join(row)})"
-                    + f": {error}" * is_odd)
+            require(False, f"{place} does not hold what its columns promise ({', '.join(row)})"
+                           + f": {error}" * isinstance(error, ValueError))
 
     require(pairs, f"{flag} {source}: none of its {len(rows)} rows has a prompt")
     if tokenizer:
@@ -150,9 +175,19 @@ def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dat
 
 
 def is_labelled_unsafe(row: dict) -> bool:
-    """Whether a row's answer is: BeaverTails, PKU-SafeRLHF."""
+    """Whether a row's answer is: BeaverTails, PKU-SafeRLHF. Raises ValueError for a label that is
+    neither true nor false."""
     better = row.get("better_response_id")
-    return row.get("is_safe" if better is None else f"is_response_{better}_safe") is False
+    label = row.get("is_safe" if better is None else f"is_response_{float(better):g}_safe")
+    return label is not None and not truth_of(label)
+
+
+def truth_of(label) -> bool:
+    """A label as a bool. Raises ValueError for one that is neither true nor false."""
+    word = str(label).strip().lower()
+    if word not in TRUTHS:
+        raise ValueError(f"the label {label!r} is neither true nor false")
+    return TRUTHS[word]
 
 
 def text_or_none(answer) -> str | None:

@@ -9,6 +9,7 @@ import lzma
 import re
 import shutil
 import tempfile
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ CARDS = (  # files that say what is in a data set
 )
 POINTER = b"version https://git-lfs"
 SPACE = re.compile(r"\s*")
-BOOLS = {"True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False}
+END = "end of the file"  # a row of its own, unless a quotation mark before it is open
 
 
 class Rows(list):
@@ -59,9 +60,9 @@ def read_rows(source: str, flag: str) -> Rows:
 
 
 def path_of(source: str) -> Path:
-    """A source's path, without a :CONFIG:SPLIT."""
-    whole = Path(source).expanduser()
-    return whole if whole.exists() else Path(source.partition(":")[0]).expanduser()
+    """A source's path, without a :CONFIG:SPLIT, which a file does not have."""
+    whole, before = Path(source).expanduser(), Path(source.partition(":")[0]).expanduser()
+    return whole if whole.exists() or before.is_file() else before
 
 
 def is_data_set(source: str) -> bool:
@@ -204,15 +205,15 @@ def read_json(file) -> list[dict]:
 
 
 def read_csv(file) -> list[dict]:
-    """Cells are text, except empty ones and columns of True and False."""
+    """Cells are text, except empty ones."""
     csv.field_size_limit(2**31 - 1)
-    rows = list(csv.DictReader(text_of(file, ""), strict=True))
-    if any(None in row for row in rows):
+    *rows, last = filter(None, csv.reader(chain(text_of(file, ""), [END])))
+    if last != [END]:
+        raise ValueError("a quotation mark at the start of a cell is not closed")
+    names = [name.strip() for row in rows[:1] for name in row]
+    if any(len(row) > len(names) for row in rows):
         raise ValueError("a row has more cells than there are columns")
-    of_bools = {name for row in rows[:1] for name in row
-                if BOOLS.keys() >= {each[name] for each in rows}}
-    return [{name: BOOLS[cell] if name in of_bools else cell or None for name, cell in row.items()}
-            for row in rows]
+    return [{name: cell or None for name, cell in zip_longest(names, row)} for row in rows[1:]]
 
 
 def read_parquet(file) -> list[dict]:

@@ -3,12 +3,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing.chats import to_pair
-from plumbing.data import check_turns, conversation_ids, has_pictures, require_sight
+from plumbing.data import check_turns, conversation_ids, has_pictures, require_sight, truth_of
 from plumbing.errors import blame, require, say
 from plumbing.files import read_rows
 from plumbing.pictures import with_picture
-
-UNSAFE = {"yes": False, "no": True, True: False, False: True}  # of is_response_i_safe
 
 
 class Pair(NamedTuple):
@@ -30,7 +28,7 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
     better_id = "better_response_id" if role == "reward" else "safer_response_id"
     counted_id = "more_helpful_response_id" if role == "reward" else "safer_response_id"
     if {"prompt", "response_0", "response_1", better_id} <= columns:
-        read = read_two_responses(better_id, "is_response_0_safe" in columns)
+        read = read_two_responses(better_id)
     elif {"question", "response_1", "response_2", counted_id} <= columns:
         read = read_counted_responses(counted_id)
     elif {"chosen", "rejected"} <= columns:
@@ -46,7 +44,7 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
                  for (prompt, *rest), row in zip(texts, rows)]
         require_sight(texts[0], tokenizer, f"{flag} {source}")
     require(role == "reward" or all(unsafe for *_, unsafe in texts),
-            f"{flag} {source}: has no labels of safety (is_response_0_safe); "
+            f"{flag} {source}: has no labels of safety (is_response_0_safe), or not in all rows; "
             "a cost model needs them")
 
     check_turns(((f"{flag} {source}: row {number}", prompt)
@@ -61,14 +59,19 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
     return [pair.prompt for pair in kept], kept
 
 
-def read_two_responses(better_id: str, has_signs: bool):
+def unsafe_of(row: dict, ids: tuple[int, int]) -> tuple[bool, bool] | None:
+    """Whether each response is labelled unsafe; None where a label is missing."""
+    labels = [row.get(f"is_response_{i}_safe") for i in ids]
+    return None if None in labels else tuple(not truth_of(label) for label in labels)
+
+
+def read_two_responses(better_id: str):
     """PKU-SafeRLHF: row -> (prompt, better, worse, whether each is unsafe)."""
     def read(row: dict) -> tuple:
         better = int(row[better_id])
         ids = better, 1 - better
-        unsafe = tuple(not row[f"is_response_{i}_safe"] for i in ids) if has_signs else None
         prompt, _ = to_pair(row["prompt"])
-        return prompt, *(row[f"response_{i}"] for i in ids), unsafe
+        return prompt, *(row[f"response_{i}"] for i in ids), unsafe_of(row, ids)
 
     return read
 
@@ -78,8 +81,7 @@ def read_counted_responses(better_id: str):
     def read(row: dict) -> tuple:
         better = int(row[better_id])
         ids = better, 3 - better
-        unsafe = tuple(UNSAFE[row[f"is_response_{i}_safe"]] for i in ids)
-        return row["question"], *(row[f"response_{i}"] for i in ids), unsafe
+        return row["question"], *(row[f"response_{i}"] for i in ids), unsafe_of(row, ids)
 
     return read
 

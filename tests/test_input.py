@@ -56,6 +56,9 @@ FILES = {
     "mixed.jsonl": '{"prompt": "a"}\n{"prompt": {"b": 1}}\n',
     "images.jsonl": CHAT_OF_IMAGES * 20,
     "better.jsonl": THIRD_OF_TWO,
+    "null_beside.jsonl": '{"prompt": 5, "x": null}\n' * 20,
+    "system.jsonl": '{"prompt": "a", "response": "b", "system": "c"}\n' * 20,
+    "tools.jsonl": '{"messages": [], "tools": [{"name": "f"}]}\n' * 20,
     "null_turn.jsonl": '{"messages": [{"role": "user", "content": null}], "x": null}\n',
     "oasst.jsonl": '{"role": "prompter", "text": "a", "parent_id": null}\n' * 20,
     "half.jsonl": '{"prompt": "\\ud83d"}\n' * 20,
@@ -260,7 +263,7 @@ CANNOT_BE_READ = ("broken.jsonl", "binary.jsonl", "fake.parquet", "fake.jsonl.gz
                   "latin.jsonl", "latin.csv", "latin.txt", "utf16.txt", "number.json", "wide.csv",
                   "open.csv")
 ODD_ROWS = ("numbers.jsonl", "nested.jsonl", "lists.jsonl", "images.jsonl", "better.jsonl",
-            "null_turn.jsonl", "half.jsonl")
+            "null_beside.jsonl", "null_turn.jsonl", "half.jsonl")
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -270,6 +273,9 @@ ODD_ROWS = ("numbers.jsonl", "nested.jsonl", "lists.jsonl", "images.jsonl", "bet
     ("--dataset {}/mixed.jsonl", "row 1 does not hold what its columns promise (prompt)"),
     ("--dataset {}/oasst.jsonl", "(role, text, parent_id): it is one message of a conversation; "),
     ("--dataset {}/header.csv", "header.csv: has no rows"),
+    ("--dataset {}/good.jsonl:test", "good.jsonl:test: no such file"),
+    ("--dataset {}/system.jsonl", "has a column system, which is not read; put it into a list of"),
+    ("--dataset {}/tools.jsonl", "tools.jsonl: has a column tools, which is not read"),
     ("--dataset {}/pointer.jsonl", "pointer.jsonl is a Git LFS pointer, not the file itself"),
     ("--dataset {}/empty.jsonl", "empty.jsonl: the file is empty"),
     ("--dataset {}/notes.docx", "notes.docx: cannot tell its format"),

@@ -145,7 +145,8 @@ def test_both_kinds_of_pairs_are_read(tmp_path, family):
     assert prompt == "paint boat 0" and "Sure." in better and "No." in worse and unsafe is None
     prompt, better, worse, unsafe = texts([PKU], "reward")
     assert better.split("ASSISTANT:")[1].startswith("b") and unsafe == (True, False)
-    _, safer, other, unsafe = texts([PKU], "cost")
+    as_text = {"is_response_0_safe": "True", "is_response_1_safe": "False"}
+    _, safer, other, unsafe = texts([PKU | as_text], "cost")
     assert safer.split("ASSISTANT:")[1].startswith("a") and unsafe == (False, True)
 
 
@@ -154,6 +155,7 @@ def test_both_kinds_of_pairs_are_read(tmp_path, family):
     (supervised, ("--data", "{prompts}"), "no row has an answer"),
     (supervised, ("--data", "{hh}", "--batch_size", 99), "fewer than --batch_size 99"),
     (score_models, ("--role", "cost", "--data", "{hh}"), "has no labels of safety"),
+    (score_models, ("--role", "cost", "--data", "{unlabelled}"), "or not in all rows"),
     (score_models, ("--data", "{prompts}"), "neither prompt, response_0, response_1"),
     (score_models, ("--data", "{hh}", "--max_tokens", 2), "longer than --max_tokens 2"),
 ])
@@ -161,6 +163,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     family, tmp_path, capsys, script, flags, says,
 ):
     names = {"hh": written(tmp_path / "hh.jsonl", HH), "out": tmp_path / "out",
+             "unlabelled": written(tmp_path / "u.jsonl", [PKU | {"is_response_1_safe": None}]),
              "prompts": written(tmp_path / "prompts.jsonl", [{"prompt": "p"}] * 3)}
     flags = [str(flag).format(**names) for flag in flags]
     assert train(script, *flags, "--json", tmp_path / "figures.json") == 2

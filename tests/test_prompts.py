@@ -111,6 +111,10 @@ FORMATS = {  # rows of a file, and what is read from them
                      [("one", "two"), ("one", None)]),
     "prompts.csv": ([{"prompt": "a, b", "extra": "x"}, {"prompt": "c", "extra": "y"}],
                     [("a, b", None), ("c", None)]),
+    "text.csv": ([{"messages": json.dumps(ANSWERED)}, {"messages": ""}], [(TRANSCRIPT, "four")]),
+    "spaced.csv": ([{"prompt": "a", " response": " x"}], [("a", " x")]),
+    "unrated.jsonl": ([PKU | {"better_response_id": None}], [("p", None)]),
+    "system.jsonl": ([{"prompt": "a", "system": None, "tools": []}], [("a", None)]),
     "pairs.csv": ([{"prompt": "a", "response": "x"}], [("a", "x")]),
     "trl.jsonl": ([{"prompt": "a", "chosen": "good", "rejected": "bad"}], [("a", None)]),
     "open.jsonl": ([{"prompt": "\n\nHuman: a\n\nAssistant:", "response": "x"}], [("a", "x")]),
@@ -137,6 +141,29 @@ def test_formats(tmp_path, name):
 def test_ptx_learns_no_answer_that_is_labelled_unsafe(tmp_path, name, answers):
     source = write(tmp_path / name, FORMATS[name][0])
     assert [answer for _, answer in load_pairs(source, safe_only=True)] == answers
+
+
+@pytest.mark.parametrize("name, safe, unsafe", [
+    ("b.csv", "True", "False"), ("n.csv", "1.0", "0.0"), ("n.jsonl", 1, 0), ("y.jsonl", "yes", "no")
+])
+def test_labels_of_safety_in_every_spelling(tmp_path, name, safe, unsafe):
+    rows = [{"prompt": "p", "response": answer, "is_safe": label}
+            for answer, label in (("bad", unsafe), ("good", safe), ("unknown", None))]
+    source = write(tmp_path / name, rows)
+    assert [answer for _, answer in load_pairs(source, safe_only=True)] == [None, "good", "unknown"]
+    source = write(tmp_path / f"better_{name}", [
+        PKU | {"better_response_id": 1.0, "is_response_1_safe": unsafe},
+        PKU | {"better_response_id": 1.0, "is_response_1_safe": safe}])
+    assert [answer for _, answer in load_pairs(source, safe_only=True)] == [None, "b"]
+    source = write(tmp_path / f"odd_{name}", [rows[0] | {"is_safe": "perhaps"}])
+    with pytest.raises(UserError, match="row 0 .*the label 'perhaps' is neither true nor false"):
+        load_pairs(source, safe_only=True)
+
+
+def test_text_behind_a_quotation_mark_in_csv(tmp_path):
+    source = tmp_path / "q.csv"
+    source.write_text('prompt,response\n"Hello, you" he said,x\nsay "hi",y')
+    assert load_pairs(str(source)) == [("Hello, you he said", "x"), ('say "hi"', "y")]
 
 
 def test_a_file_is_what_is_on_disk(tmp_path):
