@@ -355,16 +355,18 @@ def encode_pairs(pairs: list[tuple[str, str | None]], tokenizer) -> list[tuple[l
     if not pairs:
         return []
     prompts, answers = zip(*pairs)
-    texts = conversation_texts(tokenizer, prompts, answers, [True] * len(pairs))
     prompt_ids, end, encoded = encode_prompts(prompts, tokenizer), end_of_turn(tokenizer), []
+    ends = closing_ids(tokenizer).count(end)  # if 0, the end comes right after the answer
+    texts = conversation_texts(tokenizer, prompts, answers, [ends > 0] * len(pairs))
     for (prompt, said), ids, text, whole in zip(pairs, prompt_ids, texts, encode(texts, tokenizer)):
         answer = whole[len(ids):]
         if whole[:len(ids)] != ids:
-            before, after = render_prompt(prompt, tokenizer), (said or "") + closing(tokenizer)
+            before = render_prompt(prompt, tokenizer)
+            after = (said or "") + closing(tokenizer) * (ends > 0)
             if text.startswith(before):
                 after = text.removeprefix(before)
             answer = ids_after(ids, after, tokenizer)
-        if end in answer:  # what the template writes after it is never sampled
+        for _ in range(min(ends, answer.count(end))):  # what follows the first is never sampled
             answer = answer[:len(answer) - answer[::-1].index(end) - 1]
         encoded.append((ids, [*answer, end]))
     return encoded
@@ -459,13 +461,13 @@ def require_sight(prompts: list[str], tokenizer, source: str) -> None:
 
 
 def without_special_tokens(prompts: list[str], tokenizer, source: str) -> list[str]:
-    """The prompts without special tokens of the tokenizer and without tokens of its template, which
-    could end the turn and start another. Raises UserError if no prompt is left."""
-    [written] = conversation_texts(tokenizer, ["Hi"], ["Yes"], [True])
-    if tokenizer.chat_template:
-        written += tokenizer.get_chat_template()  # which writes other tokens for other turns
-    special = [token.content for token in tokenizer.added_tokens_decoder.values()
-               if token.content.strip() and (token.special or token.content in written)]
+    """The prompts without special tokens of the tokenizer and without tokens, other than words,
+    that its template writes in a conversation: they could end the turn and start another. Raises
+    UserError if no prompt is left."""
+    [written] = conversation_ids(tokenizer, ["Hi"], ["Yes"], [True])
+    special = [token.content for number, token in tokenizer.added_tokens_decoder.items()
+               if token.content.strip()
+               and (token.special or number in written and not token.content.isalnum())]
     if not special:
         return prompts
     spelled = re.compile("|".join(map(re.escape, special)))

@@ -163,8 +163,13 @@ def chosen_part(words: list[str], folder: Path, place, label: str) -> Part:
 
 def check_pointer(path: Path, source: str) -> None:
     """Raises UserError for a Git LFS pointer, which stands where a file was not fetched; in a
-    folder for the first."""
-    for file in filter(Path.is_file, sorted(path.iterdir()) if path.is_dir() else [path]):
+    model's folder for the first of the files that are read."""
+    files = [path]
+    if path.is_dir():
+        sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())
+                 if file.is_file()}
+        files = [path / name for name in hub.model_files(sizes, True)]
+    for file in files:
         with file.open("rb") as opened:
             require(opened.read(len(POINTER)) != POINTER,
                     f"{source}: {file.name} is a Git LFS pointer, not the file itself; "

@@ -43,6 +43,7 @@ from plumbing.ranks import RANK
 SECONDS = 5  # for the first answer
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # of a file, and its name in the cache
+PAGE = {".gif", ".jpeg", ".jpg", ".mp4", ".pdf", ".png", ".svg", ".webp"}
 WEIGHTS = {".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".safetensors"}
 
 
@@ -186,8 +187,9 @@ def model_folder(source: str, label: str, with_weights: bool, will_have_weights:
 
 
 def model_files(sizes: dict[str, int], with_weights: bool) -> list[str]:
-    """The files that transformers reads: it looks into no folder and prefers safetensors."""
-    names = [name for name in sizes if "/" not in name]
+    """The files that transformers reads: it looks into no folder, prefers safetensors, and needs
+    nothing that a model's page shows."""
+    names = [name for name in sizes if "/" not in name and Path(name).suffix not in PAGE]
     small = [name for name in names if Path(name).suffix not in WEIGHTS]
     layouts = (fnmatch.filter(names, pattern)
                for pattern in ("model*.safetensors", "pytorch_model*.bin"))

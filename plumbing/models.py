@@ -27,7 +27,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from plumbing import hub
-from plumbing.data import encode_prompts, end_of_turn, pad_rows, render_prompt
+from plumbing.data import encode_prompts, end_of_turn, pad_rows, render, render_prompt
 from plumbing.errors import UserError, blame, require, say
 from plumbing.files import check_pointer, find_part, is_data_set
 from plumbing.functions import check_function, is_function
@@ -155,7 +155,8 @@ def load_tokenizer(config):
 
 
 def tokenizer_with_sight(source: str, flag: str, config):
-    """A model's tokenizer. Its `sight` says how the model reads pictures; None if it reads none."""
+    """A model's tokenizer. Its `sight` says how the model reads pictures; None if it reads none.
+    Raises UserError for a chat template that fails or leaves the user's text out."""
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, source, flag, config)
     tokenizer.sight, tokenizer.date = None, config.date
     if not source.endswith(".gguf"):  # always a language model, and its config is slow to read
@@ -164,6 +165,10 @@ def tokenizer_with_sight(source: str, flag: str, config):
                                      str(folder_of(source, flag, config)), flag)
         if tokenizer.sight:
             set_chat_template(tokenizer, tokenizer.sight.source)
+    with blame(f"{flag} {source}: its chat template fails"):
+        text = render([{"role": "user", "content": "turn 0."}], tokenizer)
+    require("turn 0." in text, f"{flag} {source}: its chat template leaves out what the user says; "
+                               "perhaps it reads a list of parts, where it should read text")
     return tokenizer
 
 

@@ -170,6 +170,16 @@ def test_a_template_that_thinks_first(opens):
     assert tokenizer.decode(answer) == f"{empty}(fine)<|im_end|>"
 
 
+@pytest.mark.parametrize("after", ["\n\n", "", "</s></s>", "</s>\n</s>"])
+def test_ptx_teaches_one_end_and_nothing_that_the_template_writes_around_it(after):
+    tokenizer = tokenizer_of("beaver")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '" + after + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}")
+    [(_, answer)] = encode_pairs([("Hi", "fine.")], tokenizer)
+    assert tokenizer.decode(answer) == "fine.</s>"
+
+
 # ---- score models beside a policy
 
 
@@ -236,9 +246,11 @@ def test_an_answer_ends_with_what_the_template_or_the_models_config_names(tmp_pa
 
 
 def test_prompts_that_spell_a_token_of_the_template_are_left_out(tmp_path, capsys):
-    rows = [{"prompt": "a"}, {"prompt": "a<end_of_turn>b"}, {"prompt": "<start_of_turn>"}]
-    source = write(tmp_path / "p.jsonl", rows)
-    assert repo.load_prompts(source, tokenizer=tokenizer_of("gemma", special=False)) == ["a"]
+    """But not those with added tokens that are words of it."""
+    rows = [{"prompt": "a model, if"}, {"prompt": "a<end_of_turn>b"}, {"prompt": "<start_of_turn>"}]
+    source, tokenizer = write(tmp_path / "p.jsonl", rows), tokenizer_of("gemma", special=False)
+    tokenizer.add_tokens(["model", "if"])
+    assert repo.load_prompts(source, tokenizer=tokenizer) == ["a model, if"]
     assert "2 prompts that spell special tokens" in capsys.readouterr().out
     assert len(repo.load_prompts(source, tokenizer=tokenizer_of("beaver"))) == 3
 

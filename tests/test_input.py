@@ -124,6 +124,16 @@ def write_odd_policies(at: Path, policy: Path, tokenizer) -> None:
     content["model"]["vocab"]["far"] = 999
     gaps.write_text(json.dumps(content))
     (copy_of(policy, at / "pointer") / "model.safetensors").write_text(POINTER)
+    unused = copy_of(policy, at / "unused_pointers")
+    for name in ("page.png", "pytorch_model.bin"):
+        (unused / name).write_text(POINTER)
+    for name, template in {
+        "odd_template": "{% if %}",
+        "tools_template": "{{ tools[0].name }}{{ messages[0].content }}",
+        "parts_template": "{% for m in messages %}{% for part in m.content %}{{ part.text }}"
+                          "{% endfor %}{% endfor %}",
+    }.items():
+        (copy_of(policy, at / name) / "chat_template.jinja").write_text(template)
     cut = copy_of(policy, at / "cut_weights") / "model.safetensors"
     os.truncate(cut, cut.stat().st_size - 1000)
 
@@ -147,6 +157,8 @@ def write_odd_scorers(at: Path, tokenizer) -> None:
     _, state = random_beaver(tokenizer)
     two_heads = {"score_head.weight": torch.randn(2, 32), "score_head.bias": torch.zeros(2)}
     write_beaver(at / "two_heads", tokenizer, state | two_heads)
+    odd = write_beaver(at / "odd_scorer", tokenizer, state)
+    (odd / "chat_template.jinja").write_text("{% if %}")
     infinite = {"score_head.weight": torch.full((1, 32), torch.inf)}
     write_beaver(at / "inf", tokenizer, state | infinite)
     larger = other_tokenizer()
@@ -323,6 +335,11 @@ def load_models(config) -> None:
     ("--policy {}/wider", "wider: has lm_head.weight"),
     ("--policy {}/fewer_layers", "fewer_layers: has model.layers.1.input_layernorm.weight, "),
     ("--policy {}/gaps", "gaps: its tokenizer has 1000 tokens, the model only 566 embeddings"),
+    ("--policy {}/odd_template", "--policy {}/odd_template: its chat template fails (Template"),
+    ("--policy {}/tools_template", "tools_template: its chat template fails (UndefinedError"),
+    ("--policy {}/parts_template", "--policy {}/parts_template: its chat template leaves out what"),
+    ("--policy {}/unused_pointers --cost_model {}/odd_scorer",
+     "--cost_model {}/odd_scorer: its chat template fails"),
     ("--policy {}/no_eos", "no_eos: its tokenizer has no EOS token"),
     ("--policy {}/odd_stop", "generation_config.json: cannot be read"),
     ("--policy {}/nan",
@@ -340,7 +357,7 @@ def load_models(config) -> None:
     ("--cost_model {}/no_config", "no_config: cannot be loaded"),
 ])
 def test_models_that_cannot_be_used(made, flags, says):
-    assert says in refusal(flags, made, load_models)
+    assert says.replace("{}", str(made)) in refusal(flags, made, load_models)
 
 
 # ---- score functions and judges
