@@ -123,7 +123,7 @@ def check_columns(rows: Rows, source: str) -> None:
     unread = [name for name in UNREAD if any(row.get(name) for row in rows)]
     require(not unread,
             f"{source}: has a column {', '.join(unread)}, which is not read; put it into a list of "
-            "messages, take it out, or name the column of prompts with --prompt_column")
+            "messages, or take it out (--prompt_column reads one column alone)")
 
 
 def has_pictures(rows: Rows, source: str) -> bool:
@@ -148,7 +148,7 @@ def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dat
     tokenizer's template does not write.
     """
     rows = read_rows(source, flag)
-    read = reader_of(rows, prompt_column, source)
+    read = reader_of(rows, prompt_column, f"{flag} {source}")
     require(read, f"{flag} {source}: has the columns {', '.join(rows.columns)}, "
                   f"but not {prompt_column or 'those of any known format'}; "
                   "--prompt_column names the one that holds the prompt")

@@ -3,7 +3,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plumbing.chats import to_pair
-from plumbing.data import check_turns, conversation_ids, has_pictures, require_sight, truth_of
+from plumbing.data import (
+    check_columns,
+    check_turns,
+    conversation_ids,
+    has_pictures,
+    require_sight,
+    truth_of,
+)
 from plumbing.errors import blame, require, say
 from plumbing.files import read_rows
 from plumbing.pictures import with_picture
@@ -24,6 +31,7 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
     HH-RLHF, with pictures if there is a column image. Raises UserError for other columns, and for a
     cost model's data without labels of safety."""
     rows = read_rows(source, flag)
+    check_columns(rows, f"{flag} {source}")
     columns = set(rows.columns)
     better_id = "better_response_id" if role == "reward" else "safer_response_id"
     counted_id = "more_helpful_response_id" if role == "reward" else "safer_response_id"

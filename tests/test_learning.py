@@ -156,6 +156,7 @@ def test_both_kinds_of_pairs_are_read(tmp_path, family):
     (supervised, ("--data", "{hh}", "--batch_size", 99), "fewer than --batch_size 99"),
     (score_models, ("--role", "cost", "--data", "{hh}"), "has no labels of safety"),
     (score_models, ("--role", "cost", "--data", "{unlabelled}"), "or not in all rows"),
+    (score_models, ("--data", "{system}"), "has a column system, which is not read"),
     (score_models, ("--data", "{prompts}"), "neither prompt, response_0, response_1"),
     (score_models, ("--data", "{hh}", "--max_tokens", 2), "longer than --max_tokens 2"),
 ])
@@ -163,6 +164,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     family, tmp_path, capsys, script, flags, says,
 ):
     names = {"hh": written(tmp_path / "hh.jsonl", HH), "out": tmp_path / "out",
+             "system": written(tmp_path / "s.jsonl", [PKU | {"system": "s"}]),
              "unlabelled": written(tmp_path / "u.jsonl", [PKU | {"is_response_1_safe": None}]),
              "prompts": written(tmp_path / "prompts.jsonl", [{"prompt": "p"}] * 3)}
     flags = [str(flag).format(**names) for flag in flags]
