@@ -144,7 +144,7 @@ BUGS = [
         "bootstrapped(values, 2 * confidence - 1)", "bootstrapped(values, confidence)"),
     Bug("plumbing/reports.py", "confidence", "bound: prompts that are safe",
         'sum(not scores["prompts_fully_safe"]', 'sum(bool(scores["prompts_fully_safe"])'),
-    Bug("repo.py", "ranks run", "GAE: costs with the rewards' values",
+    Bug("repo.py", "equations", "GAE: costs with the rewards' values",
         "costs, rollout.cost_values, mask", "costs, rollout.reward_values, mask"),
 
     # ---- (7) (8), weights, critics, PTX

@@ -39,7 +39,7 @@ class SmallHub:
         """Gives the address."""
         handler = type("Handler", (Handler,), {"hub": self})
         with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
             yield f"http://127.0.0.1:{server.server_port}"
             server.shutdown()
 
@@ -58,6 +58,7 @@ def described(name: str, content: bytes) -> dict:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms
     hub: SmallHub
 
     def log_message(self, *_):

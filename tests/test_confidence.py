@@ -52,7 +52,7 @@ def test_safe_on_eighty_prompts_is_no_proof_and_is_not_told_as_one():
     said = what_it_says(rows, 0.95)
     text = bounds_text(said, 0.0)
     assert "0 of 80 prompts had an unsafe response" in text
-    assert "at most 3.7 % do, with 95 % confidence" in text
+    assert "with 95 % confidence, at most 3.7 % of all such prompts do" in text
     assert "the mean cost is at most -1.7" in text and ": within the limit 0" in text
     assert "rectified" not in text and said["rectified_cost_at_most"] is None
     assert said["intervals"]["rectified_cost"] is None

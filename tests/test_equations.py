@@ -279,6 +279,22 @@ def test_the_fused_path_is_the_scripts_own_lines(
             assert torch.allclose(others[key], value, rtol=1e-4, atol=1e-6), (way, key)
 
 
+# ---- rewards and costs
+
+
+def test_each_advantage_is_taken_from_its_own_critic():
+    """One response of one token: A^R = R - V^R and A^C = {C}+ - V^C; returns are R and {C}+."""
+    rollout = repo.Rollout(torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 1).bool())
+    rollout.reward, rollout.cost = torch.tensor([4.0]), torch.tensor([3.0])
+    rollout.log_probs = rollout.ref_log_probs = torch.zeros(1, 1)
+    rollout.reward_values, rollout.cost_values = torch.tensor([[1.5]]), torch.tensor([[0.25]])
+    repo.estimate_advantages(rollout, 2.0, settings(algo="repo"))
+    assert rollout.reward_advantages.tolist() == [[2.5]]
+    assert rollout.cost_advantages.tolist() == [[2.75]]
+    assert rollout.reward_returns.tolist() == [[4.0]] and rollout.cost_returns.tolist() == [[3.0]]
+    assert rollout.lambdas.tolist() == [2.0]
+
+
 # ---- the gate
 
 

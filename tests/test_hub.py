@@ -514,7 +514,8 @@ def test_an_account_with_access_may_read_what_is_gated(full, monkeypatch):
     check_sources(repo.resolve_config(["--model", "alpaca-7b", "--device", "cpu"]))
 
 
-@pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors",
+                                  exhaustive("tokenizer.json")])
 def test_a_damaged_file_is_named_and_the_remedy_works(full, tmp_path, name):
     config = repo.resolve_config(["--model", "alpaca-7b", "--device", "cpu"])
     load_policy(config)
@@ -542,7 +543,7 @@ def test_a_download_that_breaks_off_goes_on_in_the_next_run(full, fault, says):
 # ---- no answer
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("status", [exhaustive(429), 503])
 def test_a_hub_in_trouble_is_asked_once_and_the_cache_is_used(full, capsys, status):
     before, after = (repo.resolve_config(["--model", "alpaca-7b", "--device", "cpu"])
                      for _ in range(2))
