@@ -148,8 +148,8 @@ def try_longest(outputs_of_first, rows: list, source: str, config) -> None:
     with blame(f"{source}: cannot read a row of --max_length {config.max_length} tokens"):
         beside, alone = outputs_of_first([rows[-1], longest]), outputs_of_first([rows[-1]])
     compare(beside, alone, f"{source}: a row beside one of --max_length {config.max_length} tokens",
-            config, "RoPE scaling may depend on a batch's longest row, so lower --max_length to the "
-                    "model's original_max_position_embeddings, or choose another model")
+            config, "RoPE scaling may depend on a batch's longest row, so lower --max_length to "
+                    "the model's original_max_position_embeddings, or choose another model")
 
 
 class Dictated(LogitsProcessor):
@@ -248,15 +248,18 @@ def compare(outputs: Tensor, expected: Tensor, what: str, config,
 
 def check_length(model_config, source: str, config) -> None:
     """Raises UserError for a --max_length that a model has not learned to read. Warns where the
-    architecture is made to go beyond what it has learned: ALiBi, RoPE with scaling."""
+    architecture is made to go beyond what it has learned: ALiBi, RoPE with scaling, positions that
+    are only relative."""
     text_config = model_config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or 0
     if not 0 < limit < config.max_length:
         return
     problem = f"{source}: --max_length {config.max_length} is above its max_position_embeddings"
     rope = getattr(text_config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type", "default")}
-    extrapolates = getattr(text_config, "alibi", False) or kinds != {"default"}
+    each = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # per kind of layer
+    is_scaled = any(part.get("rope_type", "default") != "default" for part in each)
+    is_relative = not getattr(text_config, "position_biased_input", True)
+    extrapolates = getattr(text_config, "alibi", False) or is_scaled or is_relative
     require(extrapolates, f"{problem}, {limit}; lower --max_length, and --max_prompt_length below")
     say(f"warning: {problem}, {limit}; it is made to extrapolate, which may cost quality")
 
