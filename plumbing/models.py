@@ -211,9 +211,9 @@ def load_policy(config):
     policy.tokenless = ids_without_token(policy, tokenizer)
     policy.fused_head = Head() if config.dry_run else find_head(policy)
     if not policy.fused_head:
-        reason = ("its token ids have gaps" if has_gaps(policy) else
-                  "its logits are more than hidden states times a matrix with a scale or a soft cap "
-                  "(perhaps a bias)")
+        reason = "its token ids have gaps" if has_gaps(policy) else (
+            "its logits are more than hidden states times a matrix with a scale or a soft cap "
+            "(perhaps a bias)")
         say(f"{flag} {config.policy}: {reason}; so all logits are computed, with more memory")
     return policy, tokenizer
 
@@ -287,7 +287,8 @@ def check_loaded(model, report: dict, source: str, needed: str, optional=frozens
                  may_have_heads: bool = False) -> None:
     """Raises UserError for weights that the checkpoint lacks or has in another shape, because the
     library then makes them up, and for weights that the library left out. A file may have heads of
-    other tasks if `may_have_heads`: what is in no part of the model, and poolers."""
+    other tasks if `may_have_heads`: what is in no part of the model, poolers, a normaliser's
+    count."""
     missing = sorted(set(report["missing_keys"]) - optional)
     prefixes = {there.removesuffix(name) for name in missing[:1] for there in
                 report["unexpected_keys"] if there.endswith(f".{name}")}
@@ -303,7 +304,8 @@ def check_loaded(model, report: dict, source: str, needed: str, optional=frozens
     left_out = sorted(
         name for name in report["unexpected_keys"]
         if name not in buffers and not re.search(HARMLESS, name)
-        and not (may_have_heads and (name.split(".")[0] not in parts or "pooler." in name)))
+        and not (may_have_heads and (name.split(".")[0] not in parts
+                                     or re.search(r"pooler\.|^normalizer\.", name))))
     known, remedy = model.state_dict(), "correct config.json, or take them out of the file"
     if any(re.sub(r"\.\d+\.", ".0.", name, count=1) in known for name in left_out):
         remedy = "correct num_hidden_layers there"

@@ -40,7 +40,6 @@ from plumbing.pictures import check_count
 from plumbing.ranks import all_reduce, call_as_forward, rank_chunks, rank_rows
 
 
-
 class ScoreModel(PreTrainedModel):
     """The Beaver layout: a causal backbone `model` and a linear `score_head`. Critics are
     ScoreModels too; they are read at every token."""

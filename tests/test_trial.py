@@ -361,11 +361,11 @@ def test_ids_without_a_token_are_never_sampled(tmp_path, tokenizer, head_knows):
     assert torch.allclose(entropy, torch.special.entr(of_tokens.exp()).sum(-1), atol=1e-5)
 
 
-def test_ids_without_a_token_may_lie_between_the_others(tmp_path, tokenizer):
+def test_ids_without_a_token_may_lie_between_the_others(tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(models, "ids_without_token", lambda *_: [9])
     policy, _ = load_policy(config_for(write_policy(tmp_path / "policy", tokenizer).parent))
-    policy.tokenless = [9]
-    assert models.find_head(policy) is None and models.has_gaps(policy)
-    policy.fused_head = None
+    assert policy.fused_head is None
+    assert "policy: its token ids have gaps; so all logits" in capsys.readouterr().out
     batch = laid_out([[0, 4]], [[5, 8]])
     logits = policy(torch.tensor([[0, 4, 5, 8]])).logits[0, 1:-1]
     logits[:, 9] = -torch.inf
