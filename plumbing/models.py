@@ -66,7 +66,13 @@ def load_pretrained(from_pretrained, source: str, flag: str, config, **options):
             f"{flag} {source}: holds a LoRA adapter (adapter_config.json); merge it into its base "
             "model first (peft: merge_and_unload), and give the merged model")
     with hub.explained(f"{flag} {source}", problem, path):
-        return from_pretrained(str(path), trust_remote_code=config.trust_remote_code, **options)
+        try:
+            return from_pretrained(str(path), trust_remote_code=config.trust_remote_code, **options)
+        except NotImplementedError as error:  # the library compares tied weights without content
+            require("Meta tensors" not in str(error),
+                    f"{flag} {source}: has two weights that its config.json ties, lm_head.weight "
+                    "perhaps, and one has another shape than config.json says")
+            raise
 
 
 def folder_of(source: str, flag: str, config, with_weights: bool = False) -> Path:
@@ -210,8 +216,10 @@ def load_policy(config):
     policy.tokenless = ids_without_token(policy, tokenizer)
     policy.fused_head = Head() if config.dry_run else find_head(policy)
     if not policy.fused_head:
-        say(f"{flag} {config.policy}: its logits are more than hidden states times a matrix with a "
-            "scale or a soft cap (perhaps a bias); so all logits are computed, with more memory")
+        reason = "its token ids have gaps" if has_gaps(policy) else (
+            "its logits are more than hidden states times a matrix with a scale or a soft cap "
+            "(perhaps a bias)")
+        say(f"{flag} {config.policy}: {reason}; so all logits are computed, with more memory")
     return policy, tokenizer
 
 
@@ -266,26 +274,43 @@ def ids_without_token(policy, tokenizer) -> list[int]:
     return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
 
 
+def has_gaps(policy) -> bool:
+    """Whether ids without a token lie between the others."""
+    rows = len(policy.get_output_embeddings().weight)
+    return bool(policy.tokenless) and policy.tokenless[0] < rows - len(policy.tokenless)
+
+
 # ---- Checks
 
-# Buffers that models make themselves: rotary frequencies, causal masks, positions.
-HARMLESS = r"rotary|inv_freq|masked_bias$|(attn|attention)\.bias$|position_ids$"
+# Buffers that models made themselves, some in older versions of the library: rotary frequencies,
+# causal masks, positions.
+HARMLESS = (r"rotary|inv_freq|masked_bias$|causal_mask$|(attn|attention)\.bias$|position_ids$|"
+            r"\.version$")
 
 
 def check_loaded(model, report: dict, source: str, needed: str, optional=frozenset(),
-                 harmless: str = "^$") -> None:
+                 may_have_heads: bool = False) -> None:
     """Raises UserError for weights that the checkpoint lacks or has in another shape, because the
-    library then makes them up, and for weights that the library left out. `harmless` is a pattern
-    of names that may be left out."""
+    library then makes them up, and for weights that the library left out. A file may have heads of
+    other tasks if `may_have_heads`: what is in no part of the model, poolers, a normaliser's
+    count."""
     missing = sorted(set(report["missing_keys"]) - optional)
-    require(not missing, f"{source}: has no {', '.join(missing[:3])}; {needed}")
+    prefixes = {there.removesuffix(name) for name in missing[:1] for there in
+                report["unexpected_keys"] if there.endswith(f".{name}")}
+    hint = f"; the file has it as {min(prefixes)}{missing[0]}" if prefixes else ""
+    require(not missing, f"{source}: has no {', '.join(missing[:3])}; {needed}{hint}")
 
     other = sorted(f"{name} {list(there)}, not {list(here)}"
                    for name, there, here in report["mismatched_keys"])
     require(not other, f"{source}: has {', '.join(other[:3])}; {needed}")
 
-    left_out = sorted(name for name in report["unexpected_keys"]
-                      if not re.search(f"{HARMLESS}|{harmless}", name))
+    buffers = dict(model.named_buffers())
+    parts = {part for whole in (model, model.base_model) for part, _ in whole.named_children()}
+    left_out = sorted(
+        name for name in report["unexpected_keys"]
+        if name not in buffers and not re.search(HARMLESS, name)
+        and not (may_have_heads and (name.split(".")[0] not in parts
+                                     or re.search(r"pooler\.|^normalizer\.", name))))
     known, remedy = model.state_dict(), "correct config.json, or take them out of the file"
     if any(re.sub(r"\.\d+\.", ".0.", name, count=1) in known for name in left_out):
         remedy = "correct num_hidden_layers there"
@@ -354,8 +379,8 @@ def find_head(policy) -> Head | None:
     head = Head(scale / divisor, soft_cap)
     if getattr(output, "bias", None) is not None or (head.soft_cap and head.scale != 1):
         return None
-    if policy.tokenless and policy.tokenless[0] < len(output.weight) - len(policy.tokenless):
-        return None  # ids without a token lie between the others
+    if has_gaps(policy):
+        return None
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 2, output.weight.shape[1], generator=generator)
     hidden = (torch.tensor([1.0, 1e4])[:, None] * hidden).to(output.weight)    # [1, 2, H]

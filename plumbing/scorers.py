@@ -43,10 +43,6 @@ from plumbing.pictures import check_count
 from plumbing.ranks import all_reduce, call_as_forward, rank_chunks, rank_rows
 
 
-# A score is not made of them. Fine-tuned encoders often keep the last two.
-HEADS_OF_OTHER_TASKS = r"^normalizer\.|^lm_head\.|(^|\.)pooler\.|^cls\."
-
-
 class ScoreModel(PreTrainedModel):
     """The Beaver layout: a causal backbone `model` and a linear `score_head`. Critics are
     ScoreModels too; they are read at every token."""
@@ -97,19 +93,17 @@ class ScoreModel(PreTrainedModel):
         check_loaded(model, report, f"--{role}_model {path}",
                      "a score model must bring its trained head, of one output, "
                      "and all other weights", optional={"score_head.bias"},
-                     harmless=HEADS_OF_OTHER_TASKS)
+                     may_have_heads=True)
         take_out_dropout(model)
-        scale = published_scale(config, role, f"--{role}_model {path}")
+        names = label_names(config, f"--{role}_model {path}") if is_classifier else ["score"]
+        scale = published_scale(config, role, len(names), f"--{role}_model {path}")
         if is_classifier:
-            labels = model.config.num_labels
-            require(labels <= 2, f"--{role}_model {path}: a classifier of {labels} labels; "
-                                 "a score needs one or two")
             classifier = SequenceClassifier(model.eval())
             classifier.scale = scale
-            if labels == 1:
-                check_label(config.id2label[0], role, f"--{role}_model {path}")
+            if len(names) == 1:
+                check_label(names[0], role, f"--{role}_model {path}")
             elif role == "cost":
-                classifier.unsafe = unsafe_label(config.id2label, f"--{role}_model {path}")
+                classifier.unsafe = unsafe_label(names, f"--{role}_model {path}")
             return classifier
         if "score_head.bias" in report["missing_keys"]:
             nn.init.zeros_(model.score_head.bias)
@@ -153,13 +147,16 @@ class SequenceClassifier(nn.Sequential):
         return scaled(logits[:, 0], self.scale)                                      # [B]
 
 
-def published_scale(config, role: str, source: str) -> tuple[float, float]:
+def published_scale(config, role: str, labels: int, source: str) -> tuple[float, float]:
     """(mean, standard deviation) of the scores, if the config keeps them, as OpenRLHF's do; else
     (0, 1). Shifting a cost would move the threshold. Raises UserError."""
-    mean, std = (getattr(config, name, None) for name in ("mean", "std"))
-    if not isinstance(mean, int | float) or not isinstance(std, int | float):
+    mean, std = kept = [getattr(config, name, None) for name in ("mean", "std")]
+    if kept == [None, None]:
         return 0.0, 1.0
-    require(std > 0, f"{source}: its config.json has std {std}; it must be above 0")
+    require(all(isinstance(value, int | float) for value in kept) and std > 0 and labels == 1,
+            f"{source}: its config.json has mean {mean!r} and std {std!r}; a run can use two "
+            "numbers, the second above 0, for the only score of a model; correct them, or take "
+            "them out")
     mean = mean if role == "reward" else 0.0
     say(f"{source}: its config.json keeps a mean and a standard deviation of scores; the run uses "
         f"(score - {mean:g}) / {std:g}")
@@ -171,18 +168,32 @@ def scaled(score: Tensor, scale: tuple[float, float]) -> Tensor:
     return score if scale == (0.0, 1.0) else (score - mean) / std
 
 
-HARM = (r"unsafe|harm(ful)?|toxic(ity)?|hate(ful)?|offensive|abusive|bad|jailbreak|injection|"
-        r"violation|nsfw")
-NO_HARM = r"safe|harmless|benign|clean|neutral|good|ok|normal"
+HARM = (r"harm(ful|fulness)?|toxic(ity)?|hate(ful|speech)?|offensive|abusive|obscene|bad|"
+        r"malicious|jailbreak|injection|violation|nsfw|rejected")
+NO_HARM = (r"safe(ty)?|harmless(ness)?|benign|clean|neutral|good|ok|normal|acceptable|appropriate|"
+           r"chosen|other")
 
 
 def is_harm(label: str) -> bool | None:
-    """Whether a label's name means harm: "non-toxic" does not. None if the name does not tell."""
-    words = re.split(r"[\W_]+", label.lower())
+    """Whether a label's name means harm: "non-toxic" and "nontoxic" do not, "UnsafeContent" does.
+    None if the name does not tell."""
+    words = re.split(r"[\W_]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", label).lower())
     for is_harm, names in ((True, HARM), (False, NO_HARM)):
-        if any(re.fullmatch(names, word) for word in words):
-            return is_harm != bool({"not", "non", "no"} & set(words))
+        for found in filter(None, (re.fullmatch(f"(un|in|non|not)?({names})", word)
+                                   for word in words)):
+            return is_harm != bool(found[1] or {"not", "non", "no"} & set(words))
     return None
+
+
+def label_names(config, source: str) -> list[str]:
+    """The names of a classifier's one or two labels. Raises UserError."""
+    names = config.id2label
+    require(len(names) <= 2, f"{source}: a classifier of {len(names)} labels; a score needs one or "
+                             "two")
+    require(sorted(names) == list(range(len(names))),
+            f"{source}: id2label in its config.json numbers the labels {sorted(names)}; it must "
+            "begin with 0")
+    return [str(names[label]) for label in sorted(names)]
 
 
 def check_label(name: str, role: str, source: str) -> None:
@@ -193,12 +204,15 @@ def check_label(name: str, role: str, source: str) -> None:
             "correct id2label in config.json")
 
 
-def unsafe_label(names: dict[int, str], source: str) -> int:
-    """Which of a cost classifier's two labels is the unsafe one: the one whose name says so, else
-    label 1. Raises UserError if both names mean the same."""
-    told = [is_harm(names[label]) for label in (0, 1)]
+def unsafe_label(names: list[str], source: str) -> int:
+    """Which of a cost classifier's two labels is the unsafe one: the one whose name says so, or
+    label 1 if both are only numbered. Raises UserError for two names that mean the same, and for a
+    name that is not known."""
+    told = [is_harm(name) for name in names]
+    are_clear = all(harm is not None or re.fullmatch(r"(label\W*_?)?\d+", name.lower())
+                    for harm, name in zip(told, names))
     both = f"{names[0]!r} (label 0) and {names[1]!r} (label 1)"
-    require(None in told or told[0] != told[1],
+    require(are_clear and (None in told or told[0] != told[1]),
             f"{source}: its labels {both} do not tell which one is unsafe; correct id2label in "
             "config.json")
     unsafe = 0 if told[0] is True or told[1] is False else 1
@@ -330,6 +344,10 @@ def check_scorer(model, tokenizer, role: str, source: str) -> None:
     """Raises UserError unless a score model gives one number, from finite weights."""
     classifier = model[0] if isinstance(model, nn.Sequential) else None
     body = classifier or model.model
+    start = getattr(body.config, "decoder_start_token_id", None)
+    require(start is not None or not getattr(body.config, "is_encoder_decoder", False),
+            f"{source}: cannot read rows: an encoder with a decoder, and its config.json has no "
+            "decoder_start_token_id")
     check_weights(model, tokenizer, body.get_input_embeddings(), source)
     require(tokenizer.pad_token or tokenizer.eos_token,
             f"{source}: its tokenizer has neither a pad nor an EOS token; "

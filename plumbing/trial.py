@@ -4,6 +4,9 @@ A few short rows go through a model as a run will send them: padded, with a shar
 sampled, with a backward. What comes must be what the model's own library gives for each row alone.
 So a model that does not respect masks, positions or its cache is refused, whatever its family.
 """
+from contextlib import contextmanager
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
@@ -18,12 +21,13 @@ from plumbing.models import (
     model_inputs,
 )
 from plumbing.pictures import model_class
-from plumbing.ranks import RANK, call_as_forward, clip_gradients, gathered
+from plumbing.ranks import RANK, RANKS, call_as_forward, clip_gradients, gathered
 from plumbing.scorers import SequenceClassifier
 from plumbing.training import backward, recomputes
 
 # What rounding explains, of the outputs' spread. Models that ignore a mask are off by 0.005 to 1.
-# Two ways to compute SmolLM2-135M's logits in bfloat16 differ by 0.2.
+# Two ways to compute SmolLM2-135M's logits in bfloat16 differ by 0.2, those of 3 tokens by 1; so
+# models are compared in float32 where they can be.
 TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 0.5}
 
 
@@ -31,17 +35,39 @@ def try_models(models, config) -> None:
     """Raises UserError for the first model that a run could not use as it is."""
     rows = trial_rows(models.tokenizer, models.policy)
     source = f"{config.policy_flag()} {config.policy}"
+    pad_id = models.tokenizer.pad_token_id
     check_length(models.policy.config, source, config)
-    with config.autocast():
-        expected = try_at_tokens(models.policy, run_logits, own_logits, rows, source, config)
-        try_sampling(models.policy, models.tokenizer, rows, expected, source, config)
-        for scorer in (models.reward_model, models.cost_model):
-            if not scorer.function:
-                try_scorer(scorer, rows, config)
+    with in_float32(models.policy, config) as precise:
+        expected = try_at_tokens(models.policy, run_logits, own_logits, rows, pad_id, source,
+                                 precise)
+        try_sampling(models.policy, models.tokenizer, rows, expected, source, precise)
+    for scorer in (models.reward_model, models.cost_model):
+        if not scorer.function:
+            with in_float32(scorer.model, config) as precise:
+                try_scorer(scorer, rows, precise)
     for name, model in models.trained_models():
         outputs = run_logits if name == "policy" else run_values
         what = source if name == "policy" else f"the {name.replace('_', ' ')}"
         try_backward(model, outputs, rows, what, config)
+
+
+@contextmanager
+def in_float32(model, config):
+    """Yields a config, with which a model computes in float32 inside if its weights, exactly as
+    they are, have room in that type. Sharded weights stay as they are."""
+    weights = [weight for weight in (*model.parameters(), *model.buffers())
+               if weight.dtype == torch.bfloat16]
+    needed = 2 * sum(weight.nbytes for weight in weights)
+    has_room = config.device != "cuda" or needed < torch.cuda.mem_get_info()[0]
+    if RANKS > 1 or not has_room:
+        with config.autocast():
+            yield config
+        return
+    for weight in weights:
+        weight.data = weight.data.float()
+    yield replace(config, dtype="float32")
+    for weight in weights:
+        weight.data = weight.data.bfloat16()
 
 
 def trial_rows(tokenizer, policy) -> list[list[int]]:
@@ -73,7 +99,7 @@ def own_logits(policy, ids: Tensor) -> Tensor:
 
 
 def run_states(model, ids: Tensor, mask: Tensor) -> Tensor:
-    return hidden_states(model.model, ids, mask).float()                             # [B, L, H]
+    return hidden_states(model.base_model, ids, mask).float()                            # [B, L, H]
 
 
 def own_states(model, ids: Tensor) -> Tensor:
@@ -87,30 +113,43 @@ def run_values(critic, ids: Tensor, mask: Tensor) -> Tensor:
 # ---- The trials
 
 @torch.no_grad()
-def try_at_tokens(model, run_outputs, own_outputs, rows: list, source: str,
+def try_at_tokens(model, run_outputs, own_outputs, rows: list, pad_id: int, source: str,
                   config) -> list[Tensor]:
     """Of a model whose outputs at every token matter. Returns those of each row alone."""
     with blame(f"{source}: cannot read a row of tokens"):
         expected = [call_as_forward(model, own_outputs, torch.tensor([row], device=config.device))
                     for row in rows]
-    for what, chosen in (("padded", [0, 1]), ("with a shared beginning", [1, 2])):
-        ids, mask = pad_rows([rows[i] for i in chosen], [[], []], 0)                 # [2, L] each
-        ids, mask = ids.to(config.device), mask.to(config.device)
+    for what, chosen, filler in (
+        ("padded", [0, 1], pad_id),
+        ("padded", [0, 1], rows[1][0]),  # the padding's content must not matter
+        ("with a shared beginning", [1, 2], pad_id),
+    ):
         with blame(f"{source}: cannot read rows that are {what}"):
-            outputs = call_as_forward(model, run_outputs, ids, mask)                 # [2, L, ...]
-        for i, output, is_token in zip(chosen, outputs, mask.bool()):
-            compare(output[is_token], expected[i][0], f"{source}: a row {what}", config)
-    try_longest(model, lambda ids: call_as_forward(
-        model, lambda model: model.base_model(ids, use_cache=False)), rows, source, config)
+            outputs = at_tokens(model, run_outputs, [rows[i] for i in chosen], filler, config)
+        for i, output in zip(chosen, outputs):
+            compare(output, expected[i][0], f"{source}: a row {what}", config)
+    try_longest(lambda rows: at_tokens(model, run_states, rows, pad_id, config)[0], rows, source,
+                config)
     return expected
 
 
+def at_tokens(model, run_outputs, rows: list, pad_id: int, config) -> list[Tensor]:
+    """A model's outputs [T, ...] at each row's tokens, of rows that are padded on the left."""
+    ids, mask = (part.to(config.device) for part in pad_rows(rows, [[]] * len(rows), pad_id))
+    outputs = call_as_forward(model, run_outputs, ids, mask)                         # [B, L, ...]
+    return [output[is_token] for output, is_token in zip(outputs, mask.bool())]
+
+
 @torch.no_grad()
-def try_longest(model, call, rows: list, source: str, config) -> None:
-    """One row of --max_length tokens."""
-    row = [rows[1][i % len(rows[1])] for i in range(config.max_length)]
+def try_longest(outputs_of_first, rows: list, source: str, config) -> None:
+    """One row of --max_length tokens, and a short one beside it. `outputs_of_first` gives those of
+    the first of some rows."""
+    longest = [rows[1][i % len(rows[1])] for i in range(config.max_length)]
     with blame(f"{source}: cannot read a row of --max_length {config.max_length} tokens"):
-        call(torch.tensor([row], device=config.device))
+        beside, alone = outputs_of_first([rows[-1], longest]), outputs_of_first([rows[-1]])
+    compare(beside, alone, f"{source}: a row beside one of --max_length {config.max_length} tokens",
+            config, "RoPE scaling may depend on a batch's longest row, so lower --max_length to "
+                    "the model's original_max_position_embeddings, or choose another model")
 
 
 class Dictated(LogitsProcessor):
@@ -152,7 +191,8 @@ def try_scorer(scorer, rows: list, config) -> None:
     is_classifier = isinstance(model, SequenceClassifier)
     check_length((model[0] if is_classifier else model).config, source, config)
     if not is_classifier:
-        try_at_tokens(model, run_states, own_states, rows, source, config)
+        try_at_tokens(model, run_states, own_states, rows, scorer.tokenizer.pad_token_id, source,
+                      config)
         return
     if scorer.tokenizer.eos_token:
         rows = [rows[0] + [scorer.tokenizer.eos_token_id], rows[1]]
@@ -163,7 +203,8 @@ def try_scorer(scorer, rows: list, config) -> None:
             <= tolerance(config) * torch.tensor(alone).norm(),
             f"{source}: a padded row gets the score {padded[0]:.4g}, the row alone {alone[0]:.4g}; "
             "the model does not respect its attention mask, so choose another")
-    try_longest(model, lambda ids: scorer.score_tokens(ids.tolist(), [""]), rows, source, config)
+    try_longest(lambda rows: torch.tensor(scorer.score_tokens(rows, [""] * len(rows))[:1]), rows,
+                source, config)
 
 
 def try_backward(model, run_outputs, rows: list, source: str, config) -> None:
@@ -192,30 +233,33 @@ def tolerance(config) -> float:
     return TOLERANCE["tf32" if is_fp32 and config.tf32 else config.dtype]
 
 
-def compare(outputs: Tensor, expected: Tensor, what: str, config) -> None:
+def compare(outputs: Tensor, expected: Tensor, what: str, config,
+            remedy="the model does not respect masks or positions, so choose another") -> None:
     """Raises UserError unless a row's outputs [L, ...] are those of the row alone."""
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
     error = ((outputs - expected).norm() / spread.clamp(min=1e-12)).item()
     limit = tolerance(config)
     require(error <= limit,
             f"{what} gives other outputs than the row alone: off by {error:.2g} of their spread, "
-            f"where rounding explains {limit:g}; the model does not respect masks or positions, "
-            "so choose another")
+            f"where rounding explains {limit:g}; {remedy}")
 
 
 # ---- Lengths
 
 def check_length(model_config, source: str, config) -> None:
     """Raises UserError for a --max_length that a model has not learned to read. Warns where the
-    architecture is made to go beyond what it has learned: ALiBi, RoPE with scaling."""
+    architecture is made to go beyond what it has learned: ALiBi, RoPE with scaling, positions that
+    are only relative."""
     text_config = model_config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or 0
     if not 0 < limit < config.max_length:
         return
     problem = f"{source}: --max_length {config.max_length} is above its max_position_embeddings"
     rope = getattr(text_config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type", "default")}
-    extrapolates = getattr(text_config, "alibi", False) or kinds != {"default"}
+    each = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # per kind of layer
+    is_scaled = any(part.get("rope_type", "default") != "default" for part in each)
+    is_relative = not getattr(text_config, "position_biased_input", True)
+    extrapolates = getattr(text_config, "alibi", False) or is_scaled or is_relative
     require(extrapolates, f"{problem}, {limit}; lower --max_length, and --max_prompt_length below")
     say(f"warning: {problem}, {limit}; it is made to extrapolate, which may cost quality")
 

@@ -279,11 +279,32 @@ def verdict_on(kind: str, name: str, shop: Workshop) -> str:
     ("policy", "mixtral", "the same numbers"),
     ("policy", "whisper", "masks or positions are not respected"),  # its cached steps
     ("classifier", "xlnet", "masks or positions are not respected"),
+    ("classifier", "t5", "cannot read padded rows of ids"),
     ("score model in the Beaver layout", "rwkv", "masks or positions are not respected"),
     ("score model in the Beaver layout", "opt-350m", "the same numbers"),
 ])
 def test_a_family(shop, kind, name, verdict):
     assert verdict_on(kind, name, shop) == verdict
+
+
+BEYOND = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+            "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+@pytest.mark.parametrize("name, dtype, changes, says", [
+    ("llama", "float32", {"max_position_embeddings": 32, "rope_parameters": BEYOND,
+                          "initializer_range": 0.3}, "beside one"),
+    ("phi3", "bfloat16", {"max_position_embeddings": 128, "rope_parameters": LONGROPE,
+                          "original_max_position_embeddings": 32}, "beside one"),
+    ("recurrent_gemma", "bfloat16", {}, "padded"),
+    ("plbart", "bfloat16", {}, "padded"),
+])
+def test_what_padding_changes_is_refused_in_either_dtype(shop, name, dtype, changes, says):
+    path = shop.write(name, AutoModelForCausalLM, **changes)
+    code, out, printed = shop.run("--model", path, "--dtype", dtype)
+    assert code == 2 and not out.exists()
+    assert f"error: --policy {path}: a row {says}" in printed.replace("--model", "--policy")
 
 
 def page_of(verdicts: dict) -> str:

@@ -21,7 +21,9 @@ from test_run import FEW
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DebertaV2Config,
     FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -146,7 +148,7 @@ def test_a_weight_without_a_place_is_refused_by_name(tmp_path, tokenizer, name):
 
 @pytest.mark.parametrize("name", [
     f"{LAYER}rotary_emb.inv_freq", f"{LAYER}masked_bias", "model.layers.0.attn.bias",
-    "model.position_ids",
+    "model.position_ids", f"{LAYER}causal_mask", "model.decoder.version",
 ])
 def test_buffers_that_models_make_themselves_may_be_there(tmp_path, tokenizer, name):
     folder = write_policy(tmp_path / "policy", tokenizer)
@@ -158,11 +160,25 @@ def test_buffers_that_models_make_themselves_may_be_there(tmp_path, tokenizer, n
 
 def test_a_score_model_is_held_to_the_same(tmp_path, tokenizer):
     _, state = random_beaver(tokenizer)
-    more = {"lm_head.weight": torch.ones(3, 32)}  # a score is not made of it
-    load_scorer(write_beaver(tmp_path / "lm_head", tokenizer, state | more))
+    more = {f"{name}.weight": torch.ones(3, 32)  # a score is not made of them
+            for name in ("lm_head", "v_head.summary", "mask_predictions.dense", "model.pooler.x")}
+    load_scorer(write_beaver(tmp_path / "heads", tokenizer, state | more))
     more = {f"{LAYER}q_proj.bias": torch.ones(32)}
     with pytest.raises(UserError, match=f"--reward_model .*: has {LAYER}q_proj.bias, of which"):
         load_scorer(write_beaver(tmp_path / "bias", tokenizer, state | more))
+
+
+def test_a_prefix_of_all_names_is_told(tmp_path, tokenizer):
+    state = {f"module.{name}": weight for name, weight in random_beaver(tokenizer)[1].items()}
+    with pytest.raises(UserError, match="; the file has it as module.model.embed_tokens.weight$"):
+        load_scorer(write_beaver(tmp_path / "x", tokenizer, state))
+
+
+def test_a_tied_head_of_another_shape_is_refused(tmp_path, tokenizer):
+    folder = write_policy(tmp_path / "policy", tokenizer, tie_word_embeddings=True)
+    change_weights(folder, **{"lm_head.weight": torch.ones(100, 32)})
+    with pytest.raises(UserError, match="ties, lm_head.weight perhaps, and one has another shape"):
+        load_policy(config_for(tmp_path))
 
 
 @pytest.mark.parametrize("role", ["policy", "reward_model"])
@@ -189,19 +205,29 @@ def test_an_adapter_is_not_ignored(run, tmp_path, tokenizer, role):
     (("harmless", "LABEL_1"), 1),
     (("INJECTION", "other"), 0),
     (("not safe", "safe"), 0),
+    (("malicious", "other"), 0),
+    (("not acceptable", "acceptable"), 0),
+    (("rejected", "chosen"), 0),
+    (("LABEL_0", "unharmful"), 0),
+    (("0", "1"), 1),
 ])
 def test_the_unsafe_label_is_the_one_whose_name_says_so(capsys, names, unsafe):
-    assert unsafe_label(dict(enumerate(names)), "--cost_model x") == unsafe
+    assert unsafe_label(names, "--cost_model x") == unsafe
     assert f"label {unsafe} is taken as unsafe" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("names", [("toxic", "hate"), ("safe", "not toxic")])
-def test_two_labels_that_mean_the_same_are_refused(names):
+@pytest.mark.parametrize("names", [
+    ("toxic", "hate"), ("safe", "not toxic"), ("toxic", "obscene"), ("UnsafeContent", "Content"),
+    ("negative", "positive"),
+])
+def test_two_labels_that_mean_the_same_or_nothing_are_refused(names):
     with pytest.raises(UserError, match="do not tell which one is unsafe; correct id2label"):
-        unsafe_label(dict(enumerate(names)), "--cost_model x")
+        unsafe_label(names, "--cost_model x")
 
 
-@pytest.mark.parametrize("role, name", [("cost", "safe"), ("reward", "toxicity")])
+@pytest.mark.parametrize("role, name", [
+    ("cost", "safe"), ("cost", "harmlessness"), ("cost", "nontoxic"), ("reward", "toxicity"),
+])
 def test_an_only_label_that_says_the_opposite_is_refused(tmp_path, tokenizer, role, name):
     write_classifier(tmp_path / "x", tokenizer, id2label={0: name})
     with pytest.raises(UserError, match=f"its label is '{name}', so a high score would be a low"):
@@ -243,6 +269,18 @@ def test_a_configs_mean_and_deviation_are_applied(tmp_path, tokenizer, capsys, r
     assert torch.equal(load_scorer(tmp_path / "critic").score(*inputs), plain.score(*inputs))
 
 
+@pytest.mark.parametrize("changes, says", [
+    ({"id2label": {"1": "a", "2": "b"}}, r"numbers the labels \[1, 2\]; it must begin with 0"),
+    ({"mean": [0.5], "std": [2.0]}, r"has mean \[0.5\] and std \[2.0\]; a run can use two"),
+    ({"mean": 0.5, "std": 0}, "has mean 0.5 and std 0; a run can use two numbers"),
+    ({"mean": 0.5, "std": 2.0}, "for the only score of a model"),
+])
+def test_labels_and_scales_that_do_not_fit_are_refused(tmp_path, tokenizer, changes, says):
+    write_classifier(tmp_path / "x", tokenizer, num_labels=2)
+    with pytest.raises(UserError, match=f"--cost_model .*{says}"):
+        load_scorer(change_config(tmp_path / "x", **changes), role="cost")
+
+
 @pytest.mark.parametrize("pad_id", [None, -1])
 def test_a_classifier_without_a_pad_id_gets_its_tokenizers(tmp_path, tokenizer, pad_id):
     own = write_classifier(tmp_path / "x", tokenizer, num_labels=1)
@@ -264,6 +302,11 @@ def test_a_classifier_without_a_pad_id_gets_its_tokenizers(tmp_path, tokenizer, 
         "rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "warning"),
     (FalconConfig(max_position_embeddings=63, alibi=True), "warning"),
     (BloomConfig(), None),
+    (Gemma3TextConfig(max_position_embeddings=63, rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}), "warning"),
+    (DebertaV2Config(max_position_embeddings=63), "error"),
+    (DebertaV2Config(max_position_embeddings=63, position_biased_input=False), "warning"),
 ])
 def test_a_length_that_was_not_learned(capsys, model_config, says):
     config = repo.Config(max_length=64)
@@ -318,11 +361,11 @@ def test_ids_without_a_token_are_never_sampled(tmp_path, tokenizer, head_knows):
     assert torch.allclose(entropy, torch.special.entr(of_tokens.exp()).sum(-1), atol=1e-5)
 
 
-def test_ids_without_a_token_may_lie_between_the_others(tmp_path, tokenizer):
+def test_ids_without_a_token_may_lie_between_the_others(tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(models, "ids_without_token", lambda *_: [9])
     policy, _ = load_policy(config_for(write_policy(tmp_path / "policy", tokenizer).parent))
-    policy.tokenless = [9]
-    assert models.find_head(policy) is None
-    policy.fused_head = None
+    assert policy.fused_head is None
+    assert "policy: its token ids have gaps; so all logits" in capsys.readouterr().out
     batch = laid_out([[0, 4]], [[5, 8]])
     logits = policy(torch.tensor([[0, 4, 5, 8]])).logits[0, 1:-1]
     logits[:, 9] = -torch.inf
