@@ -203,8 +203,12 @@ def try_scorer(scorer, rows: list, config) -> None:
             <= tolerance(config) * torch.tensor(alone).norm(),
             f"{source}: a padded row gets the score {padded[0]:.4g}, the row alone {alone[0]:.4g}; "
             "the model does not respect its attention mask, so choose another")
-    try_longest(lambda rows: torch.tensor(scorer.score_tokens(rows, [""] * len(rows))[:1]), rows,
-                source, config)
+
+    def score_of_first(rows: list) -> Tensor:
+        score = scorer.score_tokens(rows, [""] * len(rows))[0]
+        return torch.tensor([score, -score])  # so their spread is the score's size
+
+    try_longest(score_of_first, rows, source, config)
 
 
 def try_backward(model, run_outputs, rows: list, source: str, config) -> None:

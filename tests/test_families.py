@@ -278,6 +278,7 @@ def verdict_on(kind: str, name: str, shop: Workshop) -> str:
 @pytest.mark.parametrize("kind, name, verdict", [
     ("policy", "mixtral", "the same numbers"),
     ("policy", "whisper", "masks or positions are not respected"),  # its cached steps
+    ("classifier", "llama", "the same numbers"),
     ("classifier", "xlnet", "masks or positions are not respected"),
     ("classifier", "t5", "cannot read padded rows of ids"),
     ("score model in the Beaver layout", "rwkv", "masks or positions are not respected"),
