@@ -154,7 +154,7 @@ def test_a_chat_template_cannot_reach_python(tmp_path, tokenizer, marker):
         f"{{{{ c.__init__.__globals__['open']('{marker}', 'w') }}}}"
         "{% endif %}{% endfor %}"
     )
-    with pytest.raises(UserError, match=r"refused by the chat template \(SecurityError"):
+    with pytest.raises(UserError, match=r"its chat template fails \(SecurityError"):
         load_all("--policy", folder)
 
 
