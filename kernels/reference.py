@@ -1,8 +1,7 @@
 """The four functions of the hot path in plain PyTorch.
 
 They are the specification of the Triton kernels, and they run on the CPU. They compute and return
-fp32 for inputs of any type, except that float64 inputs stay float64. The product of the LM head is
-computed in the type of its inputs, as it is on a GPU.
+fp32 for inputs of any type, except that float64 inputs stay float64.
 """
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -60,8 +59,7 @@ def linear_log_probs(
     With a soft_cap c the logits are c tanh(hidden @ weight.T / c). With return_entropy a pair, as
     above. Only the logits of one chunk exist at a time. The backward computes them again.
     """
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = at_least_fp32(hidden), at_least_fp32(weight)
 
     def chunk_log_probs(chunk_hidden, chunk_targets):
         with torch.autocast(hidden.device.type, enabled=False):
