@@ -67,7 +67,7 @@ class Config(settings.RunSettings):
     baseline: Literal["critic", "group"] = option(
         "critic", "what is subtracted from a return: a critic's value, or, without critics, the "
                   "mean of the other responses to the same prompt")
-    gate_penalty: float = option(10.0, "with --algo gate, unsafe responses get minus this reward")
+    gate_penalty: float = option(10.0, "with --algo gate: minus the reward of an unsafe response")
     threshold: float = option(0.0, "d: a response is unsafe if its cost is above it")
     lambda_init: float = option(1.0, "the multiplier's first value")
     lambda_lr: float = option(0.1, "alpha: the multiplier's step size")
@@ -105,7 +105,7 @@ class Sequences:
 
     input_ids: Tensor                         # [B, P+T]
     attention_mask: Tensor                    # [B, P+T]  1 at prompt and response tokens
-    response_mask: Tensor                     # [B, T]    True at y_1 .. y_T, EOS included
+    response_mask: Tensor                     # [B, T]    True at y_1 .. y_T, stop token included
     pixel_values: Tensor | None = None        # [B, 3, S, S]  where prompts have a picture
 
     def response_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,8 +122,8 @@ class Rollout(Sequences):
     """A batch of prompts and sampled responses, with everything that an update learns from."""
 
     prompts: list[str] | None = None          # B         as the user wrote them
-    responses: list[str] | None = None        # B         as text, without the end token
-    finished: Tensor | None = None            # [B]       True: ended by EOS, False: by the limit
+    responses: list[str] | None = None        # B         as text, without the stop token
+    finished: Tensor | None = None            # [B]       True: by a stop token, False: by the limit
     log_probs: Tensor | None = None           # [B, T]    log pi_old(y_t)
     ref_log_probs: Tensor | None = None       # [B, T]    log pi_ref(y_t)
     entropy: Tensor | None = None             # [B, T]    of pi_old(. | s_t), in nats
@@ -176,7 +176,7 @@ def response_limit(prompt: list[int], config: Config) -> int:
 
 
 def up_to_stop(token_ids: list[int], stop_token_ids: set[int]) -> list[int]:
-    """A response up to and including the first token that ends it."""
+    """A response up to and including its first stop token."""
     for t, token in enumerate(token_ids):
         if token in stop_token_ids:
             return token_ids[:t + 1]
@@ -187,12 +187,12 @@ def response_log_probs(policy, batch: Sequences, temperature: float, return_entr
     """log pi(y_t) of the N response tokens, at the temperature that they were sampled with: fp32
     [N]. With return_entropy a pair: the second is the entropy of pi(. | s_t), [N].
 
-    Only the states before response tokens reach the LM head. The kernels make a chunk of their
-    logits at a time.
+    Only the states before response tokens reach the LM head. The kernels make the logits of one
+    chunk of states at a time.
     """
     row, state_column, ids = batch.response_tokens()                             # [N] each
     head = policy.fused_head
-    if head is None:  # it has a bias, for example: then all logits are made
+    if head is None:  # the LM head has a bias, for example: all logits are made
         logits = models.response_logits(policy, batch)                           # [N, V]
         return gather_log_probs(logits, ids, temperature, return_entropy=return_entropy)
     hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
@@ -214,8 +214,8 @@ def response_values(critic: ScoreModel, batch: Sequences) -> Tensor:
 
 def generate(policy, tokenizer, prompts: list[list[int]], config: Config, key=(),
              pixel_values: Tensor | None = None) -> list[list[int]]:
-    """Samples a response to each prompt, as token ids: up to an end-of-turn token, or up to what
-    the prompt leaves of --max_length. The same seed, key and prompts give the same responses."""
+    """Samples a response to each prompt, as token ids: up to a stop token, or up to its
+    response_limit. The same policy, seed, key and prompts give the same responses."""
     limits = [response_limit(prompt, config) for prompt in prompts]              # B
     generator = random_numbers(config.seed, key)
     uniform = 1 - torch.rand(  # [B, T] in (0, 1]: a token of probability 0 is never drawn
@@ -287,7 +287,7 @@ def costs_and_lambdas(cost: Tensor, lam: float, config: Config) -> tuple[Tensor,
     gradient, is E[grad log pi(y|x) (-R + lambda {C - d}+)].
         method         in returns   lambda_i
         repo, return   {C - d}+     lambda            estimates (2), up to 1 / (1 + lambda)
-        repo, mask     C - d        lambda 1[C > d]   does not estimate (2): see the README
+        repo, mask     C - d        lambda 1[C > d]   does not estimate (2): tiny_configs/README
         ppo_lag        C - d        lambda            safe responses pay for unsafe ones
         gate, ppo      not used     0                 the cost has no weight in the loss
     """
@@ -410,7 +410,7 @@ def policy_loss(policy, batch: Rollout, token_weight: Tensor,
         rho_t = pi(y_t) / pi_old(y_t)
     """
     if policy.fused_head and runs_triton(policy.get_output_embeddings().weight):
-        return fused_policy_loss(policy, batch, token_weight, config)  # the same, on a GPU
+        return fused_policy_loss(policy, batch, token_weight, config)  # the same, in Triton
     mask = batch.response_mask                                                   # [b, T]
     row, _, _ = batch.response_tokens()                                          # [N]
     lambdas = batch.lambdas[row]                                                 # [N]  lambda_i
@@ -499,7 +499,7 @@ def update(state: training.State, rollout: Rollout, rows: Tensor, ptx: Sequences
     and adds the gradients of a micro-batch to those before it."""
     for batch in ranks.micro_batches(rollout, rows, config.micro_batch_size):
         mask = batch.response_mask                                               # [b, T]
-        token_weight = mask / mask.sum(1, keepdim=True) / len(rows)              # w_t = 1 / (T_i M)
+        token_weight = mask / mask.sum(1, keepdim=True) / len(rows)       # w_t of (8): 1 / (T_i M)
         loss, statistics = training.backward(
             state.policy, policy_loss, batch, token_weight, config=config)
         meter.add("actor_loss", loss, statistics, mask.sum())

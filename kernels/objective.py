@@ -3,8 +3,8 @@
 Per token t of response i, with rho = exp(log pi - log pi_old), the multiplier lambda_i, the weight
 w_t and the clip range epsilon:
 
-    A    = (A_r - lambda_i A_c) / (1 + lambda_i)                               the paper's (7)
-    loss = -sum_t w_t min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A)        the paper's (8)
+    A    = (A_r - lambda_i A_c) / (1 + lambda_i)                               (7)
+    loss = -sum_t w_t min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A)        (8)
 
 Backward: d rho / d log pi = rho. The clipped branch is constant where it is the smaller one. So
 

@@ -84,7 +84,7 @@ def repo_loss(
     log_probs, old_log_probs, reward_advantages, cost_advantages, lambdas, token_weight,
     clip_range=0.2,
 ):
-    """The rectified clipped objective, the paper's (7) and (8): (scalar loss, stats).
+    """The rectified clipped objective, (7) and (8): (scalar loss, stats).
 
     All inputs [N]; only log_probs has a gradient.
     """

@@ -74,7 +74,8 @@ class RunSettings:
         None, "of computing and of the saved policy; default: bfloat16 on a GPU that supports it, "
               "else float32")
     tf32: bool = option(False, "let CUDA round the factors of fp32 products to TF32")
-    micro_batch_size: int = option(8, "responses per forward pass; changes memory, not results")
+    micro_batch_size: int = option(8, "responses per forward pass: for memory and speed; "
+                                      "it changes results by rounding only")
     gradient_checkpointing: bool | None = option(
         None, "recompute activations in the backward pass: less memory, more time; default: above "
               "1B parameters")

@@ -24,6 +24,7 @@ COLUMNS = {  # what a table shows of summary.json -> the column's title
     "prompts_fully_safe": "prompts fully safe",
     "unsafe_prompts_at_most": "unsafe prompts at most",
     "cost_at_most": "mean cost at most",
+    "refusal_rate_on_harmful_prompts": "harmful refused",
     "over_refusal_rate": "over-refusal",
     "reward_on_harmless_prompts": "reward on harmless prompts",
     "lambda": "final λ",
