@@ -424,27 +424,20 @@ def model_inputs(input_ids: Tensor, attention_mask: Tensor,
 
 def hidden_states(body, input_ids: Tensor, attention_mask: Tensor,
                   pixel_values: Tensor | None = None) -> Tensor:
-    """A body's last hidden states: [B, L], [B, L] -> [B, L, H]; at padding they mean nothing. The
-    tokens that all rows begin with, such as a system prompt, are read once, unless rows have
-    pictures [3, S, S]."""
-    if pixel_values is not None:
+    """A body's last hidden states: [B, L], [B, L] -> [B, L, H]; at padding they mean nothing. A
+    prompt that several rows begin with is read once, unless rows have pictures [3, S, S]."""
+    if pixel_values is not None or not can_share(body, input_ids):
         inputs = model_inputs(input_ids, attention_mask, pixel_values)
         return body(**inputs).last_hidden_state                                      # [B, L, H]
-    is_token = attention_mask.bool()                                                 # [B, L]
-    lengths = is_token.sum(1)                                                        # [B]
-    rows = input_ids[is_token].split(lengths.tolist())                               # B of [T_i]
-    first, cache = shared_beginning(body, rows)                                      # [1, s, H]
+    shared = columns_to_share(input_ids, attention_mask)
+    prompts, cache = cached_prompts(body, input_ids[:, :shared], attention_mask[:, :shared])
     if cache is None:
-        return body(**model_inputs(input_ids, attention_mask)).last_hidden_state     # [B, L, H]
-
-    # The padding is on the right, so no real token attends to it.
-    rest = pad_sequence([row[first.shape[1]:] for row in rows], batch_first=True)    # [B, M]
-    states = body(rest, past_key_values=cache).last_hidden_state                     # [B, M, H]
-    states = torch.cat([first.expand(len(rows), -1, -1), states], 1)                 # [B, s+M, H]
-    is_state = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
-    hidden = states.new_zeros(*input_ids.shape, states.shape[-1])                    # [B, L, H]
-    hidden[is_token] = states[is_state]  # both go row by row
-    return hidden
+        return read(body, input_ids, attention_mask)[0]                              # [B, L, H]
+    inputs = model_inputs(input_ids, attention_mask)
+    for name in ("input_ids", "position_ids"):
+        inputs[name] = inputs[name][:, shared:]
+    rest = body(**inputs, past_key_values=cache).last_hidden_state                   # [B, L-c, H]
+    return torch.cat([prompts, rest], 1)
 
 
 def response_logits(policy, batch) -> Tensor:
@@ -461,21 +454,89 @@ def response_logits(policy, batch) -> Tensor:
     return logits
 
 
-def shared_beginning(body, rows: tuple[Tensor]):
-    """(hidden states [1, s, H] of the s tokens that B rows begin with, their cache for B rows).
-    (None, None) if that does not pay or is impossible: few tokens, one row, several ranks (which
-    must call a body equally often), gradient checkpointing, another cache than keys and values."""
+# ---- Tokens that several rows begin with, read once
+
+def can_share(body, input_ids: Tensor) -> bool:
+    """Not with one row, with several ranks (which must call a body equally often), or where layers
+    recompute (gradient checkpointing)."""
     recomputes = any(layer.training and getattr(layer, "gradient_checkpointing", False)
                      for layer in body.modules())
-    shared = 0 if recomputes or RANKS > 1 or len(rows) == 1 else count_shared(rows)
+    return len(input_ids) > 1 and RANKS == 1 and not recomputes
+
+
+def columns_to_share(input_ids: Tensor, attention_mask: Tensor) -> int:
+    """The number c of columns [B, L] that saves most if each distinct beginning of c columns is
+    read once; 0 if that does not pay. The last column is not shared."""
+    rows = torch.unique(input_ids.where(attention_mask.bool(), -1), dim=0)           # [D, L] sorted
+    differ = (rows[1:] != rows[:-1]).cumsum(1) > 0                                   # [D-1, L]
+    distinct = 1 + differ.sum(0)  # beginnings of 1 .. L columns                     # [L]
+    columns = 1 + torch.arange(len(distinct), device=rows.device)                    # [L]
+    saved, best = ((len(input_ids) - distinct) * columns)[:-1].max(0)
+    return int(best) + 1 if saved >= MIN_SHARED * len(input_ids) else 0
+
+
+def cached_prompts(body, input_ids: Tensor, attention_mask: Tensor):
+    """The states [B, c, H] of prompts [B, c], and their cache; each distinct prompt is read once.
+    (None, None) without columns, or if the body's cache is no plain one."""
+    if not input_ids.shape[1]:
+        return None, None
+    keys = input_ids.where(attention_mask.bool(), -1)                                # [B, c]
+    _, which = torch.unique(keys, dim=0, return_inverse=True)                        # [B] of U
+    places = torch.arange(len(which), device=which.device)
+    chosen = which.new_zeros(int(which.max()) + 1).scatter(0, which, places)         # [U]
+    hidden, cache = read(body, input_ids[chosen], attention_mask[chosen], use_cache=True)
+    if cache is None:
+        return None, None
+    cache.batch_select_indices(which)
+    return hidden[which], cache
+
+
+def read(body, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False):
+    """(states [B, L, H], a cache of L columns, None unless it is wanted and a plain one). Tokens
+    that all rows begin with, such as a system prompt, are read once."""
+    is_token = attention_mask.bool()                                                 # [B, L]
+    lengths = is_token.sum(1)                                                        # [B]
+    rows = input_ids[is_token].split(lengths.tolist())                               # B of [T_i]
+    first, cache = shared_beginning(body, rows)                                      # [1, s, H]
+    if cache is None:
+        inputs = model_inputs(input_ids, attention_mask) | {"use_cache": use_cache}
+        outputs = body(**inputs)
+        return outputs.last_hidden_state, plain_cache(outputs)                       # [B, L, H]
+
+    # The padding is on the right, so no real token attends to it.
+    rest = pad_sequence([row[first.shape[1]:] for row in rows], batch_first=True)    # [B, M]
+    states = body(rest, past_key_values=cache).last_hidden_state                     # [B, M, H]
+    states = torch.cat([first.expand(len(rows), -1, -1), states], 1)                 # [B, s+M, H]
+    is_state = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+    hidden = states.new_zeros(*input_ids.shape, states.shape[-1])                    # [B, L, H]
+    hidden[is_token] = states[is_state]  # both go row by row
+    if use_cache:  # its columns are positions
+        positions = model_inputs(input_ids, attention_mask)["position_ids"][:, None, :, None]
+        for layer in cache.layers:
+            layer.keys, layer.values = (
+                kept.take_along_dim(positions, 2) for kept in (layer.keys, layer.values))
+    return hidden, cache
+
+
+def shared_beginning(body, rows: tuple[Tensor]):
+    """(hidden states [1, s, H] of the s tokens that B rows begin with, their cache for B rows).
+    (None, None) if they are few, or if the body's cache is no plain one."""
+    shared = count_shared(rows) if len(rows) > 1 else 0
     if shared < MIN_SHARED:
         return None, None
     beginning = body(rows[0][None, :shared], use_cache=True)
-    layers = getattr(beginning.get("past_key_values"), "layers", [None])
-    if any(type(layer) is not DynamicLayer for layer in layers):
+    cache = plain_cache(beginning)
+    if cache is None:
         return None, None
-    beginning.past_key_values.batch_repeat_interleave(len(rows))
-    return beginning.last_hidden_state, beginning.past_key_values
+    cache.batch_repeat_interleave(len(rows))
+    return beginning.last_hidden_state, cache
+
+
+def plain_cache(outputs):
+    """A body's cache if it is one of keys and values alone."""
+    cache = outputs.get("past_key_values")
+    layers = getattr(cache, "layers", [None])
+    return cache if all(type(layer) is DynamicLayer for layer in layers) else None
 
 
 def count_shared(rows: tuple[Tensor]) -> int:
@@ -486,6 +547,8 @@ def count_shared(rows: tuple[Tensor]) -> int:
     are_equal = (beginnings == beginnings[0]).all(0)                                 # [shortest]
     return int(are_equal.cumprod(0).sum()) // 8 * 8
 
+
+# ---- Sampling
 
 def generate(policy, tokenizer, prompts: list[list[int]], draw, max_tokens: int, config,
              pixel_values: Tensor | None = None, stops=(), may_compile=True) -> list[list[int]]:
