@@ -426,16 +426,14 @@ def hidden_states(body, input_ids: Tensor, attention_mask: Tensor,
                   pixel_values: Tensor | None = None) -> Tensor:
     """A body's last hidden states: [B, L], [B, L] -> [B, L, H]; at padding they mean nothing. A
     prompt that several rows begin with is read once, unless rows have pictures [3, S, S]."""
-    if pixel_values is not None or not can_share(body, input_ids):
-        inputs = model_inputs(input_ids, attention_mask, pixel_values)
+    inputs = model_inputs(input_ids, attention_mask, pixel_values)
+    if pixel_values is not None:
         return body(**inputs).last_hidden_state                                      # [B, L, H]
-    shared = columns_to_share(input_ids, attention_mask)
-    prompts, cache = cached_prompts(body, input_ids[:, :shared], attention_mask[:, :shared])
+    prompts, cache = cached_prompts(body, input_ids, attention_mask)                 # [B, c, H]
     if cache is None:
         return read(body, input_ids, attention_mask)[0]                              # [B, L, H]
-    inputs = model_inputs(input_ids, attention_mask)
     for name in ("input_ids", "position_ids"):
-        inputs[name] = inputs[name][:, shared:]
+        inputs[name] = inputs[name][:, prompts.shape[1]:]
     rest = body(**inputs, past_key_values=cache).last_hidden_state                   # [B, L-c, H]
     return torch.cat([prompts, rest], 1)
 
@@ -456,30 +454,33 @@ def response_logits(policy, batch) -> Tensor:
 
 # ---- Tokens that several rows begin with, read once
 
-def can_share(body, input_ids: Tensor) -> bool:
+def can_share(body, rows: Tensor | tuple[Tensor]) -> bool:
     """Not with one row, with several ranks (which must call a body equally often), or where layers
     recompute (gradient checkpointing)."""
     recomputes = any(layer.training and getattr(layer, "gradient_checkpointing", False)
                      for layer in body.modules())
-    return len(input_ids) > 1 and RANKS == 1 and not recomputes
+    return len(rows) > 1 and RANKS == 1 and not recomputes
 
 
 def columns_to_share(input_ids: Tensor, attention_mask: Tensor) -> int:
     """The number c of columns [B, L] that saves most if each distinct beginning of c columns is
-    read once; 0 if that does not pay. The last column is not shared."""
+    read once; 0 if that does not pay. All rows have a token in them; the last column is apart."""
     rows = torch.unique(input_ids.where(attention_mask.bool(), -1), dim=0)           # [D, L] sorted
     differ = (rows[1:] != rows[:-1]).cumsum(1) > 0                                   # [D-1, L]
     distinct = 1 + differ.sum(0)  # beginnings of 1 .. L columns                     # [L]
     columns = 1 + torch.arange(len(distinct), device=rows.device)                    # [L]
-    saved, best = ((len(input_ids) - distinct) * columns)[:-1].max(0)
+    has_begun = attention_mask.cumsum(1).bool().all(0)                               # [L]
+    saved, best = (has_begun * (len(input_ids) - distinct) * columns)[:-1].max(0)
     return int(best) + 1 if saved >= MIN_SHARED * len(input_ids) else 0
 
 
 def cached_prompts(body, input_ids: Tensor, attention_mask: Tensor):
-    """The states [B, c, H] of prompts [B, c], and their cache; each distinct prompt is read once.
-    (None, None) without columns, or if the body's cache is no plain one."""
-    if not input_ids.shape[1]:
+    """(states [B, c, H], cache) of the first c columns of rows [B, L]; each distinct prompt is read
+    once. (None, None) if that does not pay or is impossible."""
+    shared = columns_to_share(input_ids, attention_mask) if can_share(body, input_ids) else 0
+    if not shared:
         return None, None
+    input_ids, attention_mask = input_ids[:, :shared], attention_mask[:, :shared]
     keys = input_ids.where(attention_mask.bool(), -1)                                # [B, c]
     _, which = torch.unique(keys, dim=0, return_inverse=True)                        # [B] of U
     places = torch.arange(len(which), device=which.device)
@@ -520,8 +521,8 @@ def read(body, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = Fals
 
 def shared_beginning(body, rows: tuple[Tensor]):
     """(hidden states [1, s, H] of the s tokens that B rows begin with, their cache for B rows).
-    (None, None) if they are few, or if the body's cache is no plain one."""
-    shared = count_shared(rows) if len(rows) > 1 else 0
+    (None, None) if they are few, or if that is impossible."""
+    shared = count_shared(rows) if can_share(body, rows) else 0
     if shared < MIN_SHARED:
         return None, None
     beginning = body(rows[0][None, :shared], use_cache=True)
@@ -555,13 +556,15 @@ def generate(policy, tokenizer, prompts: list[list[int]], draw, max_tokens: int,
     """The library's generate for b prompts, perhaps with pictures [b, 3, S, S]. `draw` chooses each
     token, and `stops` are the library's stopping criteria. Returns token ids, also those after an
     end."""
-    input_ids, mask = pad_rows(prompts, [[]] * len(prompts), tokenizer.pad_token_id)
+    input_ids, mask = (part.to(config.device) for part in pad_rows(  # [b, P] each
+        prompts, [[]] * len(prompts), tokenizer.pad_token_id))
+    compiles = may_compile and can_compile(policy, config)
     settings = GenerationConfig(
         do_sample=False,  # the library takes the largest score, which `draw` has set
         max_new_tokens=max_tokens,
         eos_token_id=sorted(policy.stop_token_ids),
         pad_token_id=tokenizer.pad_token_id,
-        cache_implementation="static" if may_compile and can_compile(policy, config) else None,
+        cache_implementation="static" if compiles else None,
     )
     processors, never = [draw], list(policy.tokenless)
     if getattr(tokenizer, "sight", None):  # no answer shows a picture
@@ -572,9 +575,13 @@ def generate(policy, tokenizer, prompts: list[list[int]], draw, max_tokens: int,
     whole = policy.get_output_embeddings().register_forward_pre_hook(
         lambda head, inputs: inputs[0].contiguous())
     with whole, torch.inference_mode(), config.autocast():
+        cache = None
+        if pixel_values is None and not compiles:
+            _, cache = cached_prompts(policy.base_model, input_ids, mask)
         token_ids = policy.generate(
-            input_ids=input_ids.to(config.device),                               # [b, P]
-            attention_mask=mask.to(config.device),                               # [b, P]
+            input_ids=input_ids,                                                 # [b, P]
+            attention_mask=mask,                                                 # [b, P]
+            past_key_values=cache,
             **in_call(pixel_values, config.device),                              # [b, 3, S, S]
             generation_config=settings,
             logits_processor=LogitsProcessorList(processors),

@@ -1,7 +1,7 @@
 """One trial of each loaded model, before a run writes anything.
 
-A few short rows go through a model as a run will send them: padded, with a shared beginning,
-sampled, with a backward. What comes must be what the model's own library gives for each row alone.
+A few short rows go through a model as a run will send them: padded, with a shared beginning or
+prompt, sampled, with a backward. What comes must be what the model's own library gives for each row alone.
 So a model that does not respect masks, positions or its cache is refused, whatever its family.
 """
 from contextlib import contextmanager
@@ -29,6 +29,8 @@ from plumbing.training import backward, recomputes
 # Two ways to compute SmolLM2-135M's logits in bfloat16 differ by 0.2, those of 3 tokens by 1; so
 # models are compared in float32 where they can be.
 TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 0.5}
+
+MANY = 0, 1, 1, 1, 1, 1  # of the trial's rows: so many of one kind that its prompt is read once
 
 
 def try_models(models, config) -> None:
@@ -72,12 +74,12 @@ def in_float32(model, config):
 
 def trial_rows(tokenizer, policy) -> list[list[int]]:
     """Three rows of ordinary tokens, the last of them in each: a short one, a long one, and one
-    that begins as the long one does."""
+    that begins as the long one does. MANY of them have a prompt that several rows begin with."""
     special = {*tokenizer.all_special_ids, *getattr(policy, "stop_token_ids", ())}
     if getattr(tokenizer, "sight", None):
         special.add(tokenizer.convert_tokens_to_ids(tokenizer.sight.place_holder))
     ids = sorted(set(tokenizer.get_vocab().values()) - special)
-    mixed = [ids[7919 * i % len(ids)] for i in range(22)]
+    mixed = [ids[7919 * i % len(ids)] for i in range(30)]
     return [row + ids[-1:] for row in (mixed[:2], mixed[2:], mixed[2:19])]  # 17 are shared
 
 
@@ -123,6 +125,7 @@ def try_at_tokens(model, run_outputs, own_outputs, rows: list, pad_id: int, sour
         ("padded", [0, 1], pad_id),
         ("padded", [0, 1], rows[1][0]),  # the padding's content must not matter
         ("with a shared beginning", [1, 2], pad_id),
+        ("with a shared prompt", MANY, pad_id),
     ):
         with blame(f"{source}: cannot read rows that are {what}"):
             outputs = at_tokens(model, run_outputs, [rows[i] for i in chosen], filler, config)
@@ -170,15 +173,15 @@ class Dictated(LogitsProcessor):
 def try_sampling(policy, tokenizer, rows: list, expected: list, source: str, config) -> None:
     """The distribution that a cached decoding step samples from must be the one whose log-probs are
     logged."""
-    count, rows = 2, rows[:2]
-    said = torch.tensor([row[-count:] for row in rows], device=config.device)        # [2, 2]
+    count, rows = 2, [rows[i] for i in MANY]
+    said = torch.tensor([row[-count:] for row in rows], device=config.device)        # [6, 2]
     dictated = Dictated(said)
     with blame(f"{source}: cannot sample"), gathered(policy):
         generate(policy, tokenizer, [row[:-count] for row in rows], dictated, count, config,
                  may_compile=False)
-    sampled = torch.stack(dictated.scores, 1)                                        # [2, 2, V]
-    for scores, logits in zip(sampled, expected):
-        logits = logits[0, -count - 1:-1]                                            # [2, V]
+    sampled = torch.stack(dictated.scores, 1)                                        # [6, 2, V]
+    for scores, i in zip(sampled, MANY):
+        logits = expected[i][0, -count - 1:-1]                                          # [2, V]
         scores = scores[:, :logits.shape[1]]
         can_be_sampled = scores[0].isfinite()                                        # [V]
         compare(scores[:, can_be_sampled], logits[:, can_be_sampled],

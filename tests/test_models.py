@@ -20,7 +20,7 @@ from transformers import (
 import repo
 from plumbing.models import Head, find_head
 from plumbing.errors import UserError
-from plumbing.models import hidden_states, load_policy, model_inputs
+from plumbing.models import generate, hidden_states, load_policy, model_inputs
 from plumbing.scorers import Scorer, save_critic
 from plumbing.training import make_critic
 from plumbing.data import conversation_ids, encode_prompts, pad_rows
@@ -382,6 +382,45 @@ def test_what_all_rows_begin_with_is_read_once(tokenizer, count, reads):
     model.layers[0].training = True  # as recomputing() sets it
     hidden_states(model, *inputs)
     assert len(seen) == len(reads) + 1 and seen[-1] == tuple(batch.input_ids.shape)
+
+
+def of_two_prompts():
+    """Prompts of 25 and 23 tokens with eight responses, of 2 to 9 tokens."""
+    beginning = torch.randint(4, 60, (21,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [beginning + PROMPTS[row] for row in (0, 1, 1, 0, 1, 1, 0, 0)]
+    return prompts, [[7 + row, 8, *range(9, 9 + row)] for row in range(8)]
+
+
+def test_a_prompt_of_several_rows_is_read_once(tokenizer):
+    """With the same states and gradients as a reading of all."""
+    torch.manual_seed(0)
+    model, seen = LlamaModel(tiny_config(tokenizer)).eval(), []
+    batch = laid_out(*of_two_prompts(), 2)
+    inputs, mask = (batch.input_ids, batch.attention_mask), batch.attention_mask.bool()
+    model.register_forward_pre_hook(lambda _, ids, more: seen.append(
+        tuple((ids or [more["input_ids"]])[0].shape)), with_kwargs=True)
+    states = hidden_states(model, *inputs)[mask]                                 # [tokens, H]
+    assert seen == [(1, 16), (2, 9), (8, 9)]
+    whole = model(**model_inputs(*inputs)).last_hidden_state[mask]
+    assert torch.allclose(states, whole, atol=1e-5)
+    direction = torch.randn_like(whole)
+    for one, other in zip(torch.autograd.grad((states * direction).sum(), model.parameters()),
+                          torch.autograd.grad((whole * direction).sum(), model.parameters())):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_responses_to_one_prompt_are_sampled_from_one_reading_of_it(tmp_path, tokenizer):
+    policy, _ = load_policy(config_for(write_policy(tmp_path / "policy", tokenizer).parent))
+    prompts, expected = of_two_prompts()[0], []
+    config, seen = config_for(tmp_path, max_response_length=6), []
+    for rows in ([0, 1], range(8)):  # two prompts are read whole
+        draw = repo.Draw(torch.full((len(rows), 6), 0.4, dtype=torch.float64), 25, 1.0)
+        sampled = generate(policy, tokenizer, [prompts[i] for i in rows], draw, 6, config)
+        expected = expected or [sampled[prompts[i] == prompts[1]] for i in range(8)]
+        policy.model.register_forward_pre_hook(lambda _, ids, more: seen.append(
+            tuple((ids or [more["input_ids"]])[0].shape)), with_kwargs=True)
+    assert sampled == expected
+    assert seen[:4] == [(1, 16), (2, 8), (8, 1), (8, 1)]
 
 
 def test_rows_that_are_all_alike_keep_a_token_of_their_own(tokenizer):
