@@ -455,11 +455,21 @@ def response_logits(policy, batch) -> Tensor:
 # ---- Tokens that several rows begin with, read once
 
 def can_share(body, rows: Tensor | tuple[Tensor]) -> bool:
-    """Not with one row, with several ranks (which must call a body equally often), or where layers
-    recompute (gradient checkpointing)."""
+    """Not with one row, with several ranks (which must call a body equally often), where layers
+    recompute (gradient checkpointing), or with a cache that holds more than keys and values."""
     recomputes = any(layer.training and getattr(layer, "gradient_checkpointing", False)
                      for layer in body.modules())
-    return len(rows) > 1 and RANKS == 1 and not recomputes
+    return len(rows) > 1 and RANKS == 1 and not recomputes and has_plain_cache(body)
+
+
+@torch.no_grad()
+def has_plain_cache(body) -> bool:
+    """Found out once, by reading a token."""
+    if not hasattr(body, "has_plain_cache"):
+        outputs = body(torch.zeros(1, 1, dtype=torch.long, device=body.device), use_cache=True)
+        layers = getattr(outputs.get("past_key_values"), "layers", [None])
+        body.has_plain_cache = all(type(layer) is DynamicLayer for layer in layers)
+    return body.has_plain_cache
 
 
 def columns_to_share(input_ids: Tensor, attention_mask: Tensor) -> int:
@@ -486,15 +496,13 @@ def cached_prompts(body, input_ids: Tensor, attention_mask: Tensor):
     places = torch.arange(len(which), device=which.device)
     chosen = which.new_zeros(int(which.max()) + 1).scatter(0, which, places)         # [U]
     hidden, cache = read(body, input_ids[chosen], attention_mask[chosen], use_cache=True)
-    if cache is None:
-        return None, None
     cache.batch_select_indices(which)
     return hidden[which], cache
 
 
 def read(body, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False):
-    """(states [B, L, H], a cache of L columns, None unless it is wanted and a plain one). Tokens
-    that all rows begin with, such as a system prompt, are read once."""
+    """(states [B, L, H], with use_cache their cache of L columns). Tokens that all rows begin with,
+    such as a system prompt, are read once."""
     is_token = attention_mask.bool()                                                 # [B, L]
     lengths = is_token.sum(1)                                                        # [B]
     rows = input_ids[is_token].split(lengths.tolist())                               # B of [T_i]
@@ -502,7 +510,7 @@ def read(body, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = Fals
     if cache is None:
         inputs = model_inputs(input_ids, attention_mask) | {"use_cache": use_cache}
         outputs = body(**inputs)
-        return outputs.last_hidden_state, plain_cache(outputs)                       # [B, L, H]
+        return outputs.last_hidden_state, outputs.get("past_key_values")             # [B, L, H]
 
     # The padding is on the right, so no real token attends to it.
     rest = pad_sequence([row[first.shape[1]:] for row in rows], batch_first=True)    # [B, M]
@@ -526,18 +534,8 @@ def shared_beginning(body, rows: tuple[Tensor]):
     if shared < MIN_SHARED:
         return None, None
     beginning = body(rows[0][None, :shared], use_cache=True)
-    cache = plain_cache(beginning)
-    if cache is None:
-        return None, None
-    cache.batch_repeat_interleave(len(rows))
-    return beginning.last_hidden_state, cache
-
-
-def plain_cache(outputs):
-    """A body's cache if it is one of keys and values alone."""
-    cache = outputs.get("past_key_values")
-    layers = getattr(cache, "layers", [None])
-    return cache if all(type(layer) is DynamicLayer for layer in layers) else None
+    beginning.past_key_values.batch_repeat_interleave(len(rows))
+    return beginning.last_hidden_state, beginning.past_key_values
 
 
 def count_shared(rows: tuple[Tensor]) -> int:

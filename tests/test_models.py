@@ -20,7 +20,7 @@ from transformers import (
 import repo
 from plumbing.models import Head, find_head
 from plumbing.errors import UserError
-from plumbing.models import generate, hidden_states, load_policy, model_inputs
+from plumbing.models import generate, has_plain_cache, hidden_states, load_policy, model_inputs
 from plumbing.scorers import Scorer, save_critic
 from plumbing.training import make_critic
 from plumbing.data import conversation_ids, encode_prompts, pad_rows
@@ -395,6 +395,7 @@ def test_a_prompt_of_several_rows_is_read_once(tokenizer):
     """With the same states and gradients as a reading of all."""
     torch.manual_seed(0)
     model, seen = LlamaModel(tiny_config(tokenizer)).eval(), []
+    assert has_plain_cache(model)
     batch = laid_out(*of_two_prompts(), 2)
     inputs, mask = (batch.input_ids, batch.attention_mask), batch.attention_mask.bool()
     model.register_forward_pre_hook(lambda _, ids, more: seen.append(
