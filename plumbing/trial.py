@@ -1,8 +1,9 @@
 """One trial of each loaded model, before a run writes anything.
 
 A few short rows go through a model as a run will send them: padded, with a shared beginning or
-prompt, sampled, with a backward. What comes must be what the model's own library gives for each row alone.
-So a model that does not respect masks, positions or its cache is refused, whatever its family.
+prompt, sampled, with a backward. What comes must be what the model's own library gives for each row
+alone. So a model that does not respect masks, positions or its cache is refused, whatever its
+family.
 """
 from contextlib import contextmanager
 from dataclasses import replace
