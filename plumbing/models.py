@@ -24,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from plumbing import hub
 from plumbing.data import encode_prompts, end_of_turn, pad_rows, render, render_prompt
@@ -456,9 +456,8 @@ def response_logits(policy, batch) -> Tensor:
 
 def can_share(body, rows: Tensor | tuple[Tensor]) -> bool:
     """Not with one row, with several ranks (which must call a body equally often), where layers
-    recompute (gradient checkpointing), or with a cache that holds more than keys and values."""
-    recomputes = any(layer.training and getattr(layer, "gradient_checkpointing", False)
-                     for layer in body.modules())
+    recompute in updates (gradient checkpointing), or with a cache of more than keys and values."""
+    recomputes = any(getattr(layer, "gradient_checkpointing", False) for layer in body.modules())
     return len(rows) > 1 and RANKS == 1 and not recomputes and has_plain_cache(body)
 
 
@@ -467,8 +466,9 @@ def has_plain_cache(body) -> bool:
     """Found out once, by reading a token."""
     if not hasattr(body, "has_plain_cache"):
         outputs = body(torch.zeros(1, 1, dtype=torch.long, device=body.device), use_cache=True)
-        layers = getattr(outputs.get("past_key_values"), "layers", [None])
-        body.has_plain_cache = all(type(layer) is DynamicLayer for layer in layers)
+        cache = outputs.get("past_key_values")
+        body.has_plain_cache = type(cache) is DynamicCache and all(
+            type(layer) is DynamicLayer for layer in cache.layers)
     return body.has_plain_cache
 
 
@@ -481,13 +481,16 @@ def columns_to_share(input_ids: Tensor, attention_mask: Tensor) -> int:
     columns = 1 + torch.arange(len(distinct), device=rows.device)                    # [L]
     has_begun = attention_mask.cumsum(1).bool().all(0)                               # [L]
     saved, best = (has_begun * (len(input_ids) - distinct) * columns)[:-1].max(0)
-    return int(best) + 1 if saved >= MIN_SHARED * len(input_ids) else 0
+    pays = saved >= len(input_ids) * max(MIN_SHARED, len(distinct) / 8)
+    return int(best) + 1 if pays else 0
 
 
 def cached_prompts(body, input_ids: Tensor, attention_mask: Tensor):
     """(states [B, c, H], cache) of the first c columns of rows [B, L]; each distinct prompt is read
     once. (None, None) if that does not pay or is impossible."""
-    shared = columns_to_share(input_ids, attention_mask) if can_share(body, input_ids) else 0
+    shared = 0
+    if input_ids.shape[1] > MIN_SHARED and can_share(body, input_ids):
+        shared = columns_to_share(input_ids, attention_mask)
     if not shared:
         return None, None
     input_ids, attention_mask = input_ids[:, :shared], attention_mask[:, :shared]
@@ -496,8 +499,8 @@ def cached_prompts(body, input_ids: Tensor, attention_mask: Tensor):
     places = torch.arange(len(which), device=which.device)
     chosen = which.new_zeros(int(which.max()) + 1).scatter(0, which, places)         # [U]
     hidden, cache = read(body, input_ids[chosen], attention_mask[chosen], use_cache=True)
-    cache.batch_select_indices(which)
-    return hidden[which], cache
+    cache.reorder_cache(which)
+    return hidden.index_select(0, which), cache
 
 
 def read(body, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False):
@@ -574,8 +577,9 @@ def generate(policy, tokenizer, prompts: list[list[int]], draw, max_tokens: int,
         lambda head, inputs: inputs[0].contiguous())
     with whole, torch.inference_mode(), config.autocast():
         cache = None
-        if pixel_values is None and not compiles:
-            _, cache = cached_prompts(policy.base_model, input_ids, mask)
+        # Without a Head the body may not be apart.
+        if pixel_values is None and not compiles and policy.fused_head:
+            cache = cached_prompts(policy.base_model, input_ids, mask)[1]
         token_ids = policy.generate(
             input_ids=input_ids,                                                 # [b, P]
             attention_mask=mask,                                                 # [b, P]

@@ -31,7 +31,9 @@ from plumbing.training import backward, recomputes
 # models are compared in float32 where they can be.
 TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 0.5}
 
-MANY = 0, 1, 1, 1, 1, 1  # of the trial's rows: so many of one kind that its prompt is read once
+# Of the trial's rows: so many of a kind that a prompt is read once, and before it what both begin
+# with; so many that all is read once but the prompts' last tokens.
+OF_TWO_PROMPTS, OF_ONE_BEGINNING = (1, 1, 1, 2, 2, 2), (1, 1, 1, 3, 3, 3)
 
 
 def try_models(models, config) -> None:
@@ -74,14 +76,16 @@ def in_float32(model, config):
 
 
 def trial_rows(tokenizer, policy) -> list[list[int]]:
-    """Three rows of ordinary tokens, the last of them in each: a short one, a long one, and one
-    that begins as the long one does. MANY of them have a prompt that several rows begin with."""
+    """Four rows of ordinary tokens, the last of them in each: a short one, a long one, one that
+    begins as the long one does, and one that differs from it in few tokens near its end."""
     special = {*tokenizer.all_special_ids, *getattr(policy, "stop_token_ids", ())}
     if getattr(tokenizer, "sight", None):
         special.add(tokenizer.convert_tokens_to_ids(tokenizer.sight.place_holder))
     ids = sorted(set(tokenizer.get_vocab().values()) - special)
     mixed = [ids[7919 * i % len(ids)] for i in range(30)]
-    return [row + ids[-1:] for row in (mixed[:2], mixed[2:], mixed[2:19])]  # 17 are shared
+    like_the_long = mixed[2:26] + mixed[25:21:-1]
+    rows = mixed[:2], mixed[2:], mixed[2:19], like_the_long  # 17 are shared, and 24
+    return [row + ids[-1:] for row in rows]
 
 
 # ---- What a run makes of a model's call, and what the library does
@@ -126,7 +130,7 @@ def try_at_tokens(model, run_outputs, own_outputs, rows: list, pad_id: int, sour
         ("padded", [0, 1], pad_id),
         ("padded", [0, 1], rows[1][0]),  # the padding's content must not matter
         ("with a shared beginning", [1, 2], pad_id),
-        ("with a shared prompt", MANY, pad_id),
+        ("with a shared prompt", OF_TWO_PROMPTS, pad_id),
     ):
         with blame(f"{source}: cannot read rows that are {what}"):
             outputs = at_tokens(model, run_outputs, [rows[i] for i in chosen], filler, config)
@@ -174,14 +178,20 @@ class Dictated(LogitsProcessor):
 def try_sampling(policy, tokenizer, rows: list, expected: list, source: str, config) -> None:
     """The distribution that a cached decoding step samples from must be the one whose log-probs are
     logged."""
-    count, rows = 2, [rows[i] for i in MANY]
-    said = torch.tensor([row[-count:] for row in rows], device=config.device)        # [6, 2]
-    dictated = Dictated(said)
+    for chosen in ((0, 1), OF_ONE_BEGINNING):
+        try_sampling_of(policy, tokenizer, rows, chosen, expected, source, config)
+
+
+def try_sampling_of(policy, tokenizer, rows: list, chosen: tuple, expected: list, source: str,
+                    config) -> None:
+    count = 2
+    said = [rows[i][-count:] for i in chosen]
+    dictated = Dictated(torch.tensor(said, device=config.device))                    # [B, 2]
     with blame(f"{source}: cannot sample"), gathered(policy):
-        generate(policy, tokenizer, [row[:-count] for row in rows], dictated, count, config,
+        generate(policy, tokenizer, [rows[i][:-count] for i in chosen], dictated, count, config,
                  may_compile=False)
-    sampled = torch.stack(dictated.scores, 1)                                        # [6, 2, V]
-    for scores, i in zip(sampled, MANY):
+    sampled = torch.stack(dictated.scores, 1)                                        # [B, 2, V]
+    for scores, i in zip(sampled, chosen):
         logits = expected[i][0, -count - 1:-1]                                          # [2, V]
         scores = scores[:, :logits.shape[1]]
         can_be_sampled = scores[0].isfinite()                                        # [V]

@@ -8,6 +8,7 @@ import torch
 from conftest import laid_out, random_beaver, tiny_config, write_beaver, write_policy, write_python
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.cache_utils import DynamicCache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -422,6 +423,29 @@ def test_responses_to_one_prompt_are_sampled_from_one_reading_of_it(tmp_path, to
             tuple((ids or [more["input_ids"]])[0].shape)), with_kwargs=True)
     assert sampled == expected
     assert seen[:4] == [(1, 16), (2, 8), (8, 1), (8, 1)]
+
+
+def test_rows_of_one_token_are_read(tokenizer):
+    model, ids = LlamaModel(tiny_config(tokenizer)).eval(), torch.tensor([[7], [8]])
+    assert hidden_states(model, ids, torch.ones_like(ids)).shape[:2] == (2, 1)
+
+
+def test_a_cache_that_keeps_more_than_keys_and_values_is_not_shared(tokenizer):
+    """MiniMax's keeps states beside its layers, into which padding would go."""
+    class OwnCache(DynamicCache):
+        pass
+
+    class OwnModel(LlamaModel):
+        def forward(self, *inputs, use_cache=False, **more):
+            cache = OwnCache(config=self.config) if use_cache else None
+            return super().forward(*inputs, past_key_values=cache, use_cache=use_cache, **more)
+
+    model = OwnModel(tiny_config(tokenizer)).eval()
+    assert not has_plain_cache(model)
+    batch = laid_out(*of_two_prompts(), 2)
+    inputs, mask = (batch.input_ids, batch.attention_mask), batch.attention_mask.bool()
+    whole = model(**model_inputs(*inputs)).last_hidden_state[mask]
+    assert torch.equal(hidden_states(model, *inputs)[mask], whole)
 
 
 def test_rows_that_are_all_alike_keep_a_token_of_their_own(tokenizer):

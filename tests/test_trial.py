@@ -88,6 +88,20 @@ def test_a_saved_policy_that_is_not_the_trained_one_is_told_at_the_end(run, monk
     assert (out / "summary.json").exists() and (out / "final" / "actor").exists()
 
 
+def test_the_trial_samples_after_a_shared_beginning_of_prompts(run, monkeypatch):
+    """Several tokens of each prompt are left, which a model must not cut."""
+    columns, cached_prompts = [], models.cached_prompts
+
+    def watched(body, input_ids, attention_mask):
+        states, cache = cached_prompts(body, input_ids, attention_mask)
+        columns.append((input_ids.shape[1], 0 if cache is None else states.shape[1]))
+        return states, cache
+
+    monkeypatch.setattr(models, "cached_prompts", watched)
+    assert run(*FEW, "--steps", 1)[0] == 0
+    assert (27, 24) in columns
+
+
 # ---- no dropout
 
 DROPOUT = {  # family -> its config's names of it
