@@ -425,6 +425,14 @@ def test_responses_to_one_prompt_are_sampled_from_one_reading_of_it(tmp_path, to
     assert seen[:4] == [(1, 16), (2, 8), (8, 1), (8, 1)]
 
 
+def test_a_row_that_begins_in_the_last_column_is_read_beside_a_shared_prompt(tokenizer):
+    model = LlamaModel(tiny_config(tokenizer)).eval()
+    inputs = pad_rows([[0, *range(4, 30)]] * 7 + [[9]], [[]] * 8, 2)
+    mask = inputs[1].bool()
+    whole = model(**model_inputs(*inputs)).last_hidden_state[mask]
+    assert torch.allclose(hidden_states(model, *inputs)[mask], whole, atol=1e-5)
+
+
 def test_rows_of_one_token_are_read(tokenizer):
     model, ids = LlamaModel(tiny_config(tokenizer)).eval(), torch.tensor([[7], [8]])
     assert hidden_states(model, ids, torch.ones_like(ids)).shape[:2] == (2, 1)
