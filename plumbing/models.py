@@ -577,8 +577,8 @@ def generate(policy, tokenizer, prompts: list[list[int]], draw, max_tokens: int,
         lambda head, inputs: inputs[0].contiguous())
     with whole, torch.inference_mode(), config.autocast():
         cache = None
-        # Without a Head the body may not be apart.
-        if pixel_values is None and not compiles and policy.fused_head:
+        # Only with a Head is it known that the body is apart.
+        if pixel_values is None and not compiles and getattr(policy, "fused_head", None):
             cache = cached_prompts(policy.base_model, input_ids, mask)[1]
         token_ids = policy.generate(
             input_ids=input_ids,                                                 # [b, P]
