@@ -192,7 +192,7 @@ def try_sampling_of(policy, tokenizer, rows: list, chosen: tuple, expected: list
                  may_compile=False)
     sampled = torch.stack(dictated.scores, 1)                                        # [B, 2, V]
     for scores, i in zip(sampled, chosen):
-        logits = expected[i][0, -count - 1:-1]                                          # [2, V]
+        logits = expected[i][0, -count - 1:-1]                                       # [2, V]
         scores = scores[:, :logits.shape[1]]
         can_be_sampled = scores[0].isfinite()                                        # [V]
         compare(scores[:, can_be_sampled], logits[:, can_be_sampled],

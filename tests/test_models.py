@@ -353,6 +353,16 @@ def test_the_real_loading_code_meets_other_architectures(
     assert torch.allclose(log_probs, torch.cat(alone), atol=1e-4)
 
 
+def assert_as_a_reading_of_all(states, model, inputs, mask):
+    """States [tokens, H] and their gradients are those of rows that share nothing."""
+    whole = model(**model_inputs(*inputs)).last_hidden_state[mask]
+    assert torch.allclose(states, whole, atol=1e-5)
+    direction = torch.randn_like(whole)
+    for one, other in zip(torch.autograd.grad((states * direction).sum(), model.parameters()),
+                          torch.autograd.grad((whole * direction).sum(), model.parameters())):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("count, reads", [
     (30, [(1, 24), (2, 13)]),    # 31 in whole eights; the longer row has 37 tokens
     (14, [(2, 21)]),             # so few that it would not pay
@@ -365,12 +375,7 @@ def test_what_all_rows_begin_with_is_read_once(tokenizer, count, reads):
     batch = laid_out([beginning + prompt for prompt in PROMPTS], RESPONSES, 2)
     inputs, mask = (batch.input_ids, batch.attention_mask), batch.attention_mask.bool()
     states = hidden_states(model, *inputs)[mask]                                 # [tokens, H]
-    whole = model(**model_inputs(*inputs)).last_hidden_state[mask]
-    assert torch.allclose(states, whole, atol=1e-5)
-    direction = torch.randn_like(whole)
-    for one, other in zip(torch.autograd.grad((states * direction).sum(), model.parameters()),
-                          torch.autograd.grad((whole * direction).sum(), model.parameters())):
-        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+    assert_as_a_reading_of_all(states, model, inputs, mask)
 
     seen = []
     model.register_forward_pre_hook(lambda _, ids, more: seen.append(
@@ -403,12 +408,7 @@ def test_a_prompt_of_several_rows_is_read_once(tokenizer):
         tuple((ids or [more["input_ids"]])[0].shape)), with_kwargs=True)
     states = hidden_states(model, *inputs)[mask]                                 # [tokens, H]
     assert seen == [(1, 16), (2, 9), (8, 9)]
-    whole = model(**model_inputs(*inputs)).last_hidden_state[mask]
-    assert torch.allclose(states, whole, atol=1e-5)
-    direction = torch.randn_like(whole)
-    for one, other in zip(torch.autograd.grad((states * direction).sum(), model.parameters()),
-                          torch.autograd.grad((whole * direction).sum(), model.parameters())):
-        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
+    assert_as_a_reading_of_all(states, model, inputs, mask)
 
 
 def test_responses_to_one_prompt_are_sampled_from_one_reading_of_it(tmp_path, tokenizer):
