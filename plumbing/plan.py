@@ -169,6 +169,11 @@ def memory_terms(models, config, lengths, checkpointing: bool) -> dict:
         activations(model.config.get_text_config(), rows * row, checkpointing, config)
         for model in learners)
     loss = loss_chunk(policy, rows * (row - longest_prompt), config)
+
+    def cache(model, count: int) -> int:  # keys and values
+        shape = model.config.get_text_config()
+        return 2 * shape.num_hidden_layers * kv_width(shape) * count * row * size
+
     return {
         "weights": nbytes(weights) / RANKS,
         "optimiser": 2 * 4 * sum(trained) / RANKS,  # AdamW's two moments, in fp32
@@ -178,17 +183,19 @@ def memory_terms(models, config, lengths, checkpointing: bool) -> dict:
         "learning: activations": kept,
         "learning: one layer, or loss": max(of_a_layer, loss),  # one comes after the other
         "sampling: copies of weights": while_sampling,
-        "sampling: KV cache": 2 * policy.num_hidden_layers * kv_width(policy) * responses * row
-        * size,
+        "sampling: KV cache": cache(models.policy, responses),
         "sampling: logits": 4 * 4 * responses * policy.vocab_size,  # four copies, in fp32
+        # On one GPU a model reads what rows begin with once, and keeps a micro-batch's cache.
+        "scoring: KV cache": max(cache(model, rows) for model in models_of(models).values())
+        if RANKS == 1 else 0,
     }
 
 
 def total(terms: dict) -> float:
-    """Learning and sampling come one after the other. All else is always there."""
-    learning = sum(terms[name] for name in terms if name.startswith("learning"))
-    sampling = sum(terms[name] for name in terms if name.startswith("sampling"))
-    return sum(terms.values()) - min(learning, sampling)
+    """Sampling, scoring and learning come one after the other. All else is always there."""
+    phases = [sum(terms[name] for name in terms if name.startswith(phase))
+              for phase in ("sampling", "scoring", "learning")]
+    return sum(terms.values()) - sum(phases) + max(phases)
 
 
 def activations(model_config, tokens: int, checkpointing: bool, config) -> tuple[float, float]:
@@ -246,8 +253,10 @@ def gathered(model, size: int) -> int:
 
 
 def kv_width(model_config) -> int:
-    """Numbers in a token's keys of one layer."""
-    heads = model_config.num_attention_heads
+    """Numbers in a token's keys of one layer; 0 for a model without attention, such as Mamba."""
+    heads = getattr(model_config, "num_attention_heads", 0)
+    if not heads:
+        return 0
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
     return kv_heads * (getattr(model_config, "head_dim", None) or model_config.hidden_size // heads)
 

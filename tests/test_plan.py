@@ -116,6 +116,31 @@ def test_the_first_thing_that_would_fail_is_found_without_weights(dry_run):
     assert code == 2 and "question" in printed.splitlines()[-1]
 
 
+def test_a_policy_without_attention_has_a_plan_without_a_cache(dry_run, seven_b, tokenizer):
+    folder = seven_b / "mamba"
+    folder.mkdir()
+    mamba = {"model_type": "mamba", "vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(mamba))
+    tokenizer.save_pretrained(folder)
+    code, _, printed = dry_run("--model", folder, "--device", "cpu", "--lora_rank", 4)
+    assert re.search(r"^sampling: KV cache +0.00$", printed, re.M), (code, printed)
+
+
+def test_scoring_with_a_larger_model_than_the_policy_is_planned(seven_b, tokenizer, tmp_path):
+    """Rows that begin alike are read with a cache. Here 32 rows of up to 1,100 tokens: the 7B
+    scorer's keys and values take 2 x 32 layers x 4,096 numbers x 2 bytes a token."""
+    write_policy(tmp_path / "policy", tokenizer)
+    config = repo.Config(
+        policy=str(tmp_path / "policy"), reward_model=str(seven_b / "reward"),
+        cost_model=str(seven_b / "cost"), device="cpu", dtype="bfloat16", batch_size=64,
+        micro_batch_size=32, baseline="group", samples_per_prompt=2, lora_rank=2, dry_run=True)
+    shapes = plan.load_shapes(config)
+    terms = plan.memory_terms(shapes, config, (100, 1100), checkpointing=True)
+    assert terms["scoring: KV cache"] == 32 * 1100 * 2**19
+    always = sum(terms[name] for name in ("weights", "optimiser", "reserve"))
+    assert plan.total(terms) == always + terms["scoring: KV cache"]
+
+
 def test_all_names_that_cannot_be_reached_are_named_at_once(run):
     for flags in ((), ("--dry_run",)):
         code, out, printed = run("--model", "alpaca-7b", *flags)
