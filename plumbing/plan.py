@@ -24,7 +24,7 @@ from plumbing.data import (
     render_prompt,
     split_prompts,
 )
-from plumbing.errors import UserError, require, say
+from plumbing.errors import UserError, blame, require, say
 from plumbing.functions import load_function
 from plumbing.models import check_sources, load_policy
 from plumbing.ranks import RANKS
@@ -51,7 +51,9 @@ def dry_run(config) -> None:
     show_disk(models, config)
     lengths = longest_rows(prompts, pairs, models.tokenizer, config)
     say("The longest prompt has {} tokens. A padded row has up to {} tokens.\n".format(*lengths))
-    show_memory(plans_of(models, config, lengths), memory, owner)
+    with blame(f"{config.policy_flag()} {config.policy}: its memory cannot be planned"):
+        plans = plans_of(models, config, lengths)
+    show_memory(plans, memory, owner)
 
 
 def load_shapes(config) -> Models:
@@ -171,8 +173,8 @@ def memory_terms(models, config, lengths, checkpointing: bool) -> dict:
     loss = loss_chunk(policy, rows * (row - longest_prompt), config)
 
     def cache(model, count: int) -> int:  # keys and values
-        shape = model.config.get_text_config()
-        return 2 * shape.num_hidden_layers * kv_width(shape) * count * row * size
+        widths = map(kv_width, layers_of(model.config.get_text_config()))
+        return 2 * sum(widths) * count * row * size
 
     return {
         "weights": nbytes(weights) / RANKS,
@@ -214,18 +216,18 @@ def activations(model_config, tokens: int, checkpointing: bool, config) -> tuple
     parts, such as a vision tower, keep nothing. For seven Llama shapes the sum was 8 % below to
     12 % above what a traced forward and backward held.
     """
-    h, k, layers = model_config.hidden_size, kv_width(model_config), model_config.num_hidden_layers
-    i = getattr(model_config, "intermediate_size", None) or 4 * h
-    size = bytes_per_number(config)
-    layer = 8 * h + size * (4 * h + 2 * k + 4 * i)
+    h, size, layers = model_config.hidden_size, bytes_per_number(config), layers_of(model_config)
+    of_layers = [8 * h + size * (4 * h + 2 * kv_width(layer) + 4 * mlp_width(layer))
+                 for layer in layers]
+    widest = max(map(mlp_width, layers))
     gradient = 0  # of the largest weight, before it is summed
     if not config.lora_rank:
-        layer += size * 2 * h
-        gradient = size * h * i
-    moving = (8 * h + size * 2 * i) * tokens + gradient
+        of_layers = [of_layer + size * 2 * h for of_layer in of_layers]
+        gradient = size * h * widest
+    moving = (8 * h + size * 2 * widest) * tokens + gradient
     if checkpointing:
-        return layers * size * h * tokens, layer * tokens + moving
-    return layers * layer * tokens, moving
+        return len(layers) * size * h * tokens, max(of_layers) * tokens + moving
+    return sum(of_layers) * tokens, moving
 
 
 def loss_chunk(policy, tokens: int, config) -> float:
@@ -252,13 +254,24 @@ def gathered(model, size: int) -> int:
     return (2 * max(layers, default=0) + outside) * (size + size + 4)
 
 
-def kv_width(model_config) -> int:
-    """Numbers in a token's keys of one layer; 0 for a model without attention, such as Mamba."""
-    heads = getattr(model_config, "num_attention_heads", 0)
+def layers_of(model_config) -> list:
+    """Each layer's config. In a few families layers differ in size."""
+    return list(model_config.per_layer_config)
+
+
+def kv_width(layer) -> int:
+    """Numbers in a token's keys; 0 in a model without attention, such as Mamba. `layer` is a
+    layer's config."""
+    heads = getattr(layer, "num_attention_heads", 0)
     if not heads:
         return 0
-    kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
-    return kv_heads * (getattr(model_config, "head_dim", None) or model_config.hidden_size // heads)
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    return kv_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+
+
+def mlp_width(layer) -> int:
+    width = getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size
+    return max(width) if isinstance(width, list) else width
 
 
 def bytes_per_number(config) -> int:

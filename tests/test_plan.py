@@ -116,14 +116,23 @@ def test_the_first_thing_that_would_fail_is_found_without_weights(dry_run):
     assert code == 2 and "question" in printed.splitlines()[-1]
 
 
-def test_a_policy_without_attention_has_a_plan_without_a_cache(dry_run, seven_b, tokenizer):
-    folder = seven_b / "mamba"
-    folder.mkdir()
-    mamba = {"model_type": "mamba", "vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2}
-    (folder / "config.json").write_text(json.dumps(mamba))
-    tokenizer.save_pretrained(folder)
-    code, _, printed = dry_run("--model", folder, "--device", "cpu", "--lora_rank", 4)
-    assert re.search(r"^sampling: KV cache +0.00$", printed, re.M), (code, printed)
+@pytest.mark.parametrize("family, of_a_token", [
+    ({"model_type": "mamba"}, 0),
+    ({"model_type": "gemma4_text", "layer_types": ["sliding_attention", "full_attention"],
+      "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "global_head_dim": 128,
+      "intermediate_size": 64, "vocab_size_per_layer_input": 600}, 2 * (2 * 64 + 2 * 128)),
+], ids=["no attention", "layers of different widths"])
+def test_the_cache_is_planned_layer_by_layer(dry_run, tmp_path, tokenizer, family, of_a_token):
+    """Keys and values of 16 responses, in fp32."""
+    sizes = {"vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 2}
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(family | sizes))
+    tokenizer.save_pretrained(tmp_path / "policy")
+    code, _, printed = dry_run("--model", tmp_path / "policy", "--device", "cpu", "--lora_rank", 4)
+    [mib] = re.findall(r"^sampling: KV cache +([\d.]+)$", printed, re.M)
+    [row] = re.findall(r"A padded row has up to (\d+) tokens", printed)
+    divisor = 2**30 if "memory, in GiB" in printed else 2**20
+    assert float(mib) == round(of_a_token * 4 * 16 * int(row) / divisor, 2)
 
 
 def test_scoring_with_a_larger_model_than_the_policy_is_planned(seven_b, tokenizer, tmp_path):
