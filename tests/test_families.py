@@ -58,12 +58,12 @@ CHANGES = {  # where these sizes alone make no model
 POLICIES = (
     "afmoe apertus arcee bamba bart bert biogpt bitnet blenderbot bloom codegen cohere cohere2 "
     "cpmant ctrl diffllama doge electra ernie4_5 exaone4 falcon falcon_mamba flex_olmo gemma "
-    "gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite "
-    "granitemoe helium hunyuan_v1_dense internlm3 jamba jetmoe lfm2 llama llama4_text mamba "
-    "mamba2 marian minimax minimax_m2 mistral mixtral modernbert-decoder mpt nemotron olmo olmo2 "
-    "olmo3 olmoe openai-gpt opt opt-350m pegasus persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 "
-    "qwen3_5_text qwen3_moe qwen3_next recurrent_gemma roberta roc_bert rwkv seed_oss smollm3 "
-    "stablelm starcoder2 trocr vaultgemma whisper xglm xlnet"
+    "gemma2 gemma3_text gemma4_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj "
+    "granite granitemoe helium hunyuan_v1_dense internlm3 jamba jetmoe lfm2 llama llama4_text "
+    "mamba mamba2 marian minimax minimax_m2 mistral mixtral modernbert-decoder mpt nemotron olmo "
+    "olmo2 olmo3 olmoe openai-gpt opt opt-350m pegasus persimmon phi phi3 phimoe qwen2 qwen2_moe "
+    "qwen3 qwen3_5_text qwen3_moe qwen3_next recurrent_gemma roberta roc_bert rwkv seed_oss "
+    "smollm3 stablelm starcoder2 trocr vaultgemma whisper xglm xlnet"
 ).split()
 CLASSIFIERS = (
     "albert bart bert bloom convbert ctrl deberta deberta-v2 distilbert electra falcon fnet "
