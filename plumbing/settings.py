@@ -72,7 +72,8 @@ class RunSettings:
     device: Literal["cpu", "cuda"] | None = option(None, "default: cuda if there is one")
     dtype: Literal["float32", "bfloat16"] | None = option(
         None, "of computing and of the saved policy; default: bfloat16 on a GPU that supports it, "
-              "else float32")
+              "else float32; a CPU needs instructions for bfloat16 (avx512_bf16, amx_bf16) to be "
+              "fast in it")
     tf32: bool = option(False, "let CUDA round the factors of fp32 products to TF32")
     micro_batch_size: int = option(8, "responses per forward pass: for memory and speed; "
                                       "it changes results by rounding only")
