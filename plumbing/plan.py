@@ -28,6 +28,7 @@ from plumbing.errors import UserError, blame, require, say
 from plumbing.functions import load_function
 from plumbing.models import check_sources, load_policy
 from plumbing.ranks import RANKS
+from plumbing.scorers import SequenceClassifier
 from plumbing.training import Models, recomputes
 
 GIB, MIB = 2**30, 2**20
@@ -172,6 +173,10 @@ def memory_terms(models, config, lengths, checkpointing: bool) -> dict:
         for model in learners)
     loss = loss_chunk(policy, rows * (row - longest_prompt), config)
 
+    # On one GPU these read what rows begin with once, and keep a micro-batch's cache.
+    sharing = [model for model in models_of(models).values()
+               if not isinstance(model, SequenceClassifier)]
+
     def cache(model, count: int) -> int:  # keys and values
         widths = map(kv_width, layers_of(model.config.get_text_config()))
         return 2 * sum(widths) * count * row * size
@@ -187,9 +192,7 @@ def memory_terms(models, config, lengths, checkpointing: bool) -> dict:
         "sampling: copies of weights": while_sampling,
         "sampling: KV cache": cache(models.policy, responses),
         "sampling: logits": 4 * 4 * responses * policy.vocab_size,  # four copies, in fp32
-        # On one GPU a model reads what rows begin with once, and keeps a micro-batch's cache.
-        "scoring: KV cache": max(cache(model, rows) for model in models_of(models).values())
-        if RANKS == 1 else 0,
+        "scoring: KV cache": max(cache(model, rows) for model in sharing) if RANKS == 1 else 0,
     }
 
 

@@ -135,6 +135,15 @@ def test_the_cache_is_planned_layer_by_layer(dry_run, tmp_path, tokenizer, famil
     assert float(mib) == round(of_a_token * 4 * 16 * int(row) / divisor, 2)
 
 
+def test_a_sequence_classifier_is_planned(dry_run, tmp_path, tokenizer):
+    classifier = SEVEN_B | {"architectures": ["LlamaForSequenceClassification"],
+                            "id2label": {"0": "score"}, "vocab_size": 600}
+    (tmp_path / "config.json").write_text(json.dumps(classifier))
+    tokenizer.save_pretrained(tmp_path)
+    code, _, printed = dry_run("--reward_model", tmp_path, "--lora_rank", 64)
+    assert code == 0 and re.search(r"^reward model +6,\d+,\d+,\d+ ", printed, re.M), printed
+
+
 def test_scoring_with_a_larger_model_than_the_policy_is_planned(seven_b, tokenizer, tmp_path):
     """Rows that begin alike are read with a cache. Here 32 rows of up to 1,100 tokens: the 7B
     scorer's keys and values take 2 x 32 layers x 4,096 numbers x 2 bytes a token."""
