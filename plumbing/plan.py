@@ -52,7 +52,7 @@ def dry_run(config) -> None:
     show_disk(models, config)
     lengths = longest_rows(prompts, pairs, models.tokenizer, config)
     say("The longest prompt has {} tokens. A padded row has up to {} tokens.\n".format(*lengths))
-    with blame(f"{config.policy_flag()} {config.policy}: its memory cannot be planned"):
+    with blame("--dry_run: the memory of these models cannot be planned"):
         plans = plans_of(models, config, lengths)
     show_memory(plans, memory, owner)
 
