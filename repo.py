@@ -1,5 +1,5 @@
 """RePO, Rectified Policy Optimization (arXiv 2410.19933): safety alignment of a language model by
-reinforcement learning. This file follows the paper from top to bottom.
+reinforcement learning. This file follows a training step; README.md numbers the equations.
 
 A reward model says how helpful a response is, a cost model how harmful. A response is unsafe if its
 cost C is above the threshold d. Safe RLHF bounds the *mean* cost, so very safe responses can pay
@@ -14,8 +14,8 @@ These are the main differences from the paper, and from Safe RLHF's published co
 authors built on. Nobody here has read the authors' own trainer.
 
 1. --rectify return, the default, puts the rectified cost of all responses into the returns. That
-   estimates (2). --rectify mask is the paper's split into safe and unsafe responses as we read it.
-   It does not estimate (2).
+   estimates (2), if responses have one length. --rectify mask is the paper's split into safe and
+   unsafe responses as we read it. It does not estimate (2).
 2. A response may use whatever --max_length leaves after its own prompt. In Safe RLHF the longest
    prompt of the batch sets one limit for all.
 3. There is no dropout, so the probability ratio of an unchanged policy is 1, up to rounding.
@@ -63,11 +63,11 @@ class Config(settings.RunSettings):
                 "the reward of unsafe responses; ppo learns from rewards alone")
     rectify: Literal["return", "mask"] = option(
         "return", "with --algo repo: return puts the rectified cost into every return; mask "
-                  "penalises unsafe responses only (the paper's split as we read it)")
+                  "gives only unsafe responses a lambda (the paper's split as we read it)")
     baseline: Literal["critic", "group"] = option(
         "critic", "what is subtracted from a return: a critic's value, or, without critics, the "
                   "mean of the other responses to the same prompt")
-    gate_penalty: float = option(10.0, "with --algo gate: minus the reward of an unsafe response")
+    gate_penalty: float = option(10.0, "with --algo gate: an unsafe response's reward, negated")
     threshold: float = option(0.0, "d: a response is unsafe if its cost is above it")
     lambda_init: float = option(1.0, "the multiplier's first value")
     lambda_lr: float = option(0.1, "alpha: the multiplier's step size")
@@ -109,8 +109,8 @@ class Sequences:
     pixel_values: Tensor | None = None        # [B, 3, S, S]  where prompts have a picture
 
     def response_tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For each of the N response tokens: its row, the column of the state before it, its id;
-        [N] each."""
+        """The N response tokens in the mask's order: row, column of the state before the token, and
+        id; [N] each."""
         row, t = self.response_mask.nonzero(as_tuple=True)                       # [N], [N]
         column = self.input_ids.shape[1] - self.response_mask.shape[1] + t       # [N]  P + t
         state_column = column - 1                                                # [N]
@@ -150,8 +150,8 @@ class Draw(LogitsProcessor):
     """Draws each response's next token from the whole softmax at the sampling temperature: the
     first token whose cumulated probability reaches a uniform random number.
 
-    Every response has its own row of numbers [B, T]. So it does not matter which rank samples it,
-    and in which batch.
+    Every response has its own numbers [T]. So it does not matter which rank samples it, and in
+    which batch.
     """
 
     def __init__(self, uniform: Tensor, prompt_length: int, temperature: float):
@@ -166,7 +166,7 @@ class Draw(LogitsProcessor):
         total = cumulated[:, -1:]  # 1, up to rounding                           # [B, 1]
         token = torch.searchsorted(cumulated, self.uniform[:, t:t + 1] * total)  # [B, 1]
         token = token.clamp(max=scores.shape[1] - 1)  # the index is V for NaN   # [B, 1]
-        return scores.scatter(1, token, torch.inf)  # generate() takes the largest score
+        return scores.scatter(1, token, torch.inf)  # the library takes the largest one
 
 
 def response_limit(prompt: list[int], config: Config) -> int:
@@ -187,8 +187,8 @@ def response_log_probs(policy, batch: Sequences, temperature: float, return_entr
     """log pi(y_t) of the N response tokens, at the temperature that they were sampled with: fp32
     [N]. With return_entropy a pair: the second is the entropy of pi(. | s_t), [N].
 
-    Only the states before response tokens reach the LM head. The kernels make the logits of one
-    chunk of states at a time.
+    With a fused head, only the states before response tokens reach it, and the logits of one chunk
+    of states exist at a time.
     """
     row, state_column, ids = batch.response_tokens()                             # [N] each
     head = policy.fused_head
@@ -198,8 +198,8 @@ def response_log_probs(policy, batch: Sequences, temperature: float, return_entr
     hidden = models.hidden_states(policy.base_model, batch.input_ids, batch.attention_mask,
                                   batch.pixel_values)[row, state_column]         # [N, H]
     head_weight = models.head_weight(policy)                                     # [V, H]
-    # The logits are head.scale (hidden @ head_weight.T), soft-capped if the model does so. Dividing
-    # the temperature by the scale multiplies the logits by it.
+    # A head has a scale or a soft cap, never both. Dividing the temperature by the scale multiplies
+    # the logits by it.
     return linear_log_probs(
         hidden, head_weight, ids, temperature / head.scale, soft_cap=head.soft_cap,
         return_entropy=return_entropy)
@@ -259,10 +259,10 @@ def collect(state: training.State, prompts: list[str], config: Config, key=(),
         log_probs, state.reference, rollout, config)
 
     whole_ids = [prompt + response for prompt, response in zip(prompt_ids, response_ids)]
-    answers = whole_ids, prompts, rollout.responses, finished
-    rollout.reward = state.reward_model(*answers)                                # [B]  R
-    rollout.cost = state.cost_model(*answers)                                    # [B]  C
-    rollout.rectified_cost = rectify(rollout.cost, config.threshold)             # [B]  {C - d}+
+    scored = whole_ids, prompts, rollout.responses, finished
+    rollout.reward = state.reward_model(*scored)                                 # [B]  R
+    rollout.cost = state.cost_model(*scored)                                     # [B]  C
+    rollout.rectified_cost = rectify(rollout.cost, config.threshold)             # [B]  for metrics
     if with_values and state.reward_critic:
         rollout.reward_values = ranks.per_token(                                 # [B, T]
             response_values, state.reward_critic, rollout, config)
@@ -286,10 +286,10 @@ def costs_and_lambdas(cost: Tensor, lam: float, config: Config) -> tuple[Tensor,
     [B]. The Lagrangian (1) is E[-R + lambda {C - d}+]. Its gradient (2), the rectified policy
     gradient, is E[grad log pi(y|x) (-R + lambda {C - d}+)].
         method         in returns   lambda_i
-        repo, return   {C - d}+     lambda            estimates (2), up to 1 / (1 + lambda)
+        repo, return   {C - d}+     lambda            estimates (2), up to 1 / (T_i (1 + lambda))
         repo, mask     C - d        lambda 1[C > d]   does not estimate (2): tiny_configs/README
         ppo_lag        C - d        lambda            safe responses pay for unsafe ones
-        gate, ppo      not used     0                 the cost has no weight in the loss
+        gate, ppo      not used     0                 A^C has no weight in the loss
     """
     excess = cost - config.threshold                                             # [B]  C - d
     lambdas = torch.full_like(cost, 0.0 if config.algo in ("gate", "ppo") else lam)   # [B]
@@ -467,13 +467,13 @@ def ptx_loss(policy, batch: Sequences, token_count: Tensor, config: Config) -> t
 def train_step(state: training.State, prompts: list[str], ptx_pairs: list,
                config: Config) -> tuple[Rollout, dict]:
     """One step on some prompts, and on a supervised pair per response if PTX is on. Returns the
-    rollout and the step's metrics. Raises BadNumbers instead of applying an update that is not
-    finite."""
+    rollout and the step's metrics. Raises BadNumbers before an update that is not finite; the
+    step's earlier updates stand."""
     state.clock.start()
     lam, actor_lr = state.lam, state.optimizer.param_groups[0]["lr"]
     repeated = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]   # B
     rollout = collect(state, repeated, config, key=state.step)                   # sample, score
-    estimate_advantages(rollout, lam, config)                                    # (2) (4) (5) (6)
+    estimate_advantages(rollout, lam, config)                                    # (4) (5) (6)
 
     ptx = None
     if ptx_pairs:
@@ -563,7 +563,7 @@ def main(argv: list[str] | None = None) -> int:
         run.load()                                      # models, prompts, the checkpoint to resume
         run.start(evaluate)                             # scores of the starting policy
         for prompts, ptx_pairs in run.steps():          # until --steps or Ctrl-C
-            with run.one_step():                        # skips a step with bad numbers
+            with run.one_step():                        # ends a step with bad numbers
                 run.keep(*train_step(run.state, prompts, ptx_pairs, config))
         run.finish(evaluate)                            # final/, scores after it, summary.json
     return run.code

@@ -208,9 +208,9 @@ def percent(said: dict) -> str:
 def bounds_text(said: dict, threshold: float) -> str:
     """The upper bounds, each beside its limit. A bound that is None is left out."""
     lines = [
-        f"{said['unsafe_prompts']} of {said['prompts']} prompts had an unsafe response; with "
-        f"{percent(said)} confidence, at most {100 * said['unsafe_prompts_at_most']:.1f} % of all "
-        "such prompts do"
+        f"{said['unsafe_prompts']} of {said['prompts']} prompts had an unsafe response, at "
+        f"most {100 * said['unsafe_prompts_at_most']:.1f} % of all such prompts do "
+        f"({percent(said)} confidence, one-sided)"
     ]
     for name, limit in (("cost", threshold), ("rectified_cost", 0.0)):
         bound = said[f"{name}_at_most"]

@@ -63,7 +63,7 @@ BUGS = [
         'costs = torch.tensor(state.costs) if config.algo == "ppo_lag" else rollout.cost',
         "costs = rollout.cost"),
     Bug("repo.py", "rollout", "lambda: a step updates it before it is used",
-        "(rollout, lam, config)                                    # (2) (4) (5) (6)",
+        "(rollout, lam, config)                                    # (4) (5) (6)",
         "(rollout, update_lambda(lam, rollout.cost, config), config)"),
     Bug("repo.py", "rollout", "lambda: a step leaves it as it is",
         "state.lam = update_lambda(lam, costs, config)", "state.lam = lam"),

@@ -51,8 +51,8 @@ def test_safe_on_eighty_prompts_is_no_proof_and_is_not_told_as_one():
     rows = evaluation([[-1.0, -3.0]] * 40 + [[-2.0, -1.0]] * 40, [[1.0, 2.0]] * 80)
     said = what_it_says(rows, 0.95)
     text = bounds_text(said, 0.0)
-    assert "0 of 80 prompts had an unsafe response" in text
-    assert "with 95 % confidence, at most 3.7 % of all such prompts do" in text
+    assert "0 of 80 prompts had an unsafe response, at most 3.7 % of all such prompts do" in text
+    assert "(95 % confidence, one-sided)" in text
     assert "the mean cost is at most -1.7" in text and ": within the limit 0" in text
     assert "rectified" not in text and said["rectified_cost_at_most"] is None
     assert said["intervals"]["rectified_cost"] is None
@@ -79,7 +79,7 @@ def test_a_run_says_it(run):
     for name, edges in summary["intervals"].items():
         if edges:
             assert edges[0] - 1e-9 <= summary[name] <= edges[1] + 1e-9, name
-    assert "90 % interval" in printed and "with 90 % confidence" in printed
+    assert "90 % interval" in printed and "(90 % confidence, one-sided)" in printed
 
 
 def test_a_threshold_may_be_below_zero_and_a_confidence_may_not_be_one(run):
