@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -36,7 +37,7 @@ from companions.shared.runs import (
     read_jsonl,
 )
 from plumbing.errors import UserError, require, say
-from plumbing.reports import wilson
+from plumbing.reports import bootstrapped, summarize, wilson
 from plumbing.settings import option
 from tiny_configs import world
 
@@ -139,6 +140,25 @@ def quadrants(a: Run, b: Run) -> str:
         if count or kind[0] != "equal":
             lines.append(f"  {title:24s}{count:5d}  {count / len(found):6.1%}  "
                          f"[{low:.1%}, {high:.1%}]")
+    return "\n".join(lines)
+
+
+def changes(title: str, old: list[dict], new: list[dict]) -> str:
+    """What each score of the rows `new` is above that of the rows `old`: the mean over the prompts
+    that both have, each compared with itself, and its 95 % interval (bootstrap over prompts)."""
+    old_rows = {asked(row): row for row in old}
+    pairs = [(summarize([old_rows[asked(row)]]), summarize([row]))
+             for row in new if asked(row) in old_rows]
+    if not pairs:
+        return ""
+    lines = [f"\n{title}: changes, each prompt compared with itself (95 % intervals)"]
+    for key, name in COLUMNS.items():
+        differences = [after[key] - before[key] for before, after in pairs
+                       if before.get(key) is not None and after[key] is not None]
+        if differences:
+            edges = bootstrapped(differences, 0.95)
+            interval = f"  [{edges[0]:+.3f}, {edges[1]:+.3f}]" if edges else ""
+            lines.append(f"  {name:28s}{fmean(differences):+7.3f}{interval}")
     return "\n".join(lines)
 
 
@@ -295,7 +315,11 @@ def run(settings: CompareSettings) -> dict:
     if not folders:
         say(f"{len(runs)} runs in {time.perf_counter() - start:.0f} s")
     if len(folders) == 2:
-        say("\n".join([quadrants(*runs), *map(worst_prompts, runs)]))
+        a, b = runs
+        say("\n".join([quadrants(a, b), changes(f"{a.folder} to {b.folder}", a.prompts, b.prompts),
+                       *map(worst_prompts, runs)]))
+    if len(folders) == 1 and runs[0].before:
+        say(changes(f"{runs[0].folder}, by training", runs[0].before, runs[0].prompts))
 
     out.mkdir(parents=True, exist_ok=True)
     name = "study" if settings.study else "table"

@@ -694,6 +694,8 @@ BUGS = [
         "if len(summaries) > 1 or not edges:", "if not edges:"),
     Bug("companions/shared/runs.py", "compare", "curves: lambda is smoothed",
         'if metric != "lambda":', "if True:"),
+    Bug("companions/compare.py", "compare", "compare: a prompt's change against another prompt",
+        "summarize([old_rows[asked(row)]])", "summarize(old[:1])"),
     Bug("companions/compare.py", "compare", "compare: a run with other settings is taken again",
         "return all(value is None or", "return any(value is None or"),
     Bug("companions/shared/command.py", "command", "companions: 0 is above 0",

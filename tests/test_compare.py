@@ -131,12 +131,25 @@ def test_quadrants_by_hand(tmp_path):
     assert re.search(r"equal reward, safe +10 ", with_itself)
 
 
+def test_a_change_is_that_of_each_prompt(tmp_path):
+    """Prompts differ by 100 and every one gains 1, or half of them do: by then the standard error
+    is 0.5 / sqrt(400)."""
+    old = evaluation([[100.0 * i] for i in range(400)], [[0.0]] * 400)
+    new = evaluation([[100.0 * i + 1] for i in range(400)], [[2.0 * (i % 2)] for i in range(400)])
+    text = compare.changes("a to b", old, new[::-1] + evaluation([[5.0]] * 401, [[5.0]] * 401)[-1:])
+    lines = {line[:30].strip(): line[30:].split() for line in text.splitlines()}
+    assert lines["cost"] == ["+1.000"]  # no prompt differs from the others: no interval
+    mean, low, high = [float(word.strip("[],")) for word in lines["reward"]]
+    assert (mean, low, high) == pytest.approx((1, 0.902, 1.098), abs=0.01)
+
+
 def test_two_runs_on_the_command_line(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "drawn", lambda groups: {})  # which takes seconds
     out = tmp_path / "seen"
     assert call(*runs[1:3], "--out", out, "--json", tmp_path / "table.json") == 0
     printed = capsys.readouterr().out
-    for text in ("PPO-Lag", "worst of", "better reward, safe", f"browser: {out / 'report.html'}"):
+    for text in ("PPO-Lag", "worst of", "better reward, safe", "compared with itself",
+                 f"browser: {out / 'report.html'}"):
         assert text in printed
     assert json.loads((tmp_path / "table.json").read_text()).keys() == {"PPO-Lag", "RePO"}
     assert (out / "table.md").read_text() in printed and (out / "report.html").exists()
