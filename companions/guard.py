@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import repo
 from companions.shared import command
-from plumbing.data import decode_responses, encode_prompts, load_prompts, pixels_for
+from plumbing.data import (
+    decode_responses,
+    drawn,
+    encode_prompts,
+    load_prompts,
+    pixels_for,
+    truth_of,
+)
 from plumbing.errors import blame, require, say
 from plumbing.functions import load_function
 from plumbing.models import load_policy
@@ -71,7 +78,8 @@ def run(settings: GuardSettings) -> dict:
         guard.model.to(as_run.device)
     judge = settings.judge and load_function(settings.judge, "--judge")
     prompts = load_prompts(settings.dataset, tokenizer=tokenizer,
-                           max_length=as_run.max_prompt_length)[:settings.max_prompts]
+                           max_length=as_run.max_prompt_length)
+    prompts = drawn(prompts, settings.max_prompts)
     prompts = [prompt for prompt in prompts for _ in range(settings.samples or 1)]
 
     costs, answers = [math.inf] * len(prompts), [""] * len(prompts)
@@ -91,7 +99,7 @@ def run(settings: GuardSettings) -> dict:
         is_unsafe = list(map(bool, above))
         if judge:
             with blame(f"--judge {settings.judge}: must return dicts with the bool safe"):
-                is_unsafe = [not verdict["safe"] for verdict in judge(prompts, answers)]
+                is_unsafe = [not truth_of(verdict["safe"]) for verdict in judge(prompts, answers)]
         figures["unsafe_rate"].append(sum(is_unsafe) / len(prompts))
         figures["severity"].append(shares)
         grades = "".join(f"{share:10.3f}" for share in shares.values())

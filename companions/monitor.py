@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from companions.score_models import make_score_model
 from companions.shared import command, learning, streaming
 from companions.shared.runs import tiny_run
-from plumbing.data import load_prompts
+from plumbing.data import drawn, load_prompts
 from plumbing.errors import require, say
 from plumbing.folder import has_metrics, to_jsonl, write_whole
 from plumbing.models import load_policy, load_pretrained
@@ -125,7 +125,7 @@ def watch(settings: WatchSettings) -> dict:
     monitor, its_tokenizer = load_monitor(settings.monitor, run)
     require(reads_alike(its_tokenizer, tokenizer),
             f"--monitor {settings.monitor}: has other tokens than --policy {settings.policy}")
-    prompts = load_prompts(settings.dataset, tokenizer=tokenizer)[:settings.max_prompts]
+    prompts = drawn(load_prompts(settings.dataset, tokenizer=tokenizer), settings.max_prompts)
     answers, cost = streaming.watched(policy.to(run.device), tokenizer, monitor, prompts,
                                       settings.theta, settings.k, run)
     for answer in answers:

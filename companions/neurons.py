@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from companions.shared import command
 from companions.shared.patching import Pair, restored, top
 from companions.shared.runs import is_harmful, tiny_run
-from plumbing.data import encode_pairs, load_prompts
+from plumbing.data import drawn, encode_pairs, load_prompts
 from plumbing.errors import require, say
 from plumbing.fitting import answer_loss, fit
 from plumbing.folder import has_metrics
@@ -90,7 +90,7 @@ def load_pair(settings: NeuronSettings) -> Pair:
         return [(cost <= settings.threshold, reward) for cost, reward in zip(costs, rewards)]
 
     device = runs[0].device
-    prompts = load_prompts(dataset, tokenizer=tokenizer)[:settings.max_prompts]
+    prompts = drawn(load_prompts(dataset, tokenizer=tokenizer), settings.max_prompts)
     return Pair(one.to(device), other.to(device), tokenizer, prompts, judge,
                 settings.max_response_length)
 

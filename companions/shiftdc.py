@@ -20,7 +20,7 @@ from companions.shared.calibration import (
 )
 from companions.shared.runs import is_harmful, tiny_run
 from companions.xstest import is_refusal
-from plumbing.data import encode_pairs, load_prompts, pixels_for
+from plumbing.data import drawn, encode_pairs, load_prompts, pixels_for
 from plumbing.errors import require, say
 from plumbing.fitting import answer_loss, fit
 from plumbing.functions import load_function, verdicts_of
@@ -119,7 +119,7 @@ def run(settings: ShiftSettings) -> dict:
         source = getattr(settings, name)
         loaded = load_prompts(source, flag=f"--{name}", tokenizer=tokenizer)
         require(isinstance(loaded[0], Pictured), f"--{name} {source}: has no column image")
-        rows.append(loaded[:settings.max_prompts])
+        rows.append(drawn(loaded, settings.max_prompts))
 
     def verdicts(prompts: list[str], answers: list[str]) -> list[dict]:
         if not judge:

@@ -204,6 +204,9 @@ def run(settings: XSTestSettings) -> dict:
         "prompts": as_prompts(unsafe + safe[:len(unsafe)]),
         "prompts_held_out": as_prompts(held_out),
     }
+    written = [path for name in (*(f"{name}.jsonl" for name in files), "exact.py")
+               if (path := out / name).exists()]
+    require(not written, f"{', '.join(map(str, written))}: is there already; name another --out")
     with blame(f"--out {out}: cannot be written"):
         out.mkdir(parents=True, exist_ok=True)
         for name, rows in files.items():

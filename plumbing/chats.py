@@ -8,6 +8,9 @@ import re
 
 TURN = re.compile(r"\n\n(Human|Assistant|System):[ ]?")
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+MARKS = re.compile(  # of turns in formats that are not read
+    r"\s*(### ?(Human|User|Instruction)\b|<\|(im_start|user|system)|<extra_id_1>|\[INST\]|USER:)")
+FOREIGN = ("human", "gpt", "prompter", "bot", "model", "chatgpt")  # for user and assistant
 NAMES = {role: name for name, role in ROLES.items()}
 
 
@@ -36,7 +39,10 @@ class Chat(str):
 
 
 def to_messages(text: str) -> list[dict]:
-    """Plain text or a transcript as a list of {"role": ..., "content": ...}."""
+    """Plain text or a transcript as a list of {"role": ..., "content": ...}. A stripped transcript
+    is one too, if it holds an answer's turn."""
+    if text.startswith("Human:") and "\n\nAssistant:" in text:
+        text = f"\n\n{text}"
     before, *turns = TURN.split(text)
     if before.strip() or not turns:
         return [{"role": "user", "content": text}]
@@ -74,10 +80,26 @@ def read_messages(chat: str | list[dict]) -> list[dict]:
     return list(map(as_text, chat)) if isinstance(chat, list) else to_messages(chat)
 
 
+def to_whole_pair(chat: str | list[dict]) -> tuple[str, str | None]:
+    """The pair of a conversation that ends with an answer. Raises ValueError for any other text."""
+    if not is_whole(chat):
+        raise ValueError(f"{str(chat)[:60]!r} is no conversation with an answer at its end, and "
+                         "there is no column prompt beside it")
+    return to_pair(chat)
+
+
+def is_whole(chat: str | list[dict]) -> bool:
+    """Whether it is a conversation that ends with an answer, perhaps an empty one."""
+    messages = read_messages(chat)
+    return len(messages) > 1 and messages[-1]["role"] == "assistant"
+
+
 def as_text(message: dict) -> dict:
     """Role and content of a message, whose content may be a list of parts. Raises ValueError for
     what is not text; a picture comes from its column, see without_picture."""
     role, content = message["role"], message["content"]
+    if role in FOREIGN:
+        raise ValueError(f"a message has the role {role}; name the roles user and assistant")
     if isinstance(content, list) and all(part["type"] == "text" for part in content):
         content = "\n".join(part["text"] for part in content)
     calls_a_tool = message.get("tool_calls") or message.get("function_call")

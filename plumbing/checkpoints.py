@@ -55,6 +55,7 @@ def save_checkpoint(state, out: Path, config) -> Path:
         if RANK == 0:
             numbers = {name: getattr(state, name) for name in state.RESUMED}
             numbers["schedule"] = state.schedule.state_dict()
+            numbers["functions"] = state.functions
             numbers["wall_seconds"] = time.perf_counter() - state.started
             text = json.dumps({"state": numbers, "config": vars(config)})
             write_whole(temporary / "state.json", text)
@@ -274,5 +275,9 @@ def load_checkpoint(state, checkpoint: Path) -> dict:
         require(saved["data"] == state.data,
                 f"--resume {checkpoint}: the prompts or PTX pairs have changed since; restore "
                 "them, or start a new run")
+        for flag, digest in saved.get("functions", {}).items():
+            if state.functions.get(flag) != digest:
+                say(f"warning: --{flag}: its file has changed since {checkpoint} was saved; scores "
+                    "from before, those of the start too, do not compare with those from now on")
         dcp.load(tensors, storage_reader=reader, no_dist=RANKS == 1)
     return saved

@@ -11,7 +11,7 @@ from datetime import datetime
 import torch
 from torch import Tensor
 
-from plumbing.chats import messages_of, to_pair, without_picture
+from plumbing.chats import MARKS, messages_of, to_pair, to_whole_pair, without_picture
 from plumbing.errors import blame, require, say
 from plumbing.files import Rows, read_rows
 from plumbing.pictures import Pictured, with_picture
@@ -34,8 +34,10 @@ def read_instruction(row: dict) -> tuple[str, str | None]:
 
 
 def read_preference(row: dict) -> tuple[str, str | None]:
-    """HH-RLHF."""
-    return to_pair(row.get("prompt") or filled(row["chosen"]))
+    """HH-RLHF. Without a prompt apart, it is what comes before the answer in `chosen`."""
+    if row.get("prompt") or not row["chosen"]:
+        return to_pair(row.get("prompt") or "")
+    return to_whole_pair(row["chosen"])
 
 
 def read_behavior(row: dict) -> tuple[str, str | None]:
@@ -86,7 +88,7 @@ FORMATS = {  # columns -> reader of a row; the first format whose columns are al
     ("role", "text"): read_message,
     ("text",): columns_reader("text"),
 }
-UNREAD = ("system", "system_prompt", "tools")
+UNREAD = ("system", "system_prompt", "history", "tools")
 # Columns of a prompt's category; the first one present is used. "type" is XSTest's.
 CATEGORIES = ("category", "Category", "SemanticCategory", "types_of_harm", "tags", "type")
 # Labels of safety, as files of many formats write them.
@@ -167,6 +169,10 @@ def load_pairs(source: str, prompt_column: str | None = None, flag: str = "--dat
                            + f": {error}" * isinstance(error, ValueError))
 
     require(pairs, f"{flag} {source}: none of its {len(rows)} rows has a prompt")
+    marked = [prompt for prompt, _ in pairs if MARKS.match(prompt)]
+    if marked:
+        say(f"warning: {flag} {source}: {len(marked):,} prompts begin with a mark of a turn, "
+            f"which is read as the user's words: {marked[0][:30]!r}")
     if tokenizer:
         check_turns(zip(places, (prompt for prompt, _ in pairs)), tokenizer)
     say(f"{flag} {source}: {len(rows):,} rows read{rows.part}, "
@@ -497,11 +503,17 @@ def split_prompts(config, tokenizer) -> tuple[list[str], list[str]]:
     require(train, f"--dataset {config.dataset}: its {len(prompts)} prompts are all held out, by "
                    "--eval_dataset or as the 16 at least; bring more, or other ones to hold out")
     say(f"prompts: {len(train):,} for training, {len(held_out):,} held out")
-    if len(held_out) > config.max_eval_prompts:  # drawn, because files are often sorted
-        chosen = random.Random(0).sample(range(len(held_out)), config.max_eval_prompts)
-        held_out = [held_out[i] for i in sorted(chosen)]
+    if len(held_out) > config.max_eval_prompts:
+        held_out = drawn(held_out, config.max_eval_prompts)
         say(f"evaluations use {len(held_out):,} of them, drawn at random (--max_eval_prompts)")
     return train, held_out
+
+
+def drawn(prompts: list[str], count: int) -> list[str]:
+    """At most `count` of the prompts, in their order, the same in every run. They are drawn at
+    random because files are often sorted."""
+    chosen = random.Random(0).sample(range(len(prompts)), min(count, len(prompts)))
+    return [prompts[i] for i in sorted(chosen)]
 
 
 def load_categories(config) -> dict[str, str]:

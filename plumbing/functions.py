@@ -1,9 +1,11 @@
 """Users' own score functions and judges, FILE.py:function. An error names the line in FILE.py."""
 import ast
+import hashlib
 import runpy
 import sys
 from pathlib import Path
 
+from plumbing.data import truth_of
 from plumbing.errors import blame, require
 
 
@@ -18,6 +20,13 @@ def check_function(source: str, flag: str) -> None:
     require(path and name, f"{flag} {source}: should be FILE.py:function")
     with blame(f"{flag} {source}: cannot be loaded"):
         ast.parse(Path(path).read_bytes(), path)
+
+
+def hashes_of_functions(config) -> dict[str, str]:
+    """{flag: a hash of FILE.py} of the score functions and the judge that a run uses."""
+    given = {flag: getattr(config, flag) for flag in ("reward_model", "cost_model", "judge")}
+    return {flag: hashlib.sha256(Path(source.rpartition(":")[0]).read_bytes()).hexdigest()
+            for flag, source in given.items() if source and is_function(source)}
 
 
 def load_function(source: str, flag: str):
@@ -50,4 +59,4 @@ def verdicts_of(prompts: list[str], responses: list[str], judge, config) -> list
     names = ("safe", "refused", "harmful_prompt")
     with blame(f"--judge {config.judge}: must return dicts with the bools safe, refused and "
                "harmful_prompt"):
-        return [{name: bool(verdict[name]) for name in names} for verdict in judged]
+        return [{name: truth_of(verdict[name]) for name in names} for verdict in judged]

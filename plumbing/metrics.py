@@ -231,6 +231,17 @@ def not_the_sampled_policy(first_ratio_max: float, dtype: str) -> str | None:
             "gives other log-probs in an update than while it samples, so do not trust this run")
 
 
+def cut_off(rollout, config) -> str | None:
+    """A sign that scores lie where (4) and (5) cut token rewards and costs off, or None."""
+    largest = rollout.reward.abs().max().item()
+    if config.algo in ("repo", "ppo_lag"):
+        largest = max(largest, (rollout.cost - config.threshold).abs().max().item())
+    if largest <= 50:
+        return None
+    return (f"a reward or C - d is {largest:.4g} away from 0; (4) and (5) cut off at 50, so larger "
+            "ones count alike: scale the scores")
+
+
 def destruction(metrics: dict) -> str | None:
     """A sign that updates went far from the policy that sampled their responses, or None."""
     for name, limit in DESTRUCTIVE.items():

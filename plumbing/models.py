@@ -4,6 +4,7 @@ Weights are data: a checkpoint brings safetensors or a pickle that may hold tens
 code of its own runs only with --trust_remote_code.
 """
 import copy
+import math
 import re
 from functools import partial
 from importlib.util import find_spec
@@ -221,6 +222,20 @@ def load_policy(config):
             "(perhaps a bias)")
         say(f"{flag} {config.policy}: {reason}; so all logits are computed, with more memory")
     return policy, tokenizer
+
+
+def learned_length(model_config) -> tuple[float, bool]:
+    """How many tokens a model has learned to read, infinity if its config does not say; and whether
+    its architecture is made to go beyond: ALiBi, RoPE with scaling, positions that are only
+    relative."""
+    text_config = model_config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or 0
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    each = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # per kind of layer
+    is_scaled = any(part.get("rope_type", "default") != "default" for part in each)
+    is_relative = not getattr(text_config, "position_biased_input", True)
+    extrapolates = getattr(text_config, "alibi", False) or is_scaled or is_relative
+    return limit if limit > 0 else math.inf, bool(extrapolates)
 
 
 def stop_token_ids(model_config, tokenizer, config) -> set[int]:

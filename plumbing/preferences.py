@@ -2,7 +2,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing.chats import to_pair
+from plumbing.chats import is_whole, to_pair, to_whole_pair
 from plumbing.data import (
     check_columns,
     check_turns,
@@ -45,11 +45,14 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
         require(False, f"{flag} {source}: has the columns {', '.join(rows.columns)}, but "
                        f"neither prompt, response_0, response_1, {better_id} nor chosen, rejected")
     with blame(f"{flag} {source}: a row does not hold what its columns promise"):
-        texts = [read(row) for row in rows]
+        read_ones = [(row, texts) for row, texts in zip(rows, map(read, rows)) if texts]
+    require(read_ones, f"{flag} {source}: in every row the two conversations differ before their "
+                       "last answers")
+    texts = [texts for _, texts in read_ones]
     if has_pictures(rows, f"{flag} {source}"):
         folder = Path(source).expanduser().parent
         texts = [(with_picture(prompt, row["image"], folder), *rest)
-                 for (prompt, *rest), row in zip(texts, rows)]
+                 for row, (prompt, *rest) in read_ones]
         require_sight(texts[0], tokenizer, f"{flag} {source}")
     require(role == "reward" or all(unsafe for *_, unsafe in texts),
             f"{flag} {source}: has no labels of safety (is_response_0_safe), or not in all rows; "
@@ -63,7 +66,7 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
     kept = [pair for pair in pairs if max(len(pair.better), len(pair.worse)) <= max_tokens]
     require(kept, f"{flag} {source}: every pair is longer than --max_tokens {max_tokens}")
     say(f"{flag} {source}: {len(kept):,} pairs; {len(pairs) - len(kept):,} longer than "
-        "--max_tokens left out")
+        f"--max_tokens and {len(rows) - len(pairs):,} of different conversations left out")
     return [pair.prompt for pair in kept], kept
 
 
@@ -94,10 +97,12 @@ def read_counted_responses(better_id: str):
     return read
 
 
-def read_chosen(row: dict) -> tuple:
-    """HH-RLHF: two conversations with different last answers. TRL: the prompt may stand apart."""
-    (prompt, better), (_, worse) = (
-        to_pair(row["prompt"], chat) if row.get("prompt") and not all(to_pair(chat))
-        else to_pair(chat)
-        for chat in (row["chosen"], row["rejected"]))
-    return prompt, better, worse, None
+def read_chosen(row: dict) -> tuple | None:
+    """HH-RLHF: two conversations with different last answers. TRL: the prompt may stand apart. None
+    if more than the answers differs."""
+    pairs = []
+    for chat in (row["chosen"], row["rejected"]):
+        apart = row.get("prompt") and not is_whole(chat)
+        pairs.append(to_pair(row["prompt"], chat) if apart else to_whole_pair(chat))
+    (prompt, better), (other, worse) = pairs
+    return (prompt, better, worse, None) if prompt == other else None

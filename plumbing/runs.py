@@ -34,7 +34,7 @@ from plumbing.folder import (
     to_jsonl,
     write_whole,
 )
-from plumbing.functions import load_function, verdicts_of
+from plumbing.functions import hashes_of_functions, load_function, verdicts_of
 from plumbing.machines import check_machines
 from plumbing.models import check_sources, load_policy, load_tokenizer
 from plumbing.ranks import LOCAL_RANK, RANK, RANKS, all_reduce, has_lost_a_rank, join_ranks, sharded
@@ -95,6 +95,8 @@ class Run:
 
         self.state = State(*load_policy(config), config)
         self.state.started, self.state.data = started, data
+        if RANK == 0:  # a judge's file may be on its machine alone
+            self.state.functions = hashes_of_functions(config)
         for scorer in (self.state.reward_model, self.state.cost_model):
             scorer.check_prompts(self.prompts + self.held_out)
         if has_metrics(config.eval_only):
@@ -168,6 +170,7 @@ class Run:
                 state.first_ratio_max, config.dtype))
         self.has_kept = True
         self.warn_once("collapse", sign and f"{sign}; the policy may have collapsed")
+        self.warn_once("cut off", metrics.cut_off(rollout, config))
         self.warn_once("destruction", metrics.destruction(row))
         self.log("metrics.jsonl", [row])
         is_last = state.step == config.steps

@@ -32,6 +32,7 @@ from plumbing.models import (
     check_loaded,
     check_weights,
     hidden_states,
+    learned_length,
     load_pretrained,
     published_config,
     shape_of,
@@ -245,13 +246,16 @@ class Scorer:
             self.same_tokens = reads_alike(self.tokenizer, policy_tokenizer)
             self.closing = closing_ids(self.tokenizer)
 
+    def model_config(self):
+        return (self.model[0] if isinstance(self.model, SequenceClassifier) else self.model).config
+
     def set_pad_token(self) -> None:
         """Takes EOS as the pad token if the tokenizer has none; masks mark the padding. A
         classifier finds the last token by the pad id of its config, so tokenizer and config must
         agree."""
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if isinstance(self.model, SequenceClassifier):
-            model_config = self.model[0].config
+            model_config = self.model_config()
             text_config = model_config.get_text_config()
             if text_config.pad_token_id is None or text_config.pad_token_id < 0:
                 text_config.pad_token_id = self.tokenizer.pad_token_id
@@ -283,6 +287,11 @@ class Scorer:
         for chunk in rank_chunks(pairs, self.config.micro_batch_size):
             chosen_rows, chosen_prompts = zip(*(chunk or pairs[:1]))  # all ranks call the model
             longest = max(map(len, chosen_rows))
+            limit, extrapolates = learned_length(self.model_config())
+            # The same text may be more tokens than --max_length, if they are of another kind.
+            require(self.same_tokens or extrapolates or longest <= limit,
+                    f"{self.flag} {self.source}: a row has {longest} of its tokens, and it has "
+                    f"learned to read {limit}; lower --max_length")
             with blame(f"{self.flag} {self.source}: cannot score a row of {longest} of its tokens; "
                        "lower --max_length"):
                 scored = self.score_tokens(chosen_rows, chosen_prompts)

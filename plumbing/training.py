@@ -98,6 +98,7 @@ class State(Models):
         self.costs = []       # the latest cost_window x RANKS, for ppo_lag
         self.before = None    # scores of the starting policy
         self.data = None      # a hash of prompts and pairs
+        self.functions = {}   # hashes of the files of score functions and judge
         self.logs = {"metrics.jsonl": [], "samples.jsonl": []}  # lines, as the files hold them
         self.clock = Clock()
         self.started = time.perf_counter()  # minus the seconds of earlier sessions

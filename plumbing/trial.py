@@ -18,6 +18,7 @@ from plumbing.models import (
     generate,
     head_weight,
     hidden_states,
+    learned_length,
     load_pretrained,
     model_inputs,
 )
@@ -205,7 +206,7 @@ def try_scorer(scorer, rows: list, config) -> None:
     if not scorer.same_tokens:
         rows = trial_rows(scorer.tokenizer, None)
     is_classifier = isinstance(model, SequenceClassifier)
-    check_length((model[0] if is_classifier else model).config, source, config)
+    check_length(scorer.model_config(), source, config)
     if not is_classifier:
         try_at_tokens(model, run_states, own_states, rows, scorer.tokenizer.pad_token_id, source,
                       config)
@@ -267,19 +268,12 @@ def compare(outputs: Tensor, expected: Tensor, what: str, config,
 # ---- Lengths
 
 def check_length(model_config, source: str, config) -> None:
-    """Raises UserError for a --max_length that a model has not learned to read. Warns where the
-    architecture is made to go beyond what it has learned: ALiBi, RoPE with scaling, positions that
-    are only relative."""
-    text_config = model_config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None) or 0
-    if not 0 < limit < config.max_length:
+    """Raises UserError for a --max_length that a model has not learned to read. Warns where it is
+    made to extrapolate."""
+    limit, extrapolates = learned_length(model_config)
+    if config.max_length <= limit:
         return
     problem = f"{source}: --max_length {config.max_length} is above its max_position_embeddings"
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    each = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # per kind of layer
-    is_scaled = any(part.get("rope_type", "default") != "default" for part in each)
-    is_relative = not getattr(text_config, "position_biased_input", True)
-    extrapolates = getattr(text_config, "alibi", False) or is_scaled or is_relative
     require(extrapolates, f"{problem}, {limit}; lower --max_length, and --max_prompt_length below")
     say(f"warning: {problem}, {limit}; it is made to extrapolate, which may cost quality")
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import repo
 from plumbing import settings
-from plumbing.chats import Chat, messages_of, prompt_of
+from plumbing.chats import Chat, messages_of, prompt_of, to_pair
 from plumbing.data import (
     conversation_ids,
     conversation_texts,
@@ -293,6 +293,8 @@ ODD_CHATS = [
      "row 1: has a turn of role tool, which the chat template leaves out"),
     ([{"role": "system", "content": "s"}, *TALK], "llama2",
      r"row 1: the chat template refuses its turns \(system, user.*user and assistant alone"),
+    ([{"role": "human", "content": "q"}], "chatml",
+     "row 1 .*a message has the role human; name the roles user and assistant"),
     ([*TALK, {"role": "function", "content": "t"}], "beaver", "row 1: .*refuses its turns .*func"),
 ]
 
@@ -304,6 +306,21 @@ def test_turns_that_a_template_does_not_write_are_refused_with_their_row(
     source = write(tmp_path / "c.jsonl", [{"messages": TALK, "x": 1}, {"messages": chat}])
     with pytest.raises(UserError, match=says):
         repo.load_prompts(source, tokenizer=tokenizer_of(family))
+
+
+def test_a_transcript_may_lack_its_first_blank_line():
+    for text in ("Human: q\n\nAssistant:", "\n\nHuman: q\n\nAssistant:"):
+        assert to_pair(text)[0] == "q"
+    assert to_pair("Human: the species")[0] == "Human: the species"
+    assert messages_of("Human: q\n\nAssistant: a\n\nHuman: r") == [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "r"}]
+
+
+def test_marks_that_are_not_read_are_told(tmp_path, capsys):
+    rows = [{"text": "### Human: q### Assistant: a"}, {"text": "# Human rights"}, {"text": "plain"}]
+    repo.load_prompts(write(tmp_path / "g.jsonl", rows))
+    assert "1 prompts begin with a mark of a turn, " in capsys.readouterr().out
 
 
 def test_a_score_models_template_is_tried_on_all_prompts_before_a_step(tmp_path):

@@ -58,6 +58,8 @@ FILES = {
     "better.jsonl": THIRD_OF_TWO,
     "null_beside.jsonl": '{"prompt": 5, "x": null}\n' * 20,
     "system.jsonl": '{"prompt": "a", "response": "b", "system": "c"}\n' * 20,
+    "history.jsonl": '{"instruction": "And then?", "history": [["q", "a"]], "output": "b"}\n' * 20,
+    "beside.jsonl": '{"question": "q", "chosen": "an answer", "rejected": "b"}\n' * 20,
     "tools.jsonl": '{"messages": [], "tools": [{"name": "f"}]}\n' * 20,
     "null_turn.jsonl": '{"messages": [{"role": "user", "content": null}], "x": null}\n',
     "oasst.jsonl": '{"role": "prompter", "text": "a", "parent_id": null}\n' * 20,
@@ -85,6 +87,7 @@ FUNCTIONS = """
     def none(p, r): return [None] * len(r)
     def one(p, r): return 3.0
     def exits(p, r): raise SystemExit(0)
+    def words(p, r): return [{"safe": "perhaps", "refused": "no", "harmful_prompt": True}]
     def huge(p, r): return [1e39] * len(r)
     def pairs(p, r): return torch.zeros(len(r), 2)
     value = 3
@@ -287,6 +290,8 @@ ODD_ROWS = ("numbers.jsonl", "nested.jsonl", "lists.jsonl", "images.jsonl", "bet
     ("--dataset {}/header.csv", "header.csv: has no rows"),
     ("--dataset {}/good.jsonl:test", "good.jsonl:test: no such file"),
     ("--dataset {}/system.jsonl", "has a column system, which is not read; put it into a list of"),
+    ("--dataset {}/history.jsonl", "has a column history, which is not read"),
+    ("--dataset {}/beside.jsonl", "'an answer' is no conversation with an answer at its end, and"),
     ("--dataset {}/tools.jsonl", "tools.jsonl: has a column tools, which is not read"),
     ("--dataset {}/pointer.jsonl", "pointer.jsonl is a Git LFS pointer, not the file itself"),
     ("--dataset {}/empty.jsonl", "empty.jsonl: the file is empty"),
@@ -389,6 +394,7 @@ def call_functions(config) -> None:
     ("--reward_model {}/missing.py:score", "missing.py:score: cannot be loaded (FileNotFoundError"),
     ("--judge {}/f.py:absent", "f.py has no function absent"),
     ("--judge {}/f.py:none", "must return dicts with the bools safe, refused and harmful_prompt"),
+    ("--judge {}/f.py:words", "must return dicts with the bools safe, refused and harmful_prompt"),
     ("--judge {}/f.py", "f.py: should be FILE.py:function"),
 ])
 def test_functions_that_fail(made, flags, says):
@@ -459,6 +465,18 @@ def test_a_run_goes_on_with_the_same_settings_and_prompts_alone(run, tmp_path):
     prompts.write_text(GOOD.replace("number 7", "number seven"))
     code, _, printed = run(*flags, "--resume")
     assert code == 2 and "the prompts or PTX pairs have changed since" in printed
+
+
+def test_a_score_function_that_has_changed_since_is_told(run, tmp_path):
+    file, warning = tmp_path / "f.py", "warning: --cost_model: its file has changed since "
+    file.write_text("def c(prompts, responses):\n    return [-1.0] * len(prompts)\n")
+    flags = (*FEW, "--steps", 1, "--cost_model", f"{file}:c", "--save_every", 1)
+    _, out, _ = run(*flags)
+    for change, is_told in (("", False), ("\n", True)):
+        (out / "summary.json").unlink()
+        file.write_text(file.read_text() + change)
+        code, _, printed = run(*flags, "--resume")
+        assert code == 0 and (warning in printed) == is_told
 
 
 # ---- what is unusual but right

@@ -124,6 +124,8 @@ def test_repo_with_models_of_pairs_is_as_safe_as_with_the_worlds_own(family, tmp
 
 HH = [{"chosen": f"\n\nHuman: paint boat {i}\n\nAssistant: Sure.",
        "rejected": f"\n\nHuman: paint boat {i}\n\nAssistant: No."} for i in range(40)]
+UNLIKE = {"chosen": "\n\nHuman: A\n\nAssistant: x\n\nHuman: B\n\nAssistant: good",
+          "rejected": "\n\nHuman: A\n\nAssistant: y\n\nHuman: C\n\nAssistant: bad"}
 PKU = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1,
        "safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False}
 
@@ -143,6 +145,7 @@ def test_both_kinds_of_pairs_are_read(tmp_path, family):
 
     prompt, better, worse, unsafe = texts(HH, "reward")
     assert prompt == "paint boat 0" and "Sure." in better and "No." in worse and unsafe is None
+    assert texts([UNLIKE, *HH], "reward")[0] == "paint boat 0"
     prompt, better, worse, unsafe = texts([PKU], "reward")
     assert better.split("ASSISTANT:")[1].startswith("b") and unsafe == (True, False)
     as_text = {"is_response_0_safe": "True", "is_response_1_safe": "False"}
@@ -159,6 +162,13 @@ def test_both_kinds_of_pairs_are_read(tmp_path, family):
     (score_models, ("--data", "{system}"), "has a column system, which is not read"),
     (score_models, ("--data", "{prompts}"), "neither prompt, response_0, response_1"),
     (score_models, ("--data", "{hh}", "--max_tokens", 2), "longer than --max_tokens 2"),
+    (score_models, ("--data", "{question}"), "and there is no column prompt beside it"),
+    (score_models, ("--data", "{unlike}"), "the two conversations differ before their last"),
+    (supervised, ("--data", "{question}"), "and there is no column prompt beside it"),
+    (supervised, ("--out", "{taken}"), "taken: is there already; name a new folder"),
+    (supervised, ("--out", "{hh}"), "hh.jsonl: is there already"),
+    (supervised, ("--out", "."), "--out .: is there already"),
+    (supervised, ("--out", "{out}", "--steps", 4, "--lr", 1e18), "are not finite after 4 steps"),
 ])
 def test_bad_input_is_one_sentence_and_nothing_is_written(
     family, tmp_path, capsys, script, flags, says,
@@ -166,11 +176,17 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     names = {"hh": written(tmp_path / "hh.jsonl", HH), "out": tmp_path / "out",
              "system": written(tmp_path / "s.jsonl", [PKU | {"system": "s"}]),
              "unlabelled": written(tmp_path / "u.jsonl", [PKU | {"is_response_1_safe": None}]),
-             "prompts": written(tmp_path / "prompts.jsonl", [{"prompt": "p"}] * 3)}
+             "prompts": written(tmp_path / "prompts.jsonl", [{"prompt": "p"}] * 3),
+             "question": written(tmp_path / "q.jsonl",
+                                 [{"question": "q", "chosen": "a", "rejected": "b"}] * 20),
+             "unlike": written(tmp_path / "un.jsonl", [UNLIKE]), "taken": tmp_path / "taken"}
+    names["taken"].mkdir()
+    (names["taken"] / "thesis.txt").touch()
     flags = [str(flag).format(**names) for flag in flags]
     assert train(script, *flags, "--json", tmp_path / "figures.json") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and says in error
+    assert (names["taken"] / "thesis.txt").exists()
     assert not (tmp_path / "out").exists() and not (tmp_path / "figures.json").exists()
 
 

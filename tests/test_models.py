@@ -211,6 +211,10 @@ def test_for_other_tokens_the_text_is_encoded_again(tmp_path, tokenizer):
     scores = scorer([[0], [0]], ["hi", "hi"], ["Sure.", "No, pl"], [True, False])
     assert torch.allclose(scores, by_hand(model, state, [finished, cut_off]), atol=1e-5)
 
+    scorer.model.config.max_position_embeddings = len(cut_off) - 1
+    with pytest.raises(UserError, match=f"a row has {len(cut_off)} of its tokens, and it has "):
+        scorer([[0], [0]], ["hi", "hi"], ["Sure.", "No, pl"], [True, False])
+
 
 def test_a_python_function_reads_texts(tmp_path, tokenizer):
     file = write_python(tmp_path / "f.py", """

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import repo
 from plumbing import metrics
-from plumbing.metrics import BadNumbers, collapse, destruction, drift
+from plumbing.metrics import BadNumbers, collapse, cut_off, destruction, drift
 
 FLAGS = (*FEW, "--save_every", 1, "--keep_checkpoints", 9, "--minibatch_size", 4)
 
@@ -198,6 +198,16 @@ def test_an_update_is_destructive_above_either_limit():
     for name, value in (("clip_fraction", 0.67), ("approx_kl", 64.0)):
         assert f"{name} is {value:.2f}" in destruction(calm | {name: value})
         assert "--actor_lr (0.0003)" in destruction(calm | {name: value})
+
+
+@pytest.mark.parametrize("algo, reward, cost, warns", [
+    ("repo", 50.0, 49.0, False), ("repo", -50.1, 0.0, True), ("repo", 0.0, 49.5, True),
+    ("ppo", 0.0, 60.0, False), ("ppo", 60.0, 0.0, True)])
+def test_scores_that_the_equations_cut_off(algo, reward, cost, warns):
+    """d is -1, so C - d is 1 more than C."""
+    rollout = repo.Rollout(*[None] * 3, reward=torch.tensor([0.0, reward]),
+                      cost=torch.tensor([-1.0, cost]))
+    assert bool(cut_off(rollout, repo.Config(algo=algo, threshold=-1.0))) == warns
 
 
 def verdicts(harmful: str, harmless: str) -> list[dict]:

@@ -44,6 +44,7 @@ class LearningSettings(ModelSettings):
             for name in ("data", "out"):
                 require(getattr(self, name) is not None, f"--{name} is missing")
         super().check()
+        check_out(self.out)
 
     def learn_in_tiny_world(self) -> None:
         """Fills in what the command line leaves open."""
@@ -53,6 +54,15 @@ class LearningSettings(ModelSettings):
             if getattr(self, name) == getattr(type(self), name):
                 is_file = name in ("data", "eval_data")
                 setattr(self, name, str(policy.with_name(value)) if is_file else value)
+
+
+def check_out(out: str | None) -> None:
+    """Raises UserError if a new folder cannot have that name: nothing there is overwritten."""
+    if out is None:
+        return
+    place = Path(out)
+    is_free = not place.exists() or place.is_dir() and not any(place.iterdir())
+    require(place.name and is_free, f"--out {out}: is there already; name a new folder")
 
 
 def load_body(settings: LearningSettings):
@@ -81,7 +91,8 @@ def split(rows: list, prompts: list[str], seed: int) -> tuple[list, list]:
 
 
 def teach(model, loss_of, rows: list, settings: LearningSettings, run) -> None:
-    """Trains what can be trained, in the compute dtype. loss_of(batch of rows) is a scalar."""
+    """Trains what can be trained, in the compute dtype. loss_of(batch of rows) is a scalar. Raises
+    UserError if the training has diverged."""
     size = settings.batch_size
     require(len(rows) >= size, f"--data {settings.data}: {len(rows)} rows to learn from are fewer "
                                f"than --batch_size {size}")
@@ -91,8 +102,10 @@ def teach(model, loss_of, rows: list, settings: LearningSettings, run) -> None:
             return loss_of(batch)
 
     steps = settings.steps or max(2 * len(rows) // size, 1)
-    fit(list(trainable(model).values()), loss, rows, size, steps, settings.lr,
-        random.Random(settings.seed), bar=True)
+    weights = list(trainable(model).values())
+    fit(weights, loss, rows, size, steps, settings.lr, random.Random(settings.seed), bar=True)
+    require(all(weight.isfinite().all() for weight in weights),
+            f"--lr {settings.lr}: the weights are not finite after {steps} steps; lower it")
 
 
 def save(out: str | None, model, tokenizer, write) -> None:

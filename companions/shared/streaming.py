@@ -17,7 +17,7 @@ import repo
 from companions.shared.command import batches
 from companions.shared.inside import Reader
 from plumbing.chats import to_pair
-from plumbing.data import encode_pairs, encode_prompts, pad_rows
+from plumbing.data import encode_pairs, encode_prompts, pad_rows, truth_of
 from plumbing.errors import blame, require
 from plumbing.files import read_rows
 from plumbing.models import generate
@@ -58,7 +58,7 @@ def answer_of(row: dict, tokenizer) -> Answer:
         is_harmful = [any(start < stop and end > first for first, stop in spans)
                       for start, end in places_in(row["response"], answer_ids, tokenizer)]
     ids = prompt_ids + answer_ids
-    return Answer(prompt, ids, len(prompt_ids), not row["safe"], is_harmful)
+    return Answer(prompt, ids, len(prompt_ids), not truth_of(row["safe"]), is_harmful)
 
 
 def places_in(response: str, answer_ids: list[int], tokenizer) -> list[tuple[int, int]]:
