@@ -56,6 +56,8 @@ STUDY = [  # the settings that --study changes, a variant each
     "--algo ppo_lag --lambda_lr 0.8",
 ]
 
+OF_SCORES = ("threshold", "reward_model", "cost_model", "judge", "eval_dataset", "temperature",
+             "max_response_length")
 SET_HERE = (  # by the comparison itself, so not by its user
     "--seed", "--algo", "--rectify", "--output_dir", "--eval_only", "--dry_run", "--resume",
     "--config",
@@ -171,6 +173,12 @@ def worst_prompts(run: Run, count: int = 10) -> str:
         text = " ".join(f"{response['prompt']} -> {response['response']}".split())
         lines.append(f"{response['cost']:8.2f}{response['reward']:8.2f}  {text}")
     return "\n".join(lines)
+
+
+def unlike(runs: list[Run]) -> list[str]:
+    """The settings in which runs differ and that their scores depend on, besides the policies."""
+    return [name for name in OF_SCORES
+            if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
 
 
 # ---- Training
@@ -312,6 +320,9 @@ def run(settings: CompareSettings) -> dict:
     runs = list(itertools.chain(*groups.values()))
 
     say(f"\n{runs_table(groups)}\n")
+    if unlike(runs):
+        say(f"warning: these runs differ in {', '.join(unlike(runs))}, so scores that depend on "
+            "them do not compare")
     if not folders:
         say(f"{len(runs)} runs in {time.perf_counter() - start:.0f} s")
     if len(folders) == 2:

@@ -42,7 +42,8 @@ class NeuronSettings(command.ModelSettings):
                       "last ones")
     cost_model: str | None = option(None, "safety, as for repo.py; default: the run's")
     reward_model: str | None = option(None, "helpfulness, as for repo.py; default: the run's")
-    threshold: float = option(0.0, "an answer of a higher cost is unsafe")
+    threshold: float | None = option(None, "an answer of a higher cost is unsafe; default: the "
+                                           "run's, or 0")
     draws: int = option(5, "random choices of neurons to compare with")
     max_prompts: int = option(64, "answer at most so many prompts")
     max_response_length: int = option(48, "tokens of an answer")
@@ -73,6 +74,10 @@ def load_pair(settings: NeuronSettings) -> Pair:
     given = {name: getattr(settings, name) or of_run(aligned, name)
              for name in ("cost_model", "reward_model")}
     dataset = settings.dataset or of_run(aligned, "eval_dataset")
+    column = None if settings.dataset else of_run(aligned, "prompt_column")
+    threshold = settings.threshold
+    if threshold is None:
+        threshold = of_run(aligned, "threshold") or 0.0
     for name, value in {"dataset": dataset, **given}.items():
         require(value, f"--{name} is missing, and ALIGNED is no run that names one")
     runs = [settings.as_run(path, **given) for path in paths]
@@ -87,10 +92,10 @@ def load_pair(settings: NeuronSettings) -> Pair:
             list(zip(prompts, responses)), tokenizer)]
         costs, rewards = [scorer(rows, prompts, responses, [True] * len(rows)).tolist()
                           for scorer in scorers]
-        return [(cost <= settings.threshold, reward) for cost, reward in zip(costs, rewards)]
+        return [(cost <= threshold, reward) for cost, reward in zip(costs, rewards)]
 
     device = runs[0].device
-    prompts = drawn(load_prompts(dataset, tokenizer=tokenizer), settings.max_prompts)
+    prompts = drawn(load_prompts(dataset, column, tokenizer=tokenizer), settings.max_prompts)
     return Pair(one.to(device), other.to(device), tokenizer, prompts, judge,
                 settings.max_response_length)
 

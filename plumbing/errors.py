@@ -77,11 +77,13 @@ def reason(error: BaseException, file: str) -> str:
 
 
 def say(text: str) -> None:
-    """Prints on rank 0, above a progress bar if there is one. A closed pipe does not end the
-    run."""
+    """Prints on rank 0, above a progress bar if there is one. Neither a closed pipe nor a terminal
+    without a character ends the run."""
     if RANK == 0:
+        encoding = sys.stdout.encoding or "utf-8"
+        shown = printable(text).encode(encoding, "backslashreplace").decode(encoding)
         with suppress(BrokenPipeError):
-            tqdm.write(printable(text), file=sys.stdout)
+            tqdm.write(shown, file=sys.stdout)
 
 
 def printable(text: str) -> str:

@@ -212,7 +212,7 @@ def read_json(file) -> list[dict]:
 def read_csv(file) -> list[dict]:
     """Cells are text, except empty ones."""
     csv.field_size_limit(2**31 - 1)
-    *rows, last = filter(None, csv.reader(chain(text_of(file, ""), [END])))
+    *rows, last = filter(None, csv.reader(chain(text_of(file, ""), [END]), strict=True))
     if last != [END]:
         raise ValueError("a quotation mark at the start of a cell is not closed")
     names = [name.strip() for row in rows[:1] for name in row]

@@ -23,16 +23,16 @@ from torch.distributed.fsdp import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Set by torchrun.
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on its machine
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
+RANKS = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if RANKS > 1 else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # on its machine
 SILENCE = 60  # seconds until a machine that does not answer counts as lost
 PATIENCE = 3600  # seconds that ranks wait for a slow one
 
 
 def join_ranks() -> None:
     """Connects to the other ranks, if torchrun started any. Raises ConnectionError."""
-    if RANKS == 1 or "RANK" not in os.environ or distributed.is_initialized():
+    if RANKS == 1 or not os.environ.get("RANK") or distributed.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(LOCAL_RANK % torch.cuda.device_count())

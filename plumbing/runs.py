@@ -25,7 +25,7 @@ from plumbing.data import (
     load_ptx_pairs,
     split_prompts,
 )
-from plumbing.errors import UserError, ctrl_c_waits, printable, require, say
+from plumbing.errors import UserError, blame, ctrl_c_waits, printable, require, say
 from plumbing.folder import (
     append,
     claim_output_dir,
@@ -49,6 +49,22 @@ from plumbing.reports import (
 )
 from plumbing.training import State
 from plumbing.trial import problem_of_saved, try_models
+
+
+def check_still_held_out(training_prompts: list[str], config) -> None:
+    """Raises UserError if prompts that the run of --eval_only held out now count as training
+    prompts: then it has trained on those that are held out now."""
+    before = Path(config.eval_only or "", "eval_before.jsonl")
+    if config.eval_dataset or not has_metrics(config.eval_only) or not before.is_file():
+        return
+    with blame(f"{before}: cannot be read"):
+        rows = [json.loads(line) for line in before.read_text().splitlines()]
+    held_out = {row["prompt"] for row in rows if "image" not in row}
+    moved = held_out.intersection(map(str, training_prompts))
+    require(not moved,
+            f"--eval_only {config.eval_only}: {len(moved)} prompts that it held out would be "
+            "training prompts now, because --seed or the data have changed; restore them, or give "
+            "an --eval_dataset")
 
 
 class Run:
@@ -84,6 +100,7 @@ class Run:
         check_sources(config)
         tokenizer = load_tokenizer(config)
         self.prompts, self.held_out = split_prompts(config, tokenizer)
+        check_still_held_out(self.prompts, config)
         self.ptx_pairs = load_ptx_pairs(config, tokenizer) if config.needs_pairs() else []
         self.categories = load_categories(config)
         if config.judge and RANK == 0:  # verdicts are for files, and only rank 0 writes files

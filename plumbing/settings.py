@@ -139,6 +139,8 @@ PRESETS = {
     "alpaca-7b": SAFE_RLHF | {"policy": "PKU-Alignment/alpaca-7b-reproduced"},
     "llama-3.2-3b": SAFE_RLHF | {"policy": "meta-llama/Llama-3.2-3B-Instruct"},
 }
+USED = ("policy", "reward_model", "cost_model", "judge", "dataset", "eval_dataset", "ptx_dataset",
+        "eval_only")  # settings that may name a file or folder
 NOT_FROM_A_FILE = ("config", "environment", "trust_remote_code", "output_dir", "eval_only")
 MAY_BE_ZERO = ("lora_rank", "lambda_init", "lambda_lr", "lambda_max", "kl_coeff", "gae_lambda",
                "ptx_coeff", "seed", "save_every", "sample_every")
@@ -154,26 +156,28 @@ def resolve(config_class, argv: list[str], worlds: dict):
     parser = make_parser(config_class)
     flags = given_in(parser, argv)
     file, evaluated = flags.pop("config", None), flags.get("eval_only")
+    files = [file] if file else []
 
     if has_metrics(evaluated):  # a run: its settings and data; its starting policy is the reference
         require(Path(evaluated, "final", "actor").is_dir(),
                 f"--eval_only {evaluated}: has no final/actor, so the run has not finished; "
                 "finish it with --resume")
-        file = file or str(Path(evaluated, "config.json"))
+        files.insert(0, str(Path(evaluated, "config.json")))
     elif evaluated not in (None, "policy"):
         flags["policy"] = evaluated
 
-    saved = given_in_file(parser, file) if file else {}
-    if "model" in flags:  # the file's policy belongs to the file's model
-        saved = without(saved, "policy")
-    model = flags.get("model", saved.get("model", RunSettings.model))
+    model, layers = RunSettings.model, []
+    for layer in (*(given_in_file(parser, file) for file in files), flags):
+        if "model" in layer:  # a policy before it belongs to another model
+            model, layers = layer["model"], [without(earlier, "policy") for earlier in layers]
+        layers.append(layer)
     is_path = model.startswith((".", "/", "~"))
     require(not is_path or Path(model).expanduser().exists(),
             f"--model {model}: no such folder or file; correct the path")
     with rank_0_first():  # for every model: check_machines() reports later if ranks differ in it
         preset = worlds[model]() if model in worlds else PRESETS.get(model, {})
     preset = given_in(parser, as_words(preset))
-    config = config_class(**layered(preset, saved, flags))
+    config = config_class(**layered(preset, *layers))
     fill_in(config)
     with blame(f"--commits {config.commits}: must be NAME=COMMIT NAME=COMMIT"):
         hub.fix(config.commits)
@@ -380,6 +384,21 @@ def check_folder(config) -> None:
             f"--resume: there is no run in {out}; check --output_dir, or start without --resume")
     require(not out.exists() or is_empty(out) or holds_run(out),
             f"--output_dir {out}: exists and is not a run of this script; choose another")
+    if holds_run(out) and not config.resume:  # it will be moved aside
+        require(not is_inside(Path.cwd(), out),
+                f"--output_dir {out}: holds a run, which a new one moves aside, and you are inside "
+                "it; start from another folder, or choose another")
+        for name in USED:
+            source = str(getattr(config, name))
+            file, _, _ = source.rpartition(":")  # of FILE:function, FILE:SPLIT
+            require(not is_inside(Path(source), out) and not is_inside(Path(file), out),
+                    f"--{name} {source}: is inside --output_dir {out}, which holds a run that a "
+                    "new one moves aside; choose another --output_dir")
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    path = path.expanduser()
+    return path.exists() and path.resolve().is_relative_to(folder.resolve())
 
 
 def is_empty(folder: Path) -> bool:

@@ -40,6 +40,10 @@ def metrics_of(step: int) -> dict:
             "unsafe_rate": 0.2, "lambda": 1 + step / 10}
 
 
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -201,6 +205,21 @@ def test_pictures_show_what_they_promise(runs):
             in label)
     thresholds = [list(line.get_ydata()) for line in axis.lines if len(line.get_xdata()) == 2]
     assert thresholds == [[0.0, 0.0]]
+
+
+def test_runs_with_other_limits_are_shown_with_them(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    from matplotlib.figure import Figure
+
+    tight = write_run(tmp_path / "lag", "ppo_lag", 0, [[-7.0]] * 4)
+    change_json(tight / "config.json", threshold=-6.5)
+    loaded = load_runs([tight, write_run(tmp_path / "repo", "repo", 0, [[-2.0]] * 4)])
+    figure = Figure()
+    drawing.draw_compensation(figure, grouped(loaded))
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert "below the limit -6.5; 0% of the prompts above it" in labels[0]
+    assert "below the limit 0; 0% of the prompts above it" in labels[1]
+    assert compare.unlike(loaded) == ["threshold"] and compare.unlike(loaded[:1]) == []
 
 
 def test_without_matplotlib_there_is_one_sentence(runs, monkeypatch, capsys):

@@ -89,6 +89,8 @@ def test_pickles_in_a_checkpoint_do_not_run_even_if_its_manifest_lists_them(run,
     _, out, _ = run(*flags)
     (out / "summary.json").unlink()
     checkpoint = out / "checkpoints" / "step-1"
+    (checkpoint / ".DS_Store").touch()
+    assert damage_of(checkpoint) is None
     pickles = [checkpoint / name for name in (".metadata", "__0_0.distcp", "optimizer.pt")]
     for file in pickles:
         pickled(file, marker)

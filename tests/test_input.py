@@ -66,6 +66,7 @@ FILES = {
     "half.jsonl": '{"prompt": "\\ud83d"}\n' * 20,
     "wide.csv": "prompt\na,b\n",
     "open.csv": 'prompt\n"a\n',
+    "quoted.csv": 'prompt\n"Kill" the process?\n',
     "header.csv": "prompt\n",
     "pointer.jsonl": POINTER,
     "special.jsonl": '{"prompt": "</s>"}\n{"prompt": "<s></s> hi"}\n',
@@ -276,7 +277,7 @@ def read_data(config) -> None:
 
 CANNOT_BE_READ = ("broken.jsonl", "binary.jsonl", "fake.parquet", "fake.jsonl.gz", "cut.jsonl.gz",
                   "latin.jsonl", "latin.csv", "latin.txt", "utf16.txt", "number.json", "wide.csv",
-                  "open.csv")
+                  "open.csv", "quoted.csv")
 ODD_ROWS = ("numbers.jsonl", "nested.jsonl", "lists.jsonl", "images.jsonl", "better.jsonl",
             "null_beside.jsonl", "null_turn.jsonl", "half.jsonl")
 

@@ -527,6 +527,35 @@ def test_a_finished_run_is_evaluated_alone(run, adapted, tmp_path):
     assert not out.exists()
 
 
+def test_an_evaluation_keeps_the_runs_settings_and_what_it_held_out(run, tmp_path):
+    lines = [f"{request}\n" for request in [*world.REQUESTS][:40]]
+    data = write(tmp_path / "p.txt", "".join(lines))
+    code, out, _ = run(*FEW, "--steps", 1, "--dataset", data, "--threshold", -6.5)
+    assert code == 0
+    config = tmp_path / "c.json"
+    config.write_text('{"confidence": 0.9}')
+    found = repo.resolve_config(["--eval_only", str(out), "--config", str(config)])
+    assert (found.threshold, found.confidence, found.dataset) == (-6.5, 0.9, str(data))
+
+    assert run("--eval_only", out, out="again")[0] == 0
+    code, _, printed = run("--eval_only", out, "--seed", 5, out="other")
+    assert code == 2 and "prompts that it held out would be training prompts now" in printed
+
+
+def test_a_run_does_not_move_aside_what_it_reads_or_where_one_stands(run, tmp_path, monkeypatch):
+    _, out, _ = run(*FEW, "--steps", 1)
+    (out / "f.py").touch()
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, _, printed = run(*FEW, "--policy", out / "final" / "actor")
+    assert code == 2 and f"actor: is inside --output_dir {out}, which holds a run" in printed
+    with pytest.raises(UserError, match="--reward_model .*f.py:score: is inside"):
+        repo.resolve_config(["--reward_model", f"{out}/f.py:score", "--output_dir", str(out)])
+    monkeypatch.chdir(out)
+    with pytest.raises(UserError, match="--output_dir .: holds a run, .* you are inside it"):
+        repo.resolve_config(["--output_dir", "."])
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
 def test_a_model_is_evaluated_alone(run, whole, tmp_path, tokenizer):
     """In bfloat16, by the critics of a run, with prompts that no judge knows."""
     model = write_policy(tmp_path / "model", tokenizer)

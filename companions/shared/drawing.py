@@ -55,23 +55,26 @@ def draw_compensation(figure, groups: dict[str, list[Run]]) -> None:
     figure.set_size_inches(9, 5.2)
     axis = figure.subplots()
     first_runs = [runs[0] for runs in groups.values()]
-    threshold = first_runs[0].config["threshold"]
+    limits = {run.config["threshold"] for run in first_runs}
 
     for name, run, style in zip(groups, first_runs, itertools.cycle(STYLES)):
         percents, costs = zip(*sorted_costs(run.prompts))
-        mean = fmean(costs)
+        mean, threshold = fmean(costs), run.config["threshold"]
         side = "below" if mean <= threshold else "above"
         unsafe = sum(cost > threshold for cost in costs) / len(costs)
-        label = (f"{name} (seed {run.config['seed']}): mean cost {mean:.1f}, {side} the limit; "
+        label = (f"{name} (seed {run.config['seed']}): mean cost {mean:.1f}, {side} the limit"
+                 f"{f' {threshold:g}' if len(limits) > 1 else ''}; "
                  f"{unsafe:.0%} of the prompts above it")
         axis.plot(percents, costs, label=label, **style)
 
-    top = max(axis.get_ylim()[1], threshold + 1)
-    axis.axhspan(threshold, top, color="0.9", zorder=0)
-    axis.axhline(threshold, color="0.2", lw=1)
+    top = max(axis.get_ylim()[1], max(limits) + 1)
     bottom = axis.get_ylim()[0]
-    axis.text(1, threshold + 0.02 * (top - bottom),
-              f"unsafe: cost above the limit d = {threshold:g}", va="bottom")
+    for threshold in limits:
+        if len(limits) == 1:
+            axis.axhspan(threshold, top, color="0.9", zorder=0)
+        axis.axhline(threshold, color="0.2", lw=1)
+        axis.text(1, threshold + 0.02 * (top - bottom),
+                  f"unsafe: cost above the limit d = {threshold:g}", va="bottom")
     axis.set(
         title="Safety compensation: a mean below the limit says nothing about single prompts",
         xlabel="held-out prompts, sorted by cost (percent)", xlim=(0, 100),

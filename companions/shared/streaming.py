@@ -43,6 +43,7 @@ def read_answers(source: str, flag: str, tokenizer) -> tuple[list[str], list[Ans
             "response and safe")
     with blame(f"{flag} {source}: a row does not hold what its columns promise"):
         answers = [answer_of(row, tokenizer) for row in rows]
+    answers = [answer for answer in answers if len(answer.ids) > answer.start + 1]  # not empty
     require({answer.is_unsafe for answer in answers} == {False, True},
             f"{flag} {source}: needs safe and unsafe answers, and all of its answers are of "
             "one kind")
@@ -218,7 +219,7 @@ def watched(policy, tokenizer, monitor, prompts: list[str], theta: float, k: int
     answers = [{"prompt": prompt, "response": tokenizer.decode(row, skip_special_tokens=True),
                 "tokens": row, "stopped": stop is not None}
                for prompt, row, stop in zip(prompts, written, stops)]
-    steps = max(map(len, written))
+    steps = max(1, *map(len, written))  # 1 if all answers are empty
     return answers, {"milliseconds_per_token": 1000 * seconds / steps,
                      "of_them_the_monitors": 1000 * watch.seconds / steps if watch else 0.0}
 
