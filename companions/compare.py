@@ -56,8 +56,8 @@ STUDY = [  # the settings that --study changes, a variant each
     "--algo ppo_lag --lambda_lr 0.8",
 ]
 
-OF_SCORES = ("threshold", "reward_model", "cost_model", "judge", "eval_dataset", "temperature",
-             "max_response_length")
+OF_SCORES = ("threshold", "reward_model", "cost_model", "judge", "temperature", "eval_samples",
+             "max_length", "max_response_length")
 SET_HERE = (  # by the comparison itself, so not by its user
     "--seed", "--algo", "--rectify", "--output_dir", "--eval_only", "--dry_run", "--resume",
     "--config",
@@ -177,8 +177,11 @@ def worst_prompts(run: Run, count: int = 10) -> str:
 
 def unlike(runs: list[Run]) -> list[str]:
     """The settings in which runs differ and that their scores depend on, besides the policies."""
-    return [name for name in OF_SCORES
-            if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
+    found = [name for name in OF_SCORES
+             if len({json.dumps(run.config.get(name)) for run in runs}) > 1]
+    if len({frozenset(map(asked, run.prompts)) for run in runs}) > 1:
+        found.append("held-out prompts")
+    return found
 
 
 # ---- Training

@@ -41,7 +41,7 @@ class Chat(str):
 def to_messages(text: str) -> list[dict]:
     """Plain text or a transcript as a list of {"role": ..., "content": ...}. A stripped transcript
     is one too, if it holds an answer's turn."""
-    if text.startswith("Human:") and "\n\nAssistant:" in text:
+    if text.startswith(("Human:", "System:")) and "\n\nAssistant:" in text:
         text = f"\n\n{text}"
     before, *turns = TURN.split(text)
     if before.strip() or not turns:
@@ -80,12 +80,10 @@ def read_messages(chat: str | list[dict]) -> list[dict]:
     return list(map(as_text, chat)) if isinstance(chat, list) else to_messages(chat)
 
 
-def to_whole_pair(chat: str | list[dict]) -> tuple[str, str | None]:
-    """The pair of a conversation that ends with an answer. Raises ValueError for any other text."""
-    if not is_whole(chat):
-        raise ValueError(f"{str(chat)[:60]!r} is no conversation with an answer at its end, and "
-                         "there is no column prompt beside it")
-    return to_pair(chat)
+def require_turns(chat: str | list[dict]) -> None:
+    """Raises ValueError for plain text, which may be an answer alone."""
+    if isinstance(chat, str) and len(to_messages(chat)) == 1:
+        raise ValueError(f"{chat[:60]!r} is no conversation, and no column prompt is beside it")
 
 
 def is_whole(chat: str | list[dict]) -> bool:

@@ -11,7 +11,7 @@ from datetime import datetime
 import torch
 from torch import Tensor
 
-from plumbing.chats import MARKS, messages_of, to_pair, to_whole_pair, without_picture
+from plumbing.chats import MARKS, messages_of, require_turns, to_pair, without_picture
 from plumbing.errors import blame, require, say
 from plumbing.files import Rows, read_rows
 from plumbing.pictures import Pictured, with_picture
@@ -37,7 +37,8 @@ def read_preference(row: dict) -> tuple[str, str | None]:
     """HH-RLHF. Without a prompt apart, it is what comes before the answer in `chosen`."""
     if row.get("prompt") or not row["chosen"]:
         return to_pair(row.get("prompt") or "")
-    return to_whole_pair(row["chosen"])
+    require_turns(row["chosen"])
+    return to_pair(row["chosen"])
 
 
 def read_behavior(row: dict) -> tuple[str, str | None]:
@@ -190,7 +191,7 @@ def is_labelled_unsafe(row: dict) -> bool:
 
 def truth_of(label) -> bool:
     """A label as a bool. Raises ValueError for one that is neither true nor false."""
-    word = str(label).strip().lower()
+    word = str(label.item() if hasattr(label, "item") else label).strip().lower()
     if word not in TRUTHS:
         raise ValueError(f"the label {label!r} is neither true nor false")
     return TRUTHS[word]

@@ -80,7 +80,7 @@ def say(text: str) -> None:
     """Prints on rank 0, above a progress bar if there is one. Neither a closed pipe nor a terminal
     without a character ends the run."""
     if RANK == 0:
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         shown = printable(text).encode(encoding, "backslashreplace").decode(encoding)
         with suppress(BrokenPipeError):
             tqdm.write(shown, file=sys.stdout)

@@ -9,7 +9,7 @@ import lzma
 import re
 import shutil
 import tempfile
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,6 @@ CARDS = (  # files that say what is in a data set
 )
 POINTER = b"version https://git-lfs"
 SPACE = re.compile(r"\s*")
-END = "end of the file"  # a row of its own, unless a quotation mark before it is open
 
 
 class Rows(list):
@@ -212,9 +211,11 @@ def read_json(file) -> list[dict]:
 def read_csv(file) -> list[dict]:
     """Cells are text, except empty ones."""
     csv.field_size_limit(2**31 - 1)
-    *rows, last = filter(None, csv.reader(chain(text_of(file, ""), [END]), strict=True))
-    if last != [END]:
-        raise ValueError("a quotation mark at the start of a cell is not closed")
+    reader = csv.reader(text_of(file, ""), strict=True)  # refuses odd quotation marks
+    try:
+        rows = [row for row in reader if row]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from None
     names = [name.strip() for row in rows[:1] for name in row]
     if any(len(row) > len(names) for row in rows):
         raise ValueError("a row has more cells than there are columns")

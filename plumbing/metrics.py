@@ -233,13 +233,16 @@ def not_the_sampled_policy(first_ratio_max: float, dtype: str) -> str | None:
 
 def cut_off(rollout, config) -> str | None:
     """A sign that scores lie where (4) and (5) cut token rewards and costs off, or None."""
-    largest = rollout.reward.abs().max().item()
-    if config.algo in ("repo", "ppo_lag"):
-        largest = max(largest, (rollout.cost - config.threshold).abs().max().item())
-    if largest <= 50:
+    reward, excess = rollout.reward, rollout.cost - config.threshold
+    if config.algo == "gate":  # replaces the others
+        reward = reward[excess <= 0]
+    if config.algo == "repo" and config.rectify == "return":
+        excess = excess.clamp(min=0.0)
+    used = torch.cat([reward, excess]) if config.algo in ("repo", "ppo_lag") else reward
+    if not (used.abs() > 50).any():
         return None
-    return (f"a reward or C - d is {largest:.4g} away from 0; (4) and (5) cut off at 50, so larger "
-            "ones count alike: scale the scores")
+    return (f"a reward or a cost above the threshold is {used.abs().max():.4g}; (4) and (5) cut "
+            "off at 50, so larger ones count alike: scale the scores")
 
 
 def destruction(metrics: dict) -> str | None:

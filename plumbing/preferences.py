@@ -2,7 +2,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing.chats import is_whole, to_pair, to_whole_pair
+from plumbing.chats import is_whole, require_turns, to_pair
 from plumbing.data import (
     check_columns,
     check_turns,
@@ -45,21 +45,22 @@ def load_preferences(source: str, flag: str, role: str, tokenizer,
         require(False, f"{flag} {source}: has the columns {', '.join(rows.columns)}, but "
                        f"neither prompt, response_0, response_1, {better_id} nor chosen, rejected")
     with blame(f"{flag} {source}: a row does not hold what its columns promise"):
-        read_ones = [(row, texts) for row, texts in zip(rows, map(read, rows)) if texts]
-    require(read_ones, f"{flag} {source}: in every row the two conversations differ before their "
-                       "last answers")
-    texts = [texts for _, texts in read_ones]
+        of_rows = [(number, row, read(row)) for number, row in enumerate(rows)]
+    of_rows = [of_row for of_row in of_rows if of_row[2]]
+    require(of_rows, f"{flag} {source}: in every row the two conversations differ before their "
+                     "last answers, or have none")
+    numbers, kept_rows, texts = zip(*of_rows)
     if has_pictures(rows, f"{flag} {source}"):
         folder = Path(source).expanduser().parent
         texts = [(with_picture(prompt, row["image"], folder), *rest)
-                 for row, (prompt, *rest) in read_ones]
+                 for row, (prompt, *rest) in zip(kept_rows, texts)]
         require_sight(texts[0], tokenizer, f"{flag} {source}")
     require(role == "reward" or all(unsafe for *_, unsafe in texts),
             f"{flag} {source}: has no labels of safety (is_response_0_safe), or not in all rows; "
             "a cost model needs them")
 
     check_turns(((f"{flag} {source}: row {number}", prompt)
-                 for number, (prompt, *_) in enumerate(texts)), tokenizer)
+                 for number, (prompt, *_) in zip(numbers, texts)), tokenizer)
     prompts, answers = zip(*((prompt, answer) for prompt, *two, _ in texts for answer in two))
     ids = iter(conversation_ids(tokenizer, prompts, answers, [True] * len(answers)))
     pairs = [Pair(prompt, next(ids), next(ids), unsafe) for prompt, _, _, unsafe in texts]
@@ -99,10 +100,15 @@ def read_counted_responses(better_id: str):
 
 def read_chosen(row: dict) -> tuple | None:
     """HH-RLHF: two conversations with different last answers. TRL: the prompt may stand apart. None
-    if more than the answers differs."""
+    if more than the answers differs, or an answer is missing."""
     pairs = []
     for chat in (row["chosen"], row["rejected"]):
-        apart = row.get("prompt") and not is_whole(chat)
-        pairs.append(to_pair(row["prompt"], chat) if apart else to_whole_pair(chat))
+        if is_whole(chat):
+            pairs.append(to_pair(chat))
+        elif row.get("prompt"):
+            pairs.append(to_pair(row["prompt"], chat))
+        else:
+            require_turns(chat)
+            return None
     (prompt, better), (other, worse) = pairs
     return (prompt, better, worse, None) if prompt == other else None

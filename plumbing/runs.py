@@ -63,8 +63,8 @@ def check_still_held_out(training_prompts: list[str], config) -> None:
     moved = held_out.intersection(map(str, training_prompts))
     require(not moved,
             f"--eval_only {config.eval_only}: {len(moved)} prompts that it held out would be "
-            "training prompts now, because --seed or the data have changed; restore them, or give "
-            "an --eval_dataset")
+            "training prompts now, because --seed, --max_prompt_length or the data have changed; "
+            "restore them, or give an --eval_dataset")
 
 
 class Run:

@@ -227,7 +227,7 @@ class Scorer:
     def __init__(self, role: str, policy_tokenizer, config):
         self.flag, self.source = f"--{role}_model", getattr(config, f"{role}_model")
         self.config = config
-        self.function, self.same_tokens = None, False
+        self.function, self.same_tokens, self.has_warned = None, False, False
         if is_function(self.source):
             self.function = load_function(self.source, self.flag)
             return
@@ -273,6 +273,7 @@ class Scorer:
                 values = self.score_texts([prompts[i] for i in mine], [responses[i] for i in mine])
             else:
                 rows = self.encode(rows, prompts, responses, finished)
+                self.warn_of_length(max(map(len, rows)))
                 values = self.score_rows(rows, prompts)
             for i, value in zip(mine, values):
                 self.put(value, scores, i, responses[i])
@@ -287,16 +288,20 @@ class Scorer:
         for chunk in rank_chunks(pairs, self.config.micro_batch_size):
             chosen_rows, chosen_prompts = zip(*(chunk or pairs[:1]))  # all ranks call the model
             longest = max(map(len, chosen_rows))
-            limit, extrapolates = learned_length(self.model_config())
-            # The same text may be more tokens than --max_length, if they are of another kind.
-            require(self.same_tokens or extrapolates or longest <= limit,
-                    f"{self.flag} {self.source}: a row has {longest} of its tokens, and it has "
-                    f"learned to read {limit}; lower --max_length")
             with blame(f"{self.flag} {self.source}: cannot score a row of {longest} of its tokens; "
                        "lower --max_length"):
                 scored = self.score_tokens(chosen_rows, chosen_prompts)
             values += scored if chunk else []
         return values
+
+    def warn_of_length(self, longest: int) -> None:
+        """Warns once of a row that is longer than what the model has learned to read. --max_length
+        is in the policy's tokens; the same text may be more of these."""
+        limit, extrapolates = learned_length(self.model_config())
+        if longest > limit and not (extrapolates or self.has_warned):
+            self.has_warned = True
+            say(f"warning: {self.flag} {self.source}: a row has {longest} of its tokens, and it "
+                f"has learned to read {limit}; such scores mean little: lower --max_length")
 
     def encode(self, rows: list[list[int]], prompts: list[str], responses: list[str],
                finished: list[bool]) -> list[list[int]]:

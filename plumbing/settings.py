@@ -384,15 +384,16 @@ def check_folder(config) -> None:
             f"--resume: there is no run in {out}; check --output_dir, or start without --resume")
     require(not out.exists() or is_empty(out) or holds_run(out),
             f"--output_dir {out}: exists and is not a run of this script; choose another")
-    if holds_run(out) and not config.resume:  # it will be moved aside
+    if holds_run(out) and not (config.resume or config.dry_run):  # it will be moved aside
         require(not is_inside(Path.cwd(), out),
                 f"--output_dir {out}: holds a run, which a new one moves aside, and you are inside "
                 "it; start from another folder, or choose another")
         for name in USED:
-            source = str(getattr(config, name))
-            file, _, _ = source.rpartition(":")  # of FILE:function, FILE:SPLIT
-            require(not is_inside(Path(source), out) and not is_inside(Path(file), out),
-                    f"--{name} {source}: is inside --output_dir {out}, which holds a run that a "
+            source, flag = str(getattr(config, name)), f"--{name}"
+            flag = config.policy_flag() if name == "policy" else flag
+            paths = [Path(source.rsplit(":", n)[0]) for n in range(3)]  # FILE:function, DIR:A:B
+            require(not any(is_inside(path, out) for path in paths),
+                    f"{flag} {source}: is inside --output_dir {out}, which holds a run that a "
                     "new one moves aside; choose another --output_dir")
 
 

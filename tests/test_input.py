@@ -292,7 +292,7 @@ ODD_ROWS = ("numbers.jsonl", "nested.jsonl", "lists.jsonl", "images.jsonl", "bet
     ("--dataset {}/good.jsonl:test", "good.jsonl:test: no such file"),
     ("--dataset {}/system.jsonl", "has a column system, which is not read; put it into a list of"),
     ("--dataset {}/history.jsonl", "has a column history, which is not read"),
-    ("--dataset {}/beside.jsonl", "'an answer' is no conversation with an answer at its end, and"),
+    ("--dataset {}/beside.jsonl", "'an answer' is no conversation, and no column prompt is"),
     ("--dataset {}/tools.jsonl", "tools.jsonl: has a column tools, which is not read"),
     ("--dataset {}/pointer.jsonl", "pointer.jsonl is a Git LFS pointer, not the file itself"),
     ("--dataset {}/empty.jsonl", "empty.jsonl: the file is empty"),

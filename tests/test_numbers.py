@@ -202,6 +202,7 @@ def test_an_update_is_destructive_above_either_limit():
 
 @pytest.mark.parametrize("algo, reward, cost, warns", [
     ("repo", 50.0, 49.0, False), ("repo", -50.1, 0.0, True), ("repo", 0.0, 49.5, True),
+    ("repo", 0.0, -60.0, False), ("ppo_lag", 0.0, -60.0, True), ("gate", 60.0, 0.0, False),
     ("ppo", 0.0, 60.0, False), ("ppo", 60.0, 0.0, True)])
 def test_scores_that_the_equations_cut_off(algo, reward, cost, warns):
     """d is -1, so C - d is 1 more than C."""

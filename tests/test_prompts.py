@@ -160,10 +160,14 @@ def test_labels_of_safety_in_every_spelling(tmp_path, name, safe, unsafe):
         load_pairs(source, safe_only=True)
 
 
-def test_text_behind_a_quotation_mark_in_csv(tmp_path):
+def test_quotation_marks_in_csv(tmp_path):
+    """Text behind a closed cell could be an open cell of rows before."""
     source = tmp_path / "q.csv"
-    source.write_text('prompt,response\n"Hello, you" he said,x\nsay "hi",y')
-    assert load_pairs(str(source)) == [("Hello, you he said", "x"), ('say "hi"', "y")]
+    source.write_text('prompt,response\nsay "hi",y\n"""Hi,"" he said",z')
+    assert load_pairs(str(source)) == [('say "hi"', "y"), ('"Hi," he said', "z")]
+    source.write_text('prompt,response\na,b\n"Hello, you" he said,x')
+    with pytest.raises(UserError, match="q.csv: cannot be read .*line 3: "):
+        load_pairs(str(source))
 
 
 def test_a_file_is_what_is_on_disk(tmp_path):
