@@ -551,7 +551,7 @@ BUGS = [
         "random.Random(0).sample(range(len(prompts)), min(count, len(prompts)))",
         "range(min(count, len(prompts)))"),
     Bug("plumbing/data.py", "input", "data: an answer alone is read as a prompt",
-        '    require_turns(row["chosen"])\n', ""),
+        'require_turns(row["chosen"])', "pass"),
     Bug("plumbing/preferences.py", "learning", "preferences: answers to different conversations",
         "return (prompt, better, worse, None) if prompt == other else None",
         "return prompt, better, worse, None"),

@@ -18,7 +18,7 @@ from transformers import (
 from companions import neurons
 from companions.shared import command, patching
 from plumbing.errors import UserError
-from plumbing.data import encode_prompts, load_prompts
+from plumbing.data import drawn, encode_prompts, load_prompts
 
 
 def of_kind(kind: str, tokenizer, seed: int):
@@ -122,7 +122,7 @@ def test_two_models_from_the_command_line(family, tmp_path, tokenizer, capsys):
         (layer, index) for layer in range(2) for index in range(192)}
     models = [LlamaForCausalLM.from_pretrained(path) for path in (family["policy"], other)]
     squares = []
-    for prompt in encode_prompts(load_prompts(family["eval_dataset"])[:4], tokenizer):
+    for prompt in encode_prompts(drawn(load_prompts(family["eval_dataset"]), 4), tokenizer):
         one, two = (patching.activations(model, torch.tensor([prompt]))[:, -1]
                     for model in models)
         squares.append((one - two) ** 2)
