@@ -110,7 +110,7 @@ def test_every_companion_has_a_page_in_the_index():
 
 def test_the_pages_of_companions_are_short():
     words = [text_of(page).split() for page in PAGES if page.startswith("companions/")]
-    assert sum(map(len, words)) <= 3000
+    assert sum(map(len, words)) <= 3150
 
 
 def test_the_front_page_is_short_and_narrow():
