@@ -323,9 +323,10 @@ def run(settings: CompareSettings) -> dict:
     runs = list(itertools.chain(*groups.values()))
 
     say(f"\n{runs_table(groups)}\n")
-    if unlike(runs):
-        say(f"warning: these runs differ in {', '.join(unlike(runs))}, so scores that depend on "
-            "them do not compare")
+    differing = unlike(runs)
+    if differing:
+        say(f"warning: these runs differ in {', '.join(differing)}, so scores that depend on them "
+            "do not compare")
     if not folders:
         say(f"{len(runs)} runs in {time.perf_counter() - start:.0f} s")
     if len(folders) == 2:

@@ -241,8 +241,8 @@ def cut_off(rollout, config) -> str | None:
     used = torch.cat([reward, excess]) if config.algo in ("repo", "ppo_lag") else reward
     if not (used.abs() > 50).any():
         return None
-    return (f"a reward or a cost above the threshold is {used.abs().max():.4g}; (4) and (5) cut "
-            "off at 50, so larger ones count alike: scale the scores")
+    return (f"a reward or C - d is {used.abs().max():.4g} away from 0; (4) and (5) cut off at 50, "
+            "so larger ones count alike: scale the scores")
 
 
 def destruction(metrics: dict) -> str | None:

@@ -389,8 +389,8 @@ def check_folder(config) -> None:
                 f"--output_dir {out}: holds a run, which a new one moves aside, and you are inside "
                 "it; start from another folder, or choose another")
         for name in USED:
-            source, flag = str(getattr(config, name)), f"--{name}"
-            flag = config.policy_flag() if name == "policy" else flag
+            source = str(getattr(config, name))
+            flag = config.policy_flag() if name == "policy" else f"--{name}"
             paths = [Path(source.rsplit(":", n)[0]) for n in range(3)]  # FILE:function, DIR:A:B
             require(not any(is_inside(path, out) for path in paths),
                     f"{flag} {source}: is inside --output_dir {out}, which holds a run that a "

@@ -192,7 +192,8 @@ def test_pictures_show_what_they_promise(runs):
     drawing.draw_curves(curves, groups)
     drawing.draw_compensation(compensation, groups)
     titles = [axis.get_ylabel() for axis in curves.axes]
-    assert titles == ["reward", "cost", "rectified cost {C − d}⁺", "responses safe (share)", "λ"]
+    assert titles == [
+        "reward", "cost", "rectified cost {C − d}⁺", "responses safe (share)", "λ"]
     assert all(len(axis.lines) == 3 for axis in curves.axes)
     assert list(curves.axes[4].lines[0].get_ydata())[:2] == [1.0, 1.1]  # λ is not smoothed
     assert curves.axes[1].lines[0].get_ydata()[0] == pytest.approx(-0.2)  # of steps 0 to 4
